@@ -1,0 +1,14 @@
+"""fusedres: residual networks that move fewer bytes, with the same parameters and the same numbers."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import functional, nn
+from .backends import backend
+from .swap import fuse, report, unfuse
+
+try:
+    __version__ = version("fusedres")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "backend", "functional", "fuse", "nn", "report", "unfuse"]

@@ -1,0 +1,7 @@
+"""One torch.autograd.Function per fused pattern: they call ops and keep tensors, and hold no arithmetic."""
+
+from .bn_add_act import BNAddAct
+from .conv_chain import ConvChain
+from .stem_pool import StemPool
+
+__all__ = ["BNAddAct", "ConvChain", "StemPool"]

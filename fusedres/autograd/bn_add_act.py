@@ -1,0 +1,111 @@
+"""The block end on its own: normalise, add the (optionally normalised) shortcut, rectify."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..ops.bn_act import bn_act
+from ..ops.bn_backward import bn_backward, masked
+from ..ops.bn_statistics import bn_statistics
+from ..ops.contract import Normaliser, OutputGrad, channels_last
+from .layer import normaliser_of
+from .saved import differentiable_once, keep, kept, no_autocast, on_forward_backend
+from .spec import NormSpec, NormTensors
+
+
+@dataclass(frozen=True)
+class BNAddActSpec:
+    """``residual_norm`` is None where the residual joins as it is."""
+
+    norm: NormSpec
+    residual_norm: NormSpec | None = None
+    act: str | None = "relu"
+
+
+class Kept(NamedTuple):
+    y: Tensor
+    norm: Normaliser
+    residual: Tensor | None
+    residual_norm: Normaliser | None
+    mask: Tensor | None
+    gammas: tuple[Tensor | None, Tensor | None]
+
+
+class BNAddAct(torch.autograd.Function):
+    """z = act(bn(y) + residual), or act(bn(y) + bn'(residual)).
+
+    ``apply(y, residual, spec, *tensors)``: y and residual (N, K, P, Q), residual may be None; tensors are the fields
+    of two `NormTensors`, of y and of the residual.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, *tensors: Tensor | None
+    ) -> Tensor:
+        with no_autocast(y.device.type):
+            return _forward(ctx, y, residual, spec, tensors)
+
+    @staticmethod
+    @differentiable_once
+    @on_forward_backend
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, dz)
+
+
+def _measured(y: Tensor, tensors: NormTensors, spec: NormSpec) -> Normaliser:
+    partials = bn_statistics(y) if spec.batch_stats else None
+    return normaliser_of(partials, tensors, spec, y.dtype)
+
+
+def _forward(
+    ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, tensors: tuple[Tensor | None, ...]
+) -> Tensor:
+    fields = len(NormTensors._fields)
+    main, other = NormTensors(*tensors[:fields]), NormTensors(*tensors[fields:])
+    y = channels_last(y)
+    norm = _measured(y, main, spec.norm)
+    residual_norm = None
+    if residual is not None:
+        residual = channels_last(residual)
+        if spec.residual_norm is not None:
+            residual_norm = _measured(residual, other, spec.residual_norm)
+    training = any(ctx.needs_input_grad)
+    z, mask = bn_act(
+        y, norm.scale, norm.shift, residual=residual,
+        residual_scale=residual_norm.scale if residual_norm else None,
+        residual_shift=residual_norm.shift if residual_norm else None,
+        act=spec.act, bit_mask=training and spec.act == "relu",
+    )  # fmt: skip
+    if training:
+        ctx.spec, ctx.backend = spec, backends.current()
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        raw_residual = residual if residual_norm is not None else None
+        keep(ctx, Kept(y, norm, raw_residual, residual_norm, mask, (main.gamma, other.gamma)))
+    return z
+
+
+def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    saved: Kept = kept(ctx)
+    spec: BNAddActSpec = ctx.spec
+    g = OutputGrad(channels_last(dz), saved.mask)
+
+    def through(
+        y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None
+    ) -> tuple[Tensor, list[Any]]:
+        typed = g._replace(g=g.g.to(y.dtype))
+        dy, dgamma, dbeta = bn_backward(typed, y, norm, gamma, batch_stats=norm_spec.batch_stats)
+        return dy, [dgamma, dbeta, None, None, None]
+
+    dy, grads = through(saved.y, saved.norm, spec.norm, saved.gammas[0])
+    dresidual: Tensor | None = None
+    residual_grads: list[Any] = [None] * len(NormTensors._fields)
+    if saved.residual is not None and saved.residual_norm is not None and spec.residual_norm is not None:
+        dresidual, residual_grads = through(
+            saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1]
+        )
+    elif ctx.needs_input_grad[1]:
+        dresidual = masked(g).to(ctx.residual_dtype)
+    return (dy, dresidual, None, *grads, *residual_grads)

@@ -1,0 +1,222 @@
+"""conv-BN-ReLU chains with a shortcut: a single layer, a basic block, a bottleneck, as one autograd node each."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..ops.bn_act import bn_act
+from ..ops.bn_backward import masked
+from ..ops.bn_forward import bn_forward
+from ..ops.contract import ConvInput, OutputGrad, channels_last
+from ..ops.conv_bn_act import conv_bn_act
+from ..ops.conv_forward import conv_forward, formed
+from ..ops.conv_input_grad import Producer, at_producer
+from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
+from ..plan import Schedule
+from .layer import (
+    Branch,
+    LayerGrads,
+    Needs,
+    branch_backward,
+    contraction,
+    grouped,
+    layer_backward,
+    measure,
+)
+from .saved import differentiable_once, keep, kept, no_autocast, on_forward_backend
+from .spec import ChainSpec, ConvBN, LayerSpec
+
+
+class Inner(NamedTuple):
+    """A layer inside the chain: what `measure` left of it and, if it was written, its rectified output."""
+
+    branch: Branch
+    out: Tensor | None
+
+
+class Kept(NamedTuple):
+    """All that the backward pass needs; no activation but raw outputs, the input and the mask."""
+
+    inner: tuple[Inner, ...]
+    main: Branch
+    projection: Branch | None
+    mask: Tensor | None
+    parameters: tuple[ConvBN, ...]
+
+
+def _inner_forward(
+    u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule
+) -> tuple[ConvInput, Inner]:
+    if spec.norm.batch_stats and not schedule.statistics and not schedule.prologue:
+        y, _ = conv_forward(u, layer.weight.to(u.tensor.dtype), spec.geometry)
+        out, norm = bn_forward(
+            y, layer.gamma, layer.beta, layer.running_mean, layer.running_var,
+            bias=layer.bias, eps=spec.norm.eps, momentum=spec.norm.momentum,
+        )  # fmt: skip
+        return ConvInput(out), Inner(Branch(u, norm, y, None), out)
+    branch = measure(u, layer, spec, schedule)
+    assert branch.y is not None
+    if schedule.prologue:
+        return ConvInput(branch.y, branch.norm.scale, branch.norm.shift), Inner(branch, None)
+    out, _ = bn_act(branch.y, branch.norm.scale, branch.norm.shift)
+    return ConvInput(out), Inner(branch, out)
+
+
+def _join(
+    main: Branch, projection: Branch | None, residual: Tensor | None, parameters: list[ConvBN], spec: ChainSpec,
+    bit_mask: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The block end, in whichever single pass the branches' forms allow."""
+    numbers: tuple[Tensor | None, Tensor | None] = (None, None)
+    if projection is not None and projection.y is not None:
+        residual, numbers = projection.y, (projection.norm.scale, projection.norm.shift)
+    end: dict[str, Any] = {"act": spec.act, "bit_mask": bit_mask}
+    shortcut: dict[str, Any] = {
+        "residual": residual,
+        "residual_scale": numbers[0],
+        "residual_shift": numbers[1],
+    }
+    last = len(spec.layers) - 1
+    second = None
+    if projection is not None and projection.y is None:
+        assert spec.projection is not None
+        second = contraction(projection, parameters[-1], spec.projection)
+    if main.y is None:
+        first = contraction(main, parameters[last], spec.layers[last])
+        return conv_bn_act(first, second=second, **end) if second else conv_bn_act(first, **shortcut, **end)
+    if second is None:
+        return bn_act(main.y, main.norm.scale, main.norm.shift, **shortcut, **end)
+    swapped = {"residual": main.y, "residual_scale": main.norm.scale, "residual_shift": main.norm.shift}
+    return conv_bn_act(second, **swapped, **end)
+
+
+class ConvChain(torch.autograd.Function):
+    """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), with the backward pass of the whole chain.
+
+    ``apply(x, residual, spec, *tensors)``: x (N, C, H, W); residual (N, K, P, Q) if ``spec.shortcut`` is
+    ``"residual"``, else None; tensors are the fields of one `ConvBN` per layer, the projection's last.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, *tensors: Tensor | None
+    ) -> Tensor:
+        with no_autocast(x.device.type):
+            return _forward(ctx, x, residual, spec, grouped(tensors))
+
+    @staticmethod
+    @differentiable_once
+    @on_forward_backend
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, dz)
+
+
+def _forward(
+    ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: list[ConvBN]
+) -> Tensor:
+    x = channels_last(x)
+    source = u = ConvInput(x.to(spec.dtype))
+    inner = []
+    for layer, layer_spec in zip(parameters, spec.layers[:-1], strict=False):
+        u, step = _inner_forward(u, layer, layer_spec, spec.schedule)
+        inner.append(step)
+    last = len(spec.layers) - 1
+    main = measure(u, parameters[last], spec.layers[last], spec.schedule)
+    projection = None
+    if spec.projection is not None:
+        projection = measure(source, parameters[-1], spec.projection, spec.schedule)
+    elif spec.shortcut == "identity":
+        residual = x
+    elif spec.shortcut == "zero_pad":
+        residual = zero_pad_shortcut(x, parameters[last].weight.shape[0], spec.zero_pad_stride)
+    training = any(ctx.needs_input_grad)
+    rectified = training and spec.act == "relu"
+    z, mask = _join(main, projection, residual, parameters, spec, rectified and spec.schedule.bit_masks)
+    if training:
+        if rectified and mask is None:
+            mask = z
+        ctx.spec, ctx.backend = spec, backends.current()
+        ctx.input_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
+        keep(ctx, Kept(tuple(inner), main, projection, mask, tuple(parameters)))
+    return z
+
+
+def _needs(ctx: Any, spec: ChainSpec) -> tuple[list[Needs], bool]:
+    """Per layer (the projection last) what is asked for; a layer's source is needed if anything below it is."""
+    needed_x, _, _, *flat = ctx.needs_input_grad
+    layers = grouped(tuple(flat))
+    below, needs = needed_x, []
+    for layer in layers[: len(spec.layers)]:
+        needs.append(Needs(*layer[:4], below))  # type: ignore[arg-type]
+        below = below or any(layer[:4])  # type: ignore[arg-type]
+    if spec.projection is not None:
+        needs.append(Needs(*layers[-1][:4], needed_x))  # type: ignore[arg-type]
+    return needs, needed_x
+
+
+def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    spec: ChainSpec = ctx.spec
+    saved: Kept = kept(ctx)
+    needs, needed_x = _needs(ctx, spec)
+    schedule, last = spec.schedule, len(spec.layers) - 1
+    arriving = OutputGrad(channels_last(dz), saved.mask)
+    if not schedule.bit_masks:
+        arriving = OutputGrad(masked(arriving))
+    g = arriving._replace(g=arriving.g.to(spec.dtype))
+    grads: list[LayerGrads] = [LayerGrads()] * len(saved.parameters)
+
+    # What reaches the block's input by the shortcut; the chain's first layer adds its own share to it.
+    at_input: OutputGrad | None = None
+    if saved.projection is not None and spec.projection is not None:
+        if needs[-1].any:
+            grads[-1], dx = branch_backward(
+                g, saved.projection, saved.parameters[-1], spec.projection, schedule, needs[-1]
+            )
+            at_input = None if dx is None else OutputGrad(dx)
+    elif spec.shortcut == "identity":
+        at_input = arriving
+    elif spec.shortcut == "zero_pad" and needed_x:
+        size = tuple(
+            saved.main.source.tensor.shape if last == 0 else saved.inner[0].branch.source.tensor.shape
+        )
+        at_input = OutputGrad(zero_pad_shortcut_grad(masked(arriving), size, spec.zero_pad_stride))  # type: ignore[arg-type]
+
+    du: Tensor | None = None
+    branch, mask, rebuilt = saved.main, saved.mask, None
+    for i in range(last, -1, -1):
+        layer, layer_spec = saved.parameters[i], spec.layers[i]
+        add = at_input if i == 0 and needed_x else None
+        if not needs[i].any:
+            break
+        if branch.source.scale is not None and not schedule.statistics:
+            # Formed once here, for this layer's weight gradient and as the mask of the layer below.
+            rebuilt = formed(branch.source)
+            branch = branch._replace(source=ConvInput(rebuilt))
+        if i == last:
+            grads[i], du = branch_backward(g, branch, layer, layer_spec, schedule, needs[i], add)
+        else:
+            grads[i], du = _inner_backward(du, mask, branch, layer, layer_spec, schedule, needs[i], add)
+        if i > 0:
+            branch, out = saved.inner[i - 1]
+            mask = out if out is not None else rebuilt
+
+    dx = du.to(ctx.input_dtype) if needed_x and du is not None else None
+    dresidual = None
+    if ctx.needs_input_grad[1]:
+        dresidual = masked(arriving).to(ctx.residual_dtype)
+    flat = [grad for layer_grads in grads for grad in layer_grads]
+    return (dx, dresidual, None, *flat)
+
+
+def _inner_backward(
+    du: Tensor | None, mask: Tensor | None, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule,
+    needs: Needs, add: OutputGrad | None,
+) -> tuple[LayerGrads, Tensor | None]:  # fmt: skip
+    """A layer whose rectified output received the gradient ``du``."""
+    assert du is not None and branch.y is not None
+    if schedule.statistics:
+        at_layer = at_producer(du, Producer(branch.y, branch.norm), mask)
+        return layer_backward(at_layer, None, branch, layer, spec, schedule, needs, add)
+    return branch_backward(OutputGrad(du, mask), branch, layer, spec, schedule, needs, add)

@@ -1,0 +1,194 @@
+"""One convolution and its batch norm, forward and backward: the steps that the Functions share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_coefficients, bn_backward_reduce
+from ..ops.bn_finalize import bn_finalize, bn_from_running
+from ..ops.bn_statistics import bn_statistics
+from ..ops.contract import (
+    ConvInput,
+    Moments,
+    Normaliser,
+    OutputGrad,
+    Partials,
+    pixels,
+    statistics_dtype,
+)
+from ..ops.conv_bn_act import Contraction
+from ..ops.conv_forward import conv_forward
+from ..ops.conv_input_grad import ProducerGrad, conv_input_grad
+from ..ops.conv_weight_grad import conv_weight_grad
+from ..ops.input_moments import input_moments, moments_statistics
+from ..ops.moments_backward import moments_backward, moments_contraction, moments_input_grad
+from ..plan import Schedule
+from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
+
+PARAMETERS = len(ConvBN._fields)
+
+
+class Branch(NamedTuple):
+    """A convolution measured for its batch norm: its input, and its raw output or (in the moments form) moments."""
+
+    source: ConvInput
+    norm: Normaliser
+    y: Tensor | None
+    moments: Moments | None
+
+
+class Needs(NamedTuple):
+    """Which gradients of a layer somebody asked for."""
+
+    weight: bool
+    bias: bool
+    gamma: bool
+    beta: bool
+    source: bool
+
+    @property
+    def any(self) -> bool:
+        return True in self
+
+
+class LayerGrads(NamedTuple):
+    """A layer's gradients in the order of `ConvBN` (running statistics have none)."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    running_mean: None = None
+    running_var: None = None
+
+
+def grouped(tensors: tuple[Tensor | None, ...]) -> list[ConvBN]:
+    """A flat argument list back as one `ConvBN` per layer."""
+    return [ConvBN(*tensors[i : i + PARAMETERS]) for i in range(0, len(tensors), PARAMETERS)]  # type: ignore[arg-type]
+
+
+def normaliser_of(
+    partials: Partials | None, tensors: NormTensors, spec: NormSpec, dtype: torch.dtype
+) -> Normaliser:
+    """From the batch's statistics, moving the running ones, or from the running ones."""
+    gamma, beta, running_mean, running_var, bias = tensors
+    if partials is not None:
+        return bn_finalize(
+            partials, gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, momentum=spec.momentum
+        )
+    assert running_mean is not None and running_var is not None
+    return bn_from_running(
+        gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, dtype=statistics_dtype(dtype)
+    )
+
+
+def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) -> Branch:
+    """Convolve and measure, or in the moments form only measure."""
+    weight = layer.weight.to(u.tensor.dtype)
+    if spec.moments:
+        moments = input_moments(u, spec.geometry.stride) if spec.norm.batch_stats else None
+        partials = None if moments is None else moments_statistics(moments, weight)
+        return Branch(u, normaliser_of(partials, layer.norm, spec.norm, weight.dtype), None, moments)
+    y, partials = conv_forward(
+        u, weight, spec.geometry, statistics=schedule.statistics and spec.norm.batch_stats
+    )
+    if spec.norm.batch_stats and partials is None:
+        partials = bn_statistics(y)
+    return Branch(u, normaliser_of(partials, layer.norm, spec.norm, y.dtype), y, None)
+
+
+def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
+    """A moments-form branch as the operand of `conv_bn_act`."""
+    weight = layer.weight.to(branch.source.tensor.dtype)
+    return Contraction(branch.source, weight, spec.geometry, branch.norm.scale, branch.norm.shift)
+
+
+def convolution_backward(
+    dy: OutputGrad,
+    source: ConvInput,
+    layer: ConvBN,
+    spec: LayerSpec,
+    needs: Needs,
+    add: OutputGrad | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dW, du) of a convolution, each if asked for; ``add`` joins du."""
+    kernel = (layer.weight.shape[2], layer.weight.shape[3])
+    dweight = conv_weight_grad(dy, source, kernel, spec.geometry) if needs.weight else None
+    if not needs.source:
+        return dweight, None
+    weight = layer.weight.to(source.tensor.dtype)
+    size = tuple(source.tensor.shape)
+    return dweight, conv_input_grad(dy, weight, size, spec.geometry, add=add)  # type: ignore[arg-type]
+
+
+def branch_backward(
+    g: OutputGrad,
+    branch: Branch,
+    layer: ConvBN,
+    spec: LayerSpec,
+    schedule: Schedule,
+    needs: Needs,
+    add: OutputGrad | None = None,
+) -> tuple[LayerGrads, Tensor | None]:
+    """The gradients of a branch's parameters and of its source, from the gradient g behind its batch norm."""
+    if branch.y is None:
+        return _moments_branch_backward(g, branch, layer, spec, needs, add)
+    if schedule.statistics:
+        sums = ProducerGrad(g.g, *bn_backward_reduce(g, branch.y, branch.norm))
+        return layer_backward(sums, g.mask, branch, layer, spec, schedule, needs, add)
+    dy, dgamma, dbeta = bn_backward(g, branch.y, branch.norm, layer.gamma, batch_stats=spec.norm.batch_stats)
+    dweight, du = convolution_backward(OutputGrad(dy), branch.source, layer, spec, needs, add)
+    return in_parameter_dtypes(dweight, dgamma, dbeta, branch.norm, layer, spec, needs), du
+
+
+def layer_backward(
+    grad: ProducerGrad,
+    mask: Tensor | None,
+    branch: Branch,
+    layer: ConvBN,
+    spec: LayerSpec,
+    schedule: Schedule,
+    needs: Needs,
+    add: OutputGrad | None = None,
+) -> tuple[LayerGrads, Tensor | None]:
+    """As `branch_backward`, from a gradient that was already reduced; dy is formed on load where prologues are."""
+    assert branch.y is not None
+    coefficients = bn_backward_coefficients(
+        grad.sum_g, grad.sum_gy, pixels(branch.y), branch.norm, batch_stats=spec.norm.batch_stats
+    )
+    dy = OutputGrad(grad.g, mask, branch.y, *coefficients)
+    if not schedule.prologue:
+        dy = OutputGrad(bn_backward_apply(dy))
+    dweight, du = convolution_backward(dy, branch.source, layer, spec, needs, add)
+    return in_parameter_dtypes(dweight, grad.sum_gy, grad.sum_g, branch.norm, layer, spec, needs), du
+
+
+def _moments_branch_backward(
+    g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, needs: Needs, add: OutputGrad | None
+) -> tuple[LayerGrads, Tensor | None]:
+    weight = layer.weight.to(branch.source.tensor.dtype)
+    d, sum_g = moments_contraction(g, branch.source, (1, 1), spec.geometry)
+    small = moments_backward(d, sum_g, branch.moments, weight, branch.norm)
+    du = moments_input_grad(g, small, branch.source, spec.geometry, add=add) if needs.source else None
+    dweight = small.dweight.view(layer.weight.shape)
+    return in_parameter_dtypes(dweight, small.dgamma, small.dbeta, branch.norm, layer, spec, needs), du
+
+
+def in_parameter_dtypes(
+    dweight: Tensor | None, dgamma: Tensor, dbeta: Tensor, norm: Normaliser, layer: ConvBN, spec: LayerSpec,
+    needs: Needs,
+) -> LayerGrads:  # fmt: skip
+    """What was asked for, each in its parameter's dtype."""
+
+    def cast(grad: Tensor | None, parameter: Tensor | None, needed: bool) -> Tensor | None:
+        return grad.to(parameter.dtype) if needed and grad is not None and parameter is not None else None
+
+    # Under batch statistics a constant added before the normalisation changes nothing.
+    dbias = torch.zeros_like(dbeta) if spec.norm.batch_stats else norm.scale * dbeta
+    return LayerGrads(
+        cast(dweight, layer.weight, needs.weight),
+        cast(dbias, layer.bias, needs.bias),
+        cast(dgamma, layer.gamma, needs.gamma),
+        cast(dbeta, layer.beta, needs.beta),
+    )

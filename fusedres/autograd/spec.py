@@ -1,0 +1,93 @@
+"""What a fused pattern is told besides its tensors."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.contract import Geometry, PoolGeometry
+from ..plan import Schedule
+
+
+class NormTensors(NamedTuple):
+    """The tensors of one batch norm, each (K,) or None, and the bias of the convolution before it."""
+
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class ConvBN(NamedTuple):
+    """The tensors of one convolution and its batch norm; every one but the weight may be None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+
+    @property
+    def norm(self) -> NormTensors:
+        return NormTensors(self.gamma, self.beta, self.running_mean, self.running_var, self.bias)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """The numbers of one batch norm.
+
+    Attributes:
+        eps: added to the variance.
+        momentum: weight of the new value in the running statistics.
+        batch_stats: normalise with this batch's statistics (training), not with the running ones.
+    """
+
+    eps: float = 1e-5
+    momentum: float = 0.1
+    batch_stats: bool = True
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One convolution and its batch norm; ``moments``: its output is never written."""
+
+    geometry: Geometry
+    norm: NormSpec
+    moments: bool = False
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """A chain conv-BN-ReLU-...-conv-BN and what joins it at its end.
+
+    Attributes:
+        layers: the chain, in order.
+        projection: the shortcut's conv-BN on the block's input, or None.
+        shortcut: ``"none"``, ``"identity"``, ``"zero_pad"``, ``"projection"`` of the input, or ``"residual"``, a
+            tensor of its own.
+        act: after the sum, ``"relu"`` or None.
+        schedule: what is written to memory.
+        dtype: of the contractions (autocast's, or the input's own).
+        zero_pad_stride: of the zero-pad shortcut.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    schedule: Schedule
+    dtype: torch.dtype
+    projection: LayerSpec | None = None
+    shortcut: str = "none"
+    act: str | None = "relu"
+    zero_pad_stride: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class StemSpec:
+    """conv-BN-ReLU-max-pool."""
+
+    layer: LayerSpec
+    pool: PoolGeometry
+    schedule: Schedule
+    dtype: torch.dtype

@@ -1,0 +1,110 @@
+"""The stem: convolution, batch norm, ReLU and max-pooling as one autograd node.
+
+Under the moments schedule, where no gradient is asked for the image, the raw output y is not kept. The weight
+gradient is linear in y, so y's part in it, E = sum((y - mean) u^T), is contracted in the forward pass while y is
+there; it takes the place of W M in `moments_weight_grad`, with the mean of the input's windows beside it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..ops.contract import ConvInput, Normaliser, OutputGrad, channels_last, pixels
+from ..ops.conv_weight_grad import conv_weight_grad
+from ..ops.moments_backward import frozen_weight_grad, moments_contraction, moments_weight_grad
+from ..ops.stem_pool import stem_pool, stem_pool_backward
+from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure
+from .saved import differentiable_once, keep, kept, no_autocast, on_forward_backend
+from .spec import ConvBN, StemSpec
+
+
+class Early(NamedTuple):
+    """What stands for y in the backward pass: E (K, C R S) and the mean of the windows (C R S,)."""
+
+    product: Tensor
+    mean: Tensor
+
+
+class Kept(NamedTuple):
+    """``branch.y`` or ``early`` is there, or under frozen statistics neither."""
+
+    branch: Branch
+    early: Early | None
+    taps: Tensor
+    parameters: ConvBN
+
+
+class StemPool(torch.autograd.Function):
+    """z = maxpool(relu(bn(conv(x)))).
+
+    ``apply(x, spec, *tensors)``: x (N, C, H, W); tensors are the fields of one `ConvBN`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: StemSpec, *tensors: Tensor | None) -> Tensor:
+        with no_autocast(x.device.type):
+            return _forward(ctx, x, spec, grouped(tensors)[0])
+
+    @staticmethod
+    @differentiable_once
+    @on_forward_backend
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, dz)
+
+
+def _early(y: Tensor, u: ConvInput, layer: ConvBN, spec: StemSpec, norm: Normaliser) -> Early:
+    kernel, geometry = (layer.weight.shape[2], layer.weight.shape[3]), spec.layer.geometry
+    one = torch.ones_like(norm.mean)
+    centred = OutputGrad(y, None, y, one, torch.zeros_like(one), -norm.mean)
+    product = conv_weight_grad(centred, u, kernel, geometry).flatten(1)
+    everywhere = OutputGrad(torch.ones_like(y[:, :1]))
+    ungrouped = geometry._replace(groups=1)
+    return Early(product, conv_weight_grad(everywhere, u, kernel, ungrouped).flatten() / pixels(y))
+
+
+def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
+    u = ConvInput(channels_last(x).to(spec.dtype))
+    branch = measure(u, layer, spec.layer, spec.schedule)
+    assert branch.y is not None
+    z, taps = stem_pool(branch.y, branch.norm.scale, branch.norm.shift, spec.pool)
+    if any(ctx.needs_input_grad):
+        ctx.spec, ctx.backend, ctx.input_dtype = spec, backends.current(), x.dtype
+        ctx.size = tuple(branch.y.shape)
+        early = None
+        if spec.schedule.moments and not ctx.needs_input_grad[0] and spec.layer.geometry.groups == 1:
+            if spec.layer.norm.batch_stats:
+                early = _early(branch.y, u, layer, spec, branch.norm)
+            branch = branch._replace(y=None)
+        keep(ctx, Kept(branch, early, taps, layer))
+    return z
+
+
+def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    spec: StemSpec = ctx.spec
+    saved: Kept = kept(ctx)
+    branch, layer = saved.branch, saved.parameters
+    needed = Needs(*ctx.needs_input_grad[2:6], ctx.needs_input_grad[0])
+    g = OutputGrad(stem_pool_backward(dz.to(spec.dtype), saved.taps, ctx.size, spec.pool))
+    if branch.y is not None:
+        grads, dx = branch_backward(g, branch, layer, spec.layer, spec.schedule, needed)
+        return (None if dx is None else dx.to(ctx.input_dtype), None, *grads)
+    grads = _backward_without_y(g, branch, saved.early, layer, spec, needed)
+    return (None, None, *grads)
+
+
+def _backward_without_y(
+    g: OutputGrad, branch: Branch, early: Early | None, layer: ConvBN, spec: StemSpec, needed: Needs
+) -> LayerGrads:
+    kernel = (layer.weight.shape[2], layer.weight.shape[3])
+    d, sum_g = moments_contraction(g, branch.source, kernel, spec.layer.geometry)
+    weight = layer.weight.to(spec.dtype).flatten(1).to(d.dtype)
+    if early is None:
+        dweight, dgamma = frozen_weight_grad(d, sum_g, weight, branch.norm)
+    else:
+        dweight, dgamma, _ = moments_weight_grad(
+            d, sum_g, pixels(g.g), early.mean, early.product, weight, branch.norm
+        )
+    dweight = dweight.view(layer.weight.shape)
+    return in_parameter_dtypes(dweight, dgamma, sum_g, branch.norm, layer, spec.layer, needed)

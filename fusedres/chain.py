@@ -1,0 +1,171 @@
+"""The door of the fused chains: tensors are checked, a schedule is chosen, and training or inference runs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import ConvChain, StemPool
+from .autograd.saved import no_autocast
+from .autograd.spec import ChainSpec, ConvBN, LayerSpec, NormSpec, StemSpec
+from .inference import infer_chain, infer_layer
+from .ops.bn_act import check_act
+from .ops.contract import Geometry, PoolGeometry, check_activation, check_conv_shapes
+from .ops.zero_pad_shortcut import zero_pad_size
+from .plan import AUTO, chain_schedule, use_moments
+
+
+class Layer(NamedTuple):
+    """One convolution and its batch norm: tensors, window, numbers."""
+
+    tensors: ConvBN
+    geometry: Geometry
+    norm: NormSpec
+
+
+Size = tuple[int, int, int, int]
+
+
+def contraction_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that eager PyTorch would convolve ``x`` in: autocast's, unless x is fp64, or its own."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def run_chain(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    projection: Layer | None = None,
+    shortcut: str = "none",
+    residual: Tensor | None = None,
+    zero_pad_stride: tuple[int, int] = (1, 1),
+    act: str | None = "relu",
+    schedule: str = AUTO,
+) -> Tensor:
+    """act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), fused, differentiable once.
+
+    Args:
+        x: (N, C, H, W), any memory format (channels_last is fastest).
+        layers: the chain in order.
+        projection: the conv-BN of a projection shortcut.
+        shortcut: ``"none"``, ``"identity"``, ``"projection"``, ``"zero_pad"`` or ``"residual"``.
+        residual: (N, K, P, Q), with ``shortcut="residual"``.
+        zero_pad_stride: of the zero-pad shortcut.
+        act: ``"relu"`` or None.
+        schedule: ``"auto"`` or a rung of the ladder.
+
+    Returns:
+        (N, K, P, Q), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any running statistic has changed.
+    """
+    check_activation("x", x)
+    check_act(act)
+    dtype = contraction_dtype(x)
+    sizes = [size := _checked_size("x", x, layers[0], tuple(x.shape), dtype)]
+    for i, layer in enumerate(layers[1:], start=2):
+        sizes.append(size := _checked_size(f"layer {i}", x, layer, size, dtype))
+    if projection is not None:
+        _check_joins("projection", _checked_size("projection", x, projection, tuple(x.shape), dtype), size)
+    elif shortcut == "identity":
+        _check_joins("x", tuple(x.shape), size)
+    elif shortcut == "zero_pad":
+        _check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
+    elif residual is not None:
+        check_activation("residual", residual)
+        _check_joins("residual", tuple(residual.shape), size)
+
+    every = [*layers, projection] if projection is not None else list(layers)
+    if not _differentiated(x, residual, every) and not any(layer.norm.batch_stats for layer in every):
+        with no_autocast(x.device.type):
+            return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
+
+    def specified(layer: Layer, size: Size, moments: bool) -> LayerSpec:
+        n, _, p, q = size
+        moments = moments and use_moments(schedule, layer.tensors.weight.shape, layer.geometry, n * p * q)
+        return LayerSpec(layer.geometry, layer.norm, moments)
+
+    last = len(layers) - 1
+    spec = ChainSpec(
+        layers=tuple(specified(layer, sizes[i], i == last) for i, layer in enumerate(layers)),
+        schedule=chain_schedule(schedule, x.device),
+        dtype=dtype,
+        projection=None if projection is None else specified(projection, size, True),
+        shortcut=shortcut,
+        act=act,
+        zero_pad_stride=zero_pad_stride,
+    )
+    tensors = [tensor for layer in every for tensor in layer.tensors]
+    z: Tensor = ConvChain.apply(x, residual, spec, *tensors)
+    return z
+
+
+def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUTO) -> Tensor:
+    """maxpool(relu(bn(conv(x)))), fused, differentiable once.
+
+    Args:
+        x: (N, C, H, W).
+        layer: the convolution and its batch norm.
+        pool: the max-pooling window.
+        schedule: as in `run_chain`.
+
+    Returns:
+        (N, K, P, Q), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any running statistic has changed.
+    """
+    check_activation("x", x)
+    dtype = contraction_dtype(x)
+    _, _, height, width = _checked_size("x", x, layer, tuple(x.shape), dtype)
+    if min(pool.output_size(height, width)) < 1:
+        raise ValueError(f"pool: {height} x {width} pixels are too few for {pool}")
+    if not _differentiated(x, None, [layer]) and not layer.norm.batch_stats:
+        with no_autocast(x.device.type):
+            u = infer_layer(x.to(dtype), layer, "relu")
+        return torch.nn.functional.max_pool2d(u, *pool)
+    spec = StemSpec(LayerSpec(layer.geometry, layer.norm), pool, chain_schedule(schedule, x.device), dtype)
+    z: Tensor = StemPool.apply(x, spec, *layer.tensors)
+    return z
+
+
+def _differentiated(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x, residual, *(tensor for layer in layers for tensor in layer.tensors)]
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _checked_size(name: str, x: Tensor, layer: Layer, size: Size, dtype: torch.dtype) -> Size:
+    """The (N, K, P, Q) that a layer makes of an input of ``size``; refuses what eager PyTorch would refuse."""
+    weight = layer.tensors.weight
+    n, _, height, width = size
+    p, q = check_conv_shapes(name, size, weight, layer.geometry)
+    if weight.device != x.device:
+        raise ValueError(f"weight of {name}: expected it on {x.device}, got {weight.device}")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if weight.dtype != dtype and not autocast:
+        raise TypeError(f"weight of {name}: expected the dtype of x, {dtype}, got {weight.dtype}")
+    check_norm(name, layer.norm, n * p * q)
+    return n, weight.shape[0], p, q
+
+
+def check_norm(name: str, norm: NormSpec, values: int) -> None:
+    """Refuse numbers that batch norm can not use, and statistics over a single value per channel."""
+    if not math.isfinite(norm.momentum):
+        raise ValueError(f"momentum of {name}: expected a finite number, got {norm.momentum}")
+    if not math.isfinite(norm.eps):
+        raise ValueError(f"eps of {name}: expected a finite number, got {norm.eps}")
+    if norm.batch_stats and values < 2:
+        raise ValueError(f"{name}: expected more than 1 value per channel when training, got {values}")
+
+
+def _check_joins(name: str, size: Size, expected: Size) -> None:
+    if size != expected:
+        raise ValueError(f"{name}: expected shape {expected} to join the chain's output, got {size}")

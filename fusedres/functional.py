@@ -1,0 +1,136 @@
+"""Fused passes for people who write their own blocks."""
+
+from torch import Tensor
+
+from .autograd import BNAddAct
+from .autograd.bn_add_act import BNAddActSpec
+from .autograd.spec import ConvBN, NormSpec, NormTensors
+from .chain import Layer, check_norm, run_chain
+from .ops.bn_act import check_act
+from .ops.contract import Geometry, check_activation, check_vector, pixels
+from .plan import AUTO, check_schedule
+
+IntPair = int | tuple[int, int]
+
+
+def _pair(name: str, value: IntPair) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, tuple) and len(value) == 2:
+        return value
+    raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
+
+
+def _check_norm_tensors(tensors: NormTensors, channels: int, training: bool) -> bool:
+    """Whether batch statistics normalise; refuses vectors of other lengths and one running statistic alone."""
+    for name, vector in tensors._asdict().items():
+        if vector is not None:
+            check_vector(name, vector, channels)
+    if (tensors.running_mean is None) != (tensors.running_var is None):
+        raise ValueError("running_mean, running_var: expected both or neither, got one")
+    return training or tensors.running_mean is None
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str | None = "relu",
+    schedule: str = AUTO,
+) -> Tensor:
+    """act(batch_norm(conv2d(x, weight, bias)) + residual), with one backward pass for all of it.
+
+    Args:
+        x: (N, C, H, W), fp64, fp32, bf16 or fp16; channels_last is fastest.
+        weight: (K, C/groups, R, S); under autocast of any dtype, else of the dtype of x.
+        gamma, beta: (K,) or None (1 and 0).
+        running_mean, running_var: (K,), updated in place in training as `torch.nn.functional.batch_norm` does; both
+            None to use batch statistics always.
+        training: normalise with this batch's statistics.
+        bias: (K,) or None.
+        residual: (N, K, P, Q), added before the activation, or None.
+        stride, padding, dilation: pixels, an int or (vertical, horizontal).
+        groups: channel groups.
+        momentum: weight of the new value in the running statistics.
+        eps: added to the variance.
+        act: ``"relu"`` or None.
+        schedule: ``"auto"`` or a rung: ``"block_end"``, ``"stats"``, ``"prologue"``, ``"moments"``.
+
+    Returns:
+        (N, K, P, Q), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument; no running statistic has changed then.
+    """
+    check_schedule(schedule)
+    tensors = ConvBN(weight, bias, gamma, beta, running_mean, running_var)
+    batch_stats = _check_norm_tensors(tensors.norm, weight.shape[0], training)
+    geometry = Geometry(
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
+    )
+    layer = Layer(tensors, geometry, NormSpec(eps, momentum, batch_stats))
+    shortcut = "none" if residual is None else "residual"
+    return run_chain(x, [layer], shortcut=shortcut, residual=residual, act=act, schedule=schedule)
+
+
+def bn_add_act(
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    *,
+    training: bool,
+    residual_norm: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str | None = "relu",
+) -> Tensor:
+    """act(batch_norm(y) + residual), or act(batch_norm(y) + batch_norm'(residual)): a block's end in one pass.
+
+    Args:
+        y: (N, K, P, Q) raw convolution output.
+        gamma, beta, running_mean, running_var: as in `conv_bn_act`.
+        residual: (N, K, P, Q) or None.
+        training: normalise with this batch's statistics.
+        residual_norm: (gamma, beta, running_mean, running_var) of the residual's own batch norm when the residual is
+            a raw projection, else None.
+        momentum, eps: of both batch norms.
+        act: ``"relu"`` or None.
+
+    Returns:
+        (N, K, P, Q), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument; no running statistic has changed then.
+    """
+    check_activation("y", y)
+    check_act(act)
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual: expected the shape of y, {tuple(y.shape)}, got {tuple(residual.shape)}")
+    if residual is None and residual_norm is not None:
+        raise ValueError("residual_norm: expected None without a residual")
+    channels = y.shape[1]
+    main = NormTensors(gamma, beta, running_mean, running_var)
+    norm = NormSpec(eps, momentum, _check_norm_tensors(main, channels, training))
+    other, other_norm = NormTensors(), None
+    if residual_norm is not None:
+        other = NormTensors(*residual_norm)
+        other_norm = NormSpec(eps, momentum, _check_norm_tensors(other, channels, training))
+    check_norm("y", norm, pixels(y))
+    z: Tensor = BNAddAct.apply(y, residual, BNAddActSpec(norm, other_norm, act), *main, *other)
+    return z

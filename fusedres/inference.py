@@ -1,0 +1,88 @@
+"""Inference: every convolution with its batch norm, shortcut and ReLU is one call, batch norm folded in once."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import backends
+from .autograd.layer import normaliser_of
+from .ops.contract import ConvInput, channels_last
+from .ops.conv_bn_act import Contraction, PackedConv, conv_bn_act, onednn_runs, pack, packed_conv_act
+from .ops.zero_pad_shortcut import zero_pad_shortcut
+
+if TYPE_CHECKING:
+    from .chain import Layer
+
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""weight -> (fingerprint of its layer's tensors, `PackedConv`); an entry dies with its weight."""
+
+
+def forget(weight: Tensor) -> None:
+    """Drop what is cached for a layer; the next call folds and packs it again."""
+    _packed.pop(weight, None)
+
+
+def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | None = None) -> Tensor:
+    """act(bn(conv(u)) + residual) from running statistics; ``u`` in the dtype of the contraction."""
+    u = channels_last(u)
+    if backends.current() == "native" and onednn_runs(u) and (residual is None or residual.dtype == u.dtype):
+        packed = _packed_layer(u, layer)
+        if packed is not None:
+            return packed_conv_act(u, packed, residual, act)
+    return conv_bn_act(_contraction(u, layer), residual=residual, act=act)[0]
+
+
+def infer_chain(
+    x: Tensor,
+    dtype: torch.dtype,
+    layers: Sequence["Layer"],
+    projection: "Layer | None",
+    shortcut: str,
+    residual: Tensor | None,
+    zero_pad_stride: tuple[int, int],
+    act: str | None,
+) -> Tensor:
+    """A chain from running statistics; the arguments of `run_chain` and the dtype of the contractions."""
+    x = channels_last(x)
+    source = u = x.to(dtype)
+    for layer in layers[:-1]:
+        u = infer_layer(u, layer, "relu")
+    if shortcut == "identity":
+        residual = x
+    elif shortcut == "zero_pad":
+        residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
+    elif projection is not None and backends.current() == "native":
+        residual = infer_layer(source, projection, None)
+    elif projection is not None:
+        return conv_bn_act(_contraction(u, layers[-1]), second=_contraction(source, projection), act=act)[0]
+    return infer_layer(u, layers[-1], act, residual)
+
+
+def _contraction(u: Tensor, layer: "Layer") -> Contraction:
+    norm = normaliser_of(None, layer.tensors.norm, layer.norm, u.dtype)
+    return Contraction(ConvInput(u), layer.tensors.weight.to(u.dtype), layer.geometry, norm.scale, norm.shift)
+
+
+def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
+    """Changes whenever a tensor of the layer is replaced or written to; None where torch does not count writes."""
+    tensors = [tensor for tensor in layer.tensors if tensor is not None]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return (layer.norm.eps, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+
+
+def _packed_layer(u: Tensor, layer: "Layer") -> PackedConv | None:
+    fingerprint = _fingerprint(layer)
+    if fingerprint is None or layer.tensors.weight.dtype != u.dtype:
+        return None
+    known = _packed.get(layer.tensors.weight)
+    if known is not None and known[0] == fingerprint:
+        packed: PackedConv = known[1]
+        return packed
+    _, weight, geometry, scale, shift = _contraction(u, layer)
+    packed = pack(weight.detach(), scale.detach(), shift.detach(), geometry, tuple(u.shape))
+    _packed[layer.tensors.weight] = (fingerprint, packed)
+    return packed

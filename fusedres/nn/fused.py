@@ -1,0 +1,166 @@
+"""Fused forward passes for live modules, mixed into subclasses of the modules they serve."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chain import run_chain, run_stem
+from ..inference import forget
+from ..plan import AUTO
+from .parts import (
+    BlockParts,
+    NotFusable,
+    Pair,
+    StemParts,
+    count_batch,
+    layer_of,
+    residual_parts,
+    stem_parts,
+    why_not,
+    why_not_others,
+    why_not_pairs,
+)
+
+
+class Fused(nn.Module):
+    """A mixin before a module's own class: fused where that is possible at this call, else the plain forward.
+
+    The parameters, buffers, names and state dict are those of the plain class; only ``__class__`` differs.
+    """
+
+    fused_schedule: str = AUTO
+    """The schedule asked for; what `fuse` sets on the instance."""
+
+    def fused_pairs(self) -> tuple[Pair, ...]:
+        """Every convolution with its batch norm that the fused pass runs.
+
+        Raises:
+            NotFusable: with the reason.
+        """
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Any:
+        # Writes through .data are not counted by torch; a change of mode is where a stale cache would show.
+        try:
+            for pair in self.fused_pairs():
+                forget(pair.conv.weight)  # type: ignore[arg-type]
+        except NotFusable:
+            pass
+        return super().train(mode)
+
+
+def traced(x: Any) -> bool:
+    """Whether somebody is reading the forward pass rather than running it: they get the plain modules."""
+    return not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class FusedBlock(Fused):
+    """A residual block (or a single conv-BN-act) as one autograd node."""
+
+    def fused_parts(self) -> BlockParts:
+        """The block taken apart.
+
+        Raises:
+            NotFusable: with the reason.
+        """
+        raise NotImplementedError
+
+    def checked_parts(self) -> BlockParts:
+        """`fused_parts`, every one of them of a kind that the fused pass replaces.
+
+        Raises:
+            NotFusable: with the reason.
+        """
+        parts = self.fused_parts()
+        reason = why_not(parts)
+        if reason is not None:
+            raise NotFusable(reason)
+        return parts
+
+    def fused_pairs(self) -> tuple[Pair, ...]:
+        parts = self.checked_parts()
+        return parts.chain if parts.projection is None else (*parts.chain, parts.projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not traced(x):
+            try:
+                parts = self.checked_parts()
+            except NotFusable:
+                pass
+            else:
+                return self._run(x, parts)
+        plain: Tensor = super().forward(x)
+        return plain
+
+    def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
+        z = run_chain(
+            x,
+            [layer_of(pair) for pair in parts.chain],
+            projection=None if parts.projection is None else layer_of(parts.projection),
+            shortcut=parts.shortcut,
+            zero_pad_stride=parts.zero_pad_stride,
+            act=parts.act,
+            schedule=self.fused_schedule,
+        )
+        count_batch(parts.chain)
+        if parts.projection is not None:
+            count_batch((parts.projection,))
+        return z
+
+
+class FusedBasicBlock(FusedBlock):
+    """conv1 bn1 relu conv2 bn2 + shortcut, relu."""
+
+    def fused_parts(self) -> BlockParts:
+        return residual_parts(self, 2)
+
+
+class FusedBottleneck(FusedBlock):
+    """conv1 bn1 relu conv2 bn2 relu conv3 bn3 + shortcut, relu."""
+
+    def fused_parts(self) -> BlockParts:
+        return residual_parts(self, 3)
+
+
+class FusedConvBNAct(FusedBlock):
+    """conv bn act, no shortcut."""
+
+    def fused_parts(self) -> BlockParts:
+        modules = self._modules
+        pair = Pair(modules["conv"], modules["bn"], "conv", "bn")  # type: ignore[arg-type]
+        return BlockParts((pair,), None, "none", self.act, (1, 1), ())  # type: ignore[arg-type]
+
+
+class FusedStem(Fused):
+    """A network whose conv1, bn1, relu and maxpool run as one autograd node."""
+
+    def checked_stem(self) -> StemParts:
+        """The stem taken apart, every part of a kind that the fused pass replaces.
+
+        Raises:
+            NotFusable: with the reason.
+        """
+        parts = stem_parts(self)
+        reason = why_not_pairs((parts.pair,)) or why_not_others(parts.others)
+        if reason is not None:
+            raise NotFusable(reason)
+        return parts
+
+    def fused_pairs(self) -> tuple[Pair, ...]:
+        return (self.checked_stem().pair,)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """maxpool(relu(bn1(conv1(x))))."""
+        if not traced(x):
+            try:
+                parts = self.checked_stem()
+            except NotFusable:
+                pass
+            else:
+                z = run_stem(x, layer_of(parts.pair), parts.pool, schedule=self.fused_schedule)
+                count_batch((parts.pair,))
+                return z
+        modules: Any = self
+        plain: Tensor = modules.maxpool(modules.relu(modules.bn1(modules.conv1(x))))
+        return plain

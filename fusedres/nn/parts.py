@@ -1,0 +1,169 @@
+"""What a live block is made of, and why it can not be fused if it can not."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from ..autograd.spec import ConvBN, NormSpec
+from ..chain import Layer
+from ..ops.contract import Geometry, PoolGeometry
+from .plain import ZeroPadShortcut
+
+
+class Pair(NamedTuple):
+    """A convolution and the batch norm behind it, with the names they have in their block."""
+
+    conv: nn.Module
+    bn: nn.Module
+    conv_name: str
+    bn_name: str
+
+
+class BlockParts(NamedTuple):
+    """A residual block (or a single conv-BN-act) taken apart.
+
+    ``shortcut`` is as in `run_chain`; ``others`` are modules that the plain forward calls and the fused one does not.
+    """
+
+    chain: tuple[Pair, ...]
+    projection: Pair | None
+    shortcut: str
+    act: str | None
+    zero_pad_stride: tuple[int, int]
+    others: tuple[tuple[str, nn.Module], ...]
+
+
+class NotFusable(Exception):
+    """Why a block is left alone."""
+
+
+def residual_parts(block: nn.Module, depth: int) -> BlockParts:
+    """Take apart a block with torchvision's names: conv1, bn1, ..., relu, downsample.
+
+    Raises:
+        NotFusable: the shortcut is of a kind that no fused pass knows.
+    """
+    modules = block._modules
+    chain = tuple(
+        Pair(modules[f"conv{i}"], modules[f"bn{i}"], f"conv{i}", f"bn{i}")  # type: ignore[arg-type]
+        for i in range(1, depth + 1)
+    )
+    others: list[tuple[str, nn.Module]] = [("relu", modules["relu"])]  # type: ignore[list-item]
+    shortcut = modules.get("downsample")
+    projection, kind, zero_pad_stride = None, "identity", (1, 1)
+    if type(shortcut) is nn.Sequential and len(shortcut) == 2:
+        projection, kind = Pair(shortcut[0], shortcut[1], "downsample.0", "downsample.1"), "projection"
+        others.append(("downsample", shortcut))
+    elif type(shortcut) is ZeroPadShortcut:
+        kind, zero_pad_stride = "zero_pad", (shortcut.stride, shortcut.stride)
+        others.append(("downsample", shortcut))
+    elif shortcut is not None:
+        raise NotFusable(f"downsample is a {type(shortcut).__name__}, not a convolution and a batch norm")
+    return BlockParts(chain, projection, kind, "relu", zero_pad_stride, tuple(others))
+
+
+def why_not(parts: BlockParts) -> str | None:
+    """The reason why these parts can not be fused, or None."""
+    pairs = parts.chain if parts.projection is None else (*parts.chain, parts.projection)
+    return why_not_pairs(pairs) or why_not_others(parts.others)
+
+
+def why_not_pairs(pairs: Iterable[Pair]) -> str | None:
+    for conv, bn, conv_name, bn_name in pairs:
+        if type(conv) is not nn.Conv2d:
+            return f"{conv_name} is a {type(conv).__name__}, not a plain Conv2d"
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return f"{conv_name} pads with {conv.padding_mode!r}, {conv.padding!r}; only zeros of a given width are fused"
+        if type(bn) is not nn.BatchNorm2d:
+            return f"{bn_name} is a {type(bn).__name__}, not a plain BatchNorm2d"
+        if bn.momentum is not None and not math.isfinite(bn.momentum):
+            return f"{bn_name}.momentum is {bn.momentum}"
+        reason = _why_not_hooked(conv_name, conv) or _why_not_hooked(bn_name, bn)
+        if reason:
+            return reason
+    return None
+
+
+def why_not_others(others: Iterable[tuple[str, nn.Module]]) -> str | None:
+    for name, module in others:
+        if name.endswith("relu") and type(module) is not nn.ReLU:
+            return f"{name} is a {type(module).__name__}, not a plain ReLU"
+        reason = _why_not_hooked(name, module)
+        if reason:
+            return reason
+    return None
+
+
+def _why_not_hooked(name: str, module: nn.Module) -> str | None:
+    # A fused pass does not call the inner modules, so nothing may wait for such a call.
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"{name} has hooks, which a fused pass would not call"
+    if "forward" in module.__dict__:
+        return f"{name}.forward was replaced"
+    return None
+
+
+def layer_of(pair: Pair) -> Layer:
+    """The tensors and numbers of a live convolution and batch norm, as a call in its present mode uses them."""
+    conv, bn = pair.conv, pair.bn
+    assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
+    gamma, beta = bn._parameters["weight"], bn._parameters["bias"]
+    running_mean, running_var = bn._buffers["running_mean"], bn._buffers["running_var"]
+    batch_stats = bn.training or running_mean is None
+    momentum = bn.momentum
+    if momentum is None:  # a cumulative average: the k-th batch weighs 1 / k
+        counted = bn._buffers.get("num_batches_tracked")
+        measured = bn.training and bn.track_running_stats and counted is not None
+        momentum = 1.0 / (float(counted) + 1.0) if measured and counted is not None else 0.0
+    if bn.training and not bn.track_running_stats:
+        running_mean = running_var = None
+    tensors = ConvBN(conv.weight, conv._parameters["bias"], gamma, beta, running_mean, running_var)
+    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+    return Layer(tensors, geometry, NormSpec(bn.eps, momentum, batch_stats))
+
+
+def count_batch(pairs: Iterable[Pair]) -> None:
+    """Advance ``num_batches_tracked`` of every batch norm that measured this batch."""
+    for pair in pairs:
+        counted = pair.bn._buffers.get("num_batches_tracked")
+        if counted is not None and pair.bn.training and pair.bn.track_running_stats:
+            counted.add_(1)
+
+
+class StemParts(NamedTuple):
+    """The first layers of a network taken apart: convolution, batch norm, ReLU, max-pooling."""
+
+    pair: Pair
+    pool: PoolGeometry
+    others: tuple[tuple[str, nn.Module], ...]
+
+
+def stem_parts(model: nn.Module) -> StemParts:
+    """Take apart a stem with torchvision's names: conv1, bn1, relu, maxpool.
+
+    Raises:
+        NotFusable: the pooling is of a kind that no fused pass knows.
+    """
+    modules = model._modules
+    pool = modules["maxpool"]
+    if type(pool) is not nn.MaxPool2d:
+        raise NotFusable(f"maxpool is a {type(pool).__name__}, not a plain MaxPool2d")
+    kernel, stride, padding, dilation = (
+        _pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    )
+    if dilation != (1, 1) or pool.ceil_mode or pool.return_indices:
+        raise NotFusable("maxpool is dilated, rounds up or returns indices")
+    pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]
+    others = (("relu", modules["relu"]), ("maxpool", pool))
+    return StemParts(pair, PoolGeometry(kernel, stride, padding), others)  # type: ignore[arg-type]
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

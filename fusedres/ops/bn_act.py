@@ -1,0 +1,110 @@
+"""Normalise, add the shortcut, rectify: the pass over a convolution's output that was written to memory."""
+
+import torch
+from torch import Tensor
+
+from .contract import check_activation, check_vector, per_channel, statistics_dtype
+from .op import Op
+from .relu_mask import pack_relu_mask
+
+
+def _check(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None) -> None:
+    check_activation("y", y)
+    check_vector("scale", scale, y.shape[1])
+    check_vector("shift", shift, y.shape[1])
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual: expected the shape of y, {tuple(y.shape)}, got {tuple(residual.shape)}")
+    check_act(act)
+
+
+def check_act(act: str | None) -> None:
+    """Refuse an activation that no op has."""
+    if act not in ("relu", None):
+        raise ValueError(f"act: expected 'relu' or None, got {act!r}")
+
+
+def normalised_sum(
+    y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None,
+    residual_shift: Tensor | None, act: str | None,
+) -> Tensor:  # fmt: skip
+    """act(y * scale + shift + residual * residual_scale + residual_shift), unrounded in the statistics dtype."""
+    z = y.to(scale.dtype) * per_channel(scale) + per_channel(shift)
+    if residual is not None:
+        branch = residual.to(scale.dtype)
+        if residual_scale is not None and residual_shift is not None:
+            branch = branch * per_channel(residual_scale) + per_channel(residual_shift)
+        z = z + branch
+    return torch.relu(z) if act == "relu" else z
+
+
+def output_dtype(y: Tensor, residual: Tensor | None, residual_scale: Tensor | None) -> torch.dtype:
+    """A shortcut that arrives as it is promotes the sum, as in ``out + identity``; a normalised one does not."""
+    if residual is None or residual_scale is not None:
+        return y.dtype
+    return torch.promote_types(y.dtype, residual.dtype)
+
+
+def _bn_act(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    act: str | None = "relu",
+    bit_mask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """z = act(y * scale + shift + residual), the residual itself optionally * residual_scale + residual_shift.
+
+    Args:
+        y: (N, C, H, W) raw convolution output.
+        scale, shift: (C,) in the statistics dtype (`Normaliser`).
+        residual: (N, C, H, W) or None.
+        residual_scale, residual_shift: (C,) when the residual is a raw projection, else None.
+        act: ``"relu"`` or None.
+        bit_mask: whether to return the ReLU's open positions too.
+
+    Returns:
+        z (N, C, H, W), rounded once to the storage dtype, and the bit mask (`pack_relu_mask`) or None.
+    """
+    _check(y, scale, shift, residual, act)
+    z = normalised_sum(y, scale, shift, residual, residual_scale, residual_shift, act)
+    z = z.to(output_dtype(y, residual, residual_scale))
+    return z, pack_relu_mask(z) if bit_mask else None
+
+
+bn_act = Op(_bn_act)
+
+
+@bn_act.native
+def _bn_act_native(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    act: str | None = "relu",
+    bit_mask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    # Two roundings in 16 bits where the formula has one, so only where storage is as wide as statistics.
+    if y.dtype != statistics_dtype(y.dtype) or output_dtype(y, residual, residual_scale) != y.dtype:
+        return NotImplemented
+    _check(y, scale, shift, residual, act)
+    z = _affine(y, scale, shift)
+    if residual is not None:
+        if residual_scale is not None and residual_shift is not None:
+            residual = _affine(residual, residual_scale, residual_shift)
+        z.add_(residual)
+    if act == "relu":
+        z.relu_()
+    return z, pack_relu_mask(z) if bit_mask else None
+
+
+def _affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """y * scale + shift by the inference form of batch norm, one pass on every device."""
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    out: Tensor = torch.ops.aten.native_batch_norm(y, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
+    return out

@@ -1,0 +1,86 @@
+"""From statistics to the numbers that normalise, and the running statistics beside them."""
+
+import torch
+from torch import Tensor
+
+from .contract import Normaliser, Partials, check_vector
+from .op import Op
+
+
+def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean, m2) of all partials together, after Chan, Golub and LeVeque (1979).
+
+    Adding squared deviations about each partial's own mean cannot cancel, which E[y^2] - E[y]^2 does.
+    """
+    count = partials.count.sum()
+    share = (partials.count / count).unsqueeze(1)
+    mean = (partials.mean * share).sum(0)
+    between = (partials.mean - mean).square() * partials.count.unsqueeze(1)
+    return count, mean, (partials.m2 + between).sum(0)
+
+
+def _bn_finalize(
+    partials: Partials,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> Normaliser:
+    """mean and invstd = (m2 / count + eps)^-1/2 of all partials; scale = gamma * invstd; shift = beta - mean * scale.
+
+    Updates, in place and if given, running_mean += momentum * (mean + bias - running_mean) and running_var likewise
+    towards m2 / (count - 1). A convolution's bias does not change what batch norm puts out, so it is no part of y
+    here; it only moves the running mean.
+
+    Args:
+        partials: statistics of the raw output, (T,) and (T, K).
+        gamma, beta: (K,) or None (1 and 0).
+        running_mean, running_var: (K,), both or neither.
+        bias: (K,) or None.
+        eps: added to the variance.
+        momentum: weight of the new value in the running statistics.
+
+    Returns:
+        `Normaliser` in the statistics dtype.
+    """
+    channels = partials.mean.shape[1]
+    for name, vector in (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("bias", bias)):
+        if vector is not None:
+            check_vector(name, vector, channels)
+    count, mean, m2 = _combine(partials)
+    if running_mean is not None and running_var is not None:
+        measured = mean if bias is None else mean + bias
+        running_mean.lerp_(measured.to(running_mean.dtype), momentum)
+        running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
+    return normaliser(mean, torch.rsqrt(m2 / count + eps), gamma, beta)
+
+
+bn_finalize = Op(_bn_finalize)
+
+
+def bn_from_running(
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype = torch.float32,
+) -> Normaliser:
+    """The `Normaliser` of frozen or evaluated batch norm: mean = running_mean - bias, var = running_var."""
+    mean = running_mean.to(dtype)
+    if bias is not None:
+        mean = mean - bias.to(dtype)
+    return normaliser(mean, torch.rsqrt(running_var.to(dtype) + eps), gamma, beta)
+
+
+def normaliser(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normaliser:
+    """scale = gamma * invstd and shift = beta - mean * scale."""
+    scale = invstd if gamma is None else invstd * gamma.to(invstd.dtype)
+    shift = -mean * scale
+    return Normaliser(mean, invstd, scale, shift if beta is None else shift + beta.to(shift.dtype))

@@ -1,0 +1,57 @@
+"""A convolution whose input is normalised and rectified on load and whose output is measured as it is written."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from .bn_act import bn_act
+from .bn_statistics import bn_statistics
+from .contract import ConvInput, Geometry, Partials, check_conv, statistics_dtype
+from .op import Op
+
+
+def formed(u: ConvInput) -> Tensor:
+    """The operand itself, or relu(tensor * scale + shift) rounded to the storage dtype.
+
+    Padding is added after this, so it is zero and not relu(shift).
+    """
+    if u.scale is None or u.shift is None:
+        return u.tensor
+    return bn_act(u.tensor, u.scale, u.shift)[0]
+
+
+def accumulated(convolution_input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The convolution of storage-dtype operands with its accumulator unrounded, in the statistics dtype."""
+    dtype = statistics_dtype(weight.dtype)
+    return conv2d(convolution_input.to(dtype), weight.to(dtype), None, *geometry)
+
+
+def _conv_forward(
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False
+) -> tuple[Tensor, Partials | None]:
+    """y = conv(u, weight) and, if asked for, the statistics of y.
+
+    Args:
+        u: (N, C, H, W), formed on load if it has a scale.
+        weight: (K, C/groups, R, S) in the dtype of u.
+        geometry: stride, padding (zeros, after the prologue), dilation, groups.
+        statistics: whether to measure y (as stored) for batch norm.
+
+    Returns:
+        y (N, K, P, Q) raw, and its `Partials` or None.
+    """
+    check_conv(u.tensor, weight, geometry, name="u")
+    y = accumulated(formed(u), weight, geometry).to(weight.dtype)
+    return y, bn_statistics(y) if statistics else None
+
+
+conv_forward = Op(_conv_forward)
+
+
+@conv_forward.native
+def _conv_forward_native(
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False
+) -> tuple[Tensor, Partials | None]:
+    check_conv(u.tensor, weight, geometry, name="u")
+    y = conv2d(formed(u), weight, None, *geometry)
+    return y, bn_statistics(y) if statistics else None

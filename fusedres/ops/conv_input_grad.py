@@ -1,0 +1,96 @@
+"""The gradient that a convolution sends to its input, with the producer's ReLU or the shortcut joined to it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bn_act import bn_act
+from .bn_backward import bn_backward_apply, bn_backward_reduce, masked
+from .contract import Geometry, Normaliser, OutputGrad, as_rows, check_activation, from_rows, statistics_dtype
+from .op import Op
+
+
+class Producer(NamedTuple):
+    """The layer that made a convolution's input as relu(y * scale + shift), raw output and numbers."""
+
+    y: Tensor
+    norm: Normaliser
+
+
+class ProducerGrad(NamedTuple):
+    """What the producer's batch norm needs: g behind its ReLU, sum(g) and sum(g * y_hat)."""
+
+    g: Tensor
+    sum_g: Tensor
+    sum_gy: Tensor
+
+
+def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, int, int, int], geometry: Geometry) -> Tensor:
+    """The transposed convolution of ``dy``, as the library computes it, channels_last."""
+    # Only the shape and layout of this operand are read, so it costs no memory traffic.
+    like = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    stride, padding, dilation, groups = geometry
+    du: Tensor = torch.ops.aten.convolution_backward(
+        dy, like, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
+    )[0]
+    return du
+
+
+def at_producer(du: Tensor, producer: Producer, u: Tensor | None = None) -> ProducerGrad:
+    """``du`` behind the producer's ReLU and the sums of it; ``u`` is the rectified output where it was written."""
+    if u is None:
+        u, _ = bn_act(producer.y, producer.norm.scale, producer.norm.shift)
+    g = masked(OutputGrad(du, u))
+    return ProducerGrad(g, *bn_backward_reduce(OutputGrad(g), producer.y, producer.norm))
+
+
+def _conv_input_grad(
+    dy: OutputGrad,
+    weight: Tensor,
+    size: tuple[int, int, int, int],
+    geometry: Geometry,
+    *,
+    add: OutputGrad | None = None,
+) -> Tensor:
+    """du = dy convolved with the transposed weight, plus the masked ``add``.
+
+    Args:
+        dy: (N, K, P, Q), formed on load.
+        weight: (K, C/groups, R, S) in the dtype of dy.
+        size: (N, C, H, W) of the input.
+        geometry: that of the forward convolution.
+        add: a gradient of the same input from elsewhere (the shortcut), masked on load, or None.
+
+    Returns:
+        du (N, C, H, W) channels_last, in the wider dtype of dy and ``add``.
+    """
+    check_activation("dy", dy.g, weight.shape[0])
+    dtype = statistics_dtype(weight.dtype)
+    du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
+    if add is None:
+        return du.to(weight.dtype)
+    return (du + masked(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
+
+
+conv_input_grad = Op(_conv_input_grad)
+
+
+@conv_input_grad.native
+def _conv_input_grad_native(
+    dy: OutputGrad,
+    weight: Tensor,
+    size: tuple[int, int, int, int],
+    geometry: Geometry,
+    *,
+    add: OutputGrad | None = None,
+) -> Tensor:
+    check_activation("dy", dy.g, weight.shape[0])
+    grad = bn_backward_apply(dy)
+    pointwise = weight.shape[2:] == (1, 1) and geometry == Geometry()
+    if add is not None and pointwise and add.g.dtype == weight.dtype and weight.device.type == "cpu":
+        # The product is accumulated onto the shortcut's gradient: one pass less over the widest tensor of a block.
+        rows = torch.addmm(as_rows(masked(add)), as_rows(grad), weight.flatten(1))
+        return from_rows(rows, grad)
+    du = input_grad(grad, weight, size, geometry)
+    return du if add is None else du + masked(add)

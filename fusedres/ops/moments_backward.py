@@ -1,0 +1,153 @@
+"""The backward pass of a 1x1 convolution and its batch norm without the convolution's output.
+
+With g the masked gradient behind the batch norm, D = sum(g u^T) (the one large contraction of the weight gradient),
+mean and M the `Moments` of the input u, and a, invstd of the `Normaliser`:
+
+    D' = D - sum(g) mean^T      dgamma = invstd * rowsum(W * D')      dbeta = sum(g)
+    m1 = dbeta / n    m2 = dgamma / n    q = a * m2 * invstd
+    dW = a * D' - q * (W M)
+    du = (a * g) W - u Q - c    Q = W^T diag(q) W    c = W^T (a * m1) - Q mean
+
+which follows from dy = a * (g - m1 - y_hat * m2) and y_hat = invstd * W (u - mean). Every product with u is centred,
+so that none cancels when the mean is large.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bn_backward import masked
+from .contract import (
+    ConvInput,
+    Geometry,
+    Moments,
+    Normaliser,
+    OutputGrad,
+    as_rows,
+    from_rows,
+    statistics_dtype,
+)
+from .conv_forward import formed
+from .conv_weight_grad import conv_weight_grad
+from .input_moments import sampled
+from .op import Op
+
+
+class MomentsGrad(NamedTuple):
+    """The small matrices of the moments form, in the statistics dtype.
+
+    ``dweight`` (K, C), ``dgamma`` (K,), ``dbeta`` (K,); for the input gradient ``weight`` = a * W (K, C),
+    ``quadratic`` = Q (C, C) and ``constant`` = c (C,), the last two None under frozen statistics.
+    """
+
+    dweight: Tensor
+    dgamma: Tensor
+    dbeta: Tensor
+    weight: Tensor
+    quadratic: Tensor | None
+    constant: Tensor | None
+
+
+def _moments_contraction(
+    g: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """D = sum(g u^T) and sum(g) over the pixels.
+
+    Args:
+        g: (N, K, P, Q), masked on load.
+        u: (N, C, H, W) input of the convolution, formed on load.
+        kernel: (R, S); u^T is the window of C R S values under it.
+        geometry: of the convolution.
+
+    Returns:
+        D (K, C R S) and sum(g) (K,) in the statistics dtype.
+    """
+    grad = OutputGrad(masked(g))
+    d = conv_weight_grad(grad, u, kernel, geometry).flatten(1)
+    return d, as_rows(grad.g).sum(0, dtype=d.dtype)
+
+
+moments_contraction = Op(_moments_contraction)
+
+
+def moments_weight_grad(
+    d: Tensor, sum_g: Tensor, count: int, mean: Tensor, product: Tensor, weight: Tensor, norm: Normaliser
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dW, dgamma and q by the formulas above, for a convolution of any kernel.
+
+    Args:
+        d: (K, C R S), sum_g: (K,), from `moments_contraction`.
+        count: n.
+        mean: (C R S,) of the input's windows.
+        product: W M (K, C R S), which is also the sum of (y - mean_y) u^T.
+        weight: (K, C R S), the rounded one that the contraction used.
+        norm: the `Normaliser` of the forward pass.
+    """
+    centred = d - torch.outer(sum_g, mean)
+    dgamma = norm.invstd * (weight * centred).sum(1)
+    q = norm.scale * norm.invstd * dgamma / count
+    return norm.scale.unsqueeze(1) * centred - q.unsqueeze(1) * product, dgamma, q
+
+
+def frozen_weight_grad(d: Tensor, sum_g: Tensor, weight: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
+    """dW = a * D and dgamma = invstd * (rowsum(W * D) - mean * dbeta), for frozen statistics (m1 = m2 = 0)."""
+    return norm.scale.unsqueeze(1) * d, norm.invstd * ((weight * d).sum(1) - norm.mean * sum_g)
+
+
+def moments_backward(
+    d: Tensor, sum_g: Tensor, moments: Moments | None, weight: Tensor, norm: Normaliser
+) -> MomentsGrad:
+    """The small matrices from D and sum(g), by the formulas above.
+
+    Args:
+        d: (K, C), sum_g: (K,), from `moments_contraction`.
+        moments: of the input; None when mean and variance are frozen.
+        weight: (K, C, 1, 1), the rounded one that the contraction used.
+        norm: the `Normaliser` of the forward pass.
+    """
+    w = weight.flatten(1).to(d.dtype)
+    scaled = norm.scale.unsqueeze(1) * w
+    if moments is None:
+        dweight, dgamma = frozen_weight_grad(d, sum_g, w, norm)
+        return MomentsGrad(dweight, dgamma, sum_g, scaled, None, None)
+    count, mean, m2 = moments
+    dweight, dgamma, q = moments_weight_grad(d, sum_g, count, mean, w @ m2, w, norm)
+    quadratic = w.t() @ (q.unsqueeze(1) * w)
+    constant = w.t() @ (norm.scale * sum_g / count) - quadratic @ mean
+    return MomentsGrad(dweight, dgamma, sum_g, scaled, quadratic, constant)
+
+
+def _moments_input_grad(
+    g: OutputGrad, small: MomentsGrad, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+) -> Tensor:
+    """du = (a * g) W - u Q - c at the pixels that the 1x1 convolution reads, zero elsewhere, plus the masked ``add``.
+
+    Args:
+        g: (N, K, P, Q), masked on load.
+        small: from `moments_backward`.
+        u: (N, C, H, W) input of the 1x1 convolution, formed on load.
+        geometry: of the 1x1 convolution (stride alone).
+        add: another gradient of the same input, (N, C, H, W), masked on load, or None.
+
+    Returns:
+        du (N, C, H, W) channels_last, in the wider dtype of u and ``add``.
+    """
+    seen = sampled(u, geometry.stride)
+    dtype = statistics_dtype(u.tensor.dtype)
+    rows = as_rows(masked(g)).to(dtype) @ small.weight
+    if small.quadratic is not None and small.constant is not None:
+        rows.addmm_(as_rows(formed(seen)).to(dtype), small.quadratic, alpha=-1).sub_(small.constant)
+    du = from_rows(rows, seen.tensor)
+    if geometry.stride != (1, 1):
+        spread = torch.zeros(u.tensor.shape, dtype=dtype, device=du.device).contiguous(
+            memory_format=torch.channels_last
+        )
+        spread[:, :, :: geometry.stride[0], :: geometry.stride[1]] = du
+        du = spread
+    if add is None:
+        return du.to(u.tensor.dtype)
+    return (du + masked(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
+
+
+moments_input_grad = Op(_moments_input_grad)

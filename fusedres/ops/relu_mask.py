@@ -1,0 +1,51 @@
+"""The ReLU's open positions, eight to a byte, and gradients passed through them."""
+
+import torch
+from torch import Tensor
+
+from .op import Op
+
+
+def pack_relu_mask(z: Tensor) -> Tensor:
+    """The positions where a rectified output is positive, packed along the channels.
+
+    Args:
+        z: (N, C, H, W) floating point.
+
+    Returns:
+        (N, H, W, ceil(C / 8)) uint8: bit j of byte b belongs to channel 8 b + j; bits past C are zero.
+    """
+    open_ = (z > 0).permute(0, 2, 3, 1)
+    open_ = torch.nn.functional.pad(open_, (0, -open_.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, device=z.device, dtype=torch.uint8)
+    return (open_ * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_relu_mask(mask: Tensor, channels: int) -> Tensor:
+    """The (N, channels, H, W) bool tensor that `pack_relu_mask` packed."""
+    bits = mask.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return (bits & 1).flatten(-2)[..., :channels].permute(0, 3, 1, 2).bool()
+
+
+def _relu_backward(g: Tensor, mask: Tensor) -> Tensor:
+    """g where the ReLU was open, zero elsewhere.
+
+    Args:
+        g: (N, C, H, W) gradient at the rectified output.
+        mask: a bit mask from `pack_relu_mask`, or the rectified output itself (N, C, H, W).
+
+    Returns:
+        (N, C, H, W) in the dtype of ``g``.
+    """
+    open_ = unpack_relu_mask(mask, g.shape[1]) if mask.dtype == torch.uint8 else mask > 0
+    return torch.where(open_, g, 0.0)
+
+
+relu_backward = Op(_relu_backward)
+
+
+@relu_backward.native
+def _relu_backward_native(g: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype != g.dtype:
+        return NotImplemented
+    return torch.ops.aten.threshold_backward(g, mask, 0)

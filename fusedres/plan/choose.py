@@ -1,0 +1,43 @@
+"""The schedule of a chain, from what the user asked for, the shapes and the device."""
+
+import torch
+
+from ..ops.contract import Geometry
+from .schedule import SCHEDULES, Schedule
+
+AUTO = "auto"
+LIBRARY = Schedule("library", bit_masks=False)
+"""What `auto` runs where no kernel of ours does: one library call per op, each written once, nothing formed twice."""
+
+
+def check_schedule(name: str) -> None:
+    """Refuse a name that is neither ``"auto"`` nor a rung of the ladder."""
+    if name != AUTO and name not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {[AUTO, *SCHEDULES]}, got {name!r}")
+
+
+def chain_schedule(requested: str, device: torch.device) -> Schedule:
+    """The schedule of a chain on this device."""
+    return SCHEDULES.get(requested, LIBRARY)
+
+
+def use_moments(requested: str, weight: torch.Size, geometry: Geometry, pixels: int) -> bool:
+    """Whether a block's last convolution (or its projection) is never written.
+
+    The moments of C channels cost C / K of the convolution, forward and backward, and spare the K channels of its
+    output. For a bottleneck's end, C / K is a quarter; at a half they still spare more memory than they take.
+
+    Args:
+        requested: a rung or ``"auto"``.
+        weight: (K, C/groups, R, S).
+        geometry: of the convolution.
+        pixels: N * P * Q of its output.
+    """
+    k, c, r, s = weight
+    possible = (r, s) == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+    if requested == AUTO:
+        return possible and 4 * c <= k and c <= AUTO_MOMENTS_CHANNELS
+    return possible and SCHEDULES[requested].moments and 2 * c <= k
+
+
+AUTO_MOMENTS_CHANNELS = 128

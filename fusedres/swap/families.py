@@ -1,0 +1,25 @@
+"""Which plain class becomes which fused class, one entry per class that can be swapped."""
+
+import sys
+
+from torch import nn
+
+from ..nn import blocks, plain
+from ..nn.fused import Fused
+
+OWN: dict[type[nn.Module], type[Fused]] = {
+    plain.ConvBNAct: blocks.ConvBNAct,
+    plain.BasicBlock: blocks.BasicBlock,
+    plain.Bottleneck: blocks.Bottleneck,
+}
+
+
+def families() -> dict[type[nn.Module], type[Fused]]:
+    """Plain class -> fused class, for every library whose models can exist in this process."""
+    known = dict(OWN)
+    # A model of a library can only be here if the library is; importing it would cost seconds and may not work.
+    if "torchvision.models.resnet" in sys.modules:
+        from .torchvision import FAMILY
+
+        known.update(FAMILY)
+    return known

@@ -1,0 +1,131 @@
+"""fuse, unfuse, report: fused forward passes in and out of a live model by changing the class of its modules."""
+
+from typing import TypeVar
+
+from torch import nn
+
+from ..nn.fused import Fused, FusedBlock, FusedStem
+from ..nn.parts import NotFusable
+from ..plan import AUTO, check_schedule
+from .families import families
+from .report import Report, Row
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _reason(module: Fused) -> str:
+    """Why a module of a fused class would run its plain forward now, or an empty string."""
+    try:
+        module.fused_pairs()
+    except NotFusable as why:
+        return str(why)
+    return ""
+
+
+def _try_fuse(module: nn.Module, plain: type[nn.Module], fused: type[Fused]) -> str:
+    """Change the class if the module can be fused; the reason if not."""
+    module.__class__ = fused
+    assert isinstance(module, Fused)
+    reason = _reason(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
+    if reason:
+        module.__class__ = plain
+    return reason
+
+
+def fuse(model: Model, *, schedule: str = AUTO) -> Model:
+    """Give every residual block and stem that the library knows its fused forward pass, in place.
+
+    A block is fused by changing its class to a subclass of its own: ``isinstance``, parameters, buffers, names and
+    ``state_dict()`` stay as they are, and an optimizer made before goes on working. What can not be fused is left
+    alone, and `report` says why. Fusing again changes nothing but the schedule.
+
+    Args:
+        model: any module; itself may be a block.
+        schedule: ``"auto"`` (chosen per layer) or a rung of the ladder for all: ``"block_end"``, ``"stats"``,
+            ``"prologue"``, ``"moments"``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or the schedule unknown; nothing has changed then.
+    """
+    _check_model(model)
+    check_schedule(schedule)
+    known = families()
+    for module in model.modules():
+        fused = known.get(type(module))
+        if fused is not None:
+            _try_fuse(module, type(module), fused)
+        if isinstance(module, Fused):
+            module.fused_schedule = schedule
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give every fused module its plain class back, in place.
+
+    Args:
+        model: any module, fused or not.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: the model is no module.
+    """
+    _check_model(model)
+    plain_class = {fused: plain for plain, fused in families().items()}
+    for module in model.modules():
+        plain = plain_class.get(type(module))
+        if plain is not None:
+            module.__dict__.pop("fused_schedule", None)
+            module.__class__ = plain
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What is fused in a model, what is not, and why: one row per residual block or stem, in the model's order.
+
+    Args:
+        model: any module, fused or not.
+
+    Returns:
+        A `Report`: rows to iterate over; ``print`` shows a table.
+
+    Raises:
+        TypeError: the model is no module.
+    """
+    _check_model(model)
+    known = families()
+    plain_class = {fused: plain for plain, fused in known.items()}
+    rows = []
+    for name, module in model.named_modules():
+        if type(module) in plain_class:
+            assert isinstance(module, Fused)
+            kind = _kind(plain_class[type(module)], module)
+            reason = _reason(module)
+            rows.append(Row(name, kind, not reason, None if reason else module.fused_schedule, reason))
+        elif type(module) in known:
+            plain = type(module)
+            reason = _try_fuse(module, plain, known[plain])
+            kind = _kind(plain, known[plain])
+            module.__class__ = plain
+            rows.append(Row(name, kind, False, None, reason or "not fused yet: call fusedres.fuse(model)"))
+        else:
+            base = next((plain for plain in known if isinstance(module, plain)), None)
+            if base is not None:
+                own = type(module)
+                reason = f"{own.__module__}.{own.__qualname__} derives from {base.__name__} and may compute otherwise"
+                rows.append(Row(name, base.__name__, False, None, reason))
+    return Report(rows)
+
+
+def _kind(plain: type[nn.Module], module: Fused | type[Fused]) -> str:
+    cls = module if isinstance(module, type) else type(module)
+    return f"{plain.__name__} stem" if issubclass(cls, FusedStem) else plain.__name__

@@ -1,0 +1,353 @@
+"""The demonstration: train on real digits, plain and fused side by side, and check a foreign ResNet-50.
+
+Both twins start from the same seed and see the same batches in lock-step, so their losses can be compared
+step by step. Two correct fp32 runs still drift apart: each rounds differently, and training amplifies any
+difference. What is printed is what was measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+
+import fusedres
+from fusedres.bench.saved_activations import saved_bytes
+from fusedres.models import cifar_resnet
+from fusedres.train.digits import Digits, batches, load_digits
+
+__all__ = ["DemoOptions", "ForeignCheck", "Twin", "check_resnet50", "draw", "run", "train_twins"]
+
+PEAK_LEARNING_RATE = 0.1
+# Correct implementations differ from each other in rounding alone, by about as much as each differs from
+# fp64.
+ERROR_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `fusedres demo` was asked for. `min_accuracy` is a fraction; `threads` None leaves PyTorch's choice."""
+
+    epochs: int = 15
+    batch: int = 64
+    seed: int = 0
+    out: Path = Path("fusedres-demo.png")
+    threads: int | None = None
+    px: int = 16
+    min_accuracy: float = 0.97
+    resnet50: bool = True
+
+
+@dataclass
+class Twin:
+    """One of the two models, its optimiser, and what was measured of it: one loss and one duration per step."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    accuracy: float = 0.0
+    saved_bytes: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module, steps: int) -> Twin:
+        """SGD with momentum; the learning rate warms up over a fifth of `steps` and then falls as a cosine."""
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=PEAK_LEARNING_RATE, momentum=0.9, weight_decay=5e-4
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2
+        )
+        return cls(name, model.to(memory_format=torch.channels_last), optimizer, schedule)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """One training step, timed from zero_grad to the update."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - start)
+        self.schedule.step()
+
+    def evaluate(self, digits: Digits) -> None:
+        """Fraction of test images classified correctly, with the running statistics of batch norm."""
+        self.model.eval()
+        with torch.inference_mode():
+            predicted = self.model(channels_last(digits.test_images)).argmax(1)
+        self.accuracy = (predicted == digits.test_labels).float().mean().item()
+        self.model.train()
+
+
+@dataclass(frozen=True)
+class ForeignCheck:
+    """torchvision's resnet50: relative errors against an fp64 copy of the unfused model, and saved bytes."""
+
+    report: str
+    output_error: dict[str, float]
+    gradient_error: dict[str, float]
+    saved_bytes: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """The fused model is as close to fp64 as eager PyTorch is. A NaN on either side fails."""
+        return all(
+            error["fused"] <= ERROR_FACTOR * error["eager"]
+            for error in (self.output_error, self.gradient_error)
+        )
+
+
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def train_twins(
+    digits: Digits,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int,
+    on_step: Callable[[], None],
+    on_epoch: Callable[[int, Twin, Twin], None],
+) -> tuple[Twin, Twin]:
+    """Train a plain and a fused ResNet-20 in lock-step; the one that goes first changes every step."""
+    steps_per_epoch = len(digits.train_labels) // batch
+    models = []
+    for fused in (False, True):
+        torch.manual_seed(seed)
+        models.append(cifar_resnet(20, in_channels=1, fused=fused))
+    plain = Twin.of("plain", models[0], epochs * steps_per_epoch)
+    fused_twin = Twin.of("fused", models[1], epochs * steps_per_epoch)
+
+    images, labels = channels_last(digits.train_images[:batch]), digits.train_labels[:batch]
+    for twin in (plain, fused_twin):
+        # A copy, since a forward in training mode moves the running statistics.
+        probe = copy.deepcopy(twin.model)
+        twin.saved_bytes = saved_bytes(probe, lambda m: F.cross_entropy(m(images), labels)).total
+
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        for i_step, (images, labels) in enumerate(batches(digits, batch, generator=generator)):
+            images = channels_last(images)
+            for twin in (plain, fused_twin) if i_step % 2 == 0 else (fused_twin, plain):
+                twin.step(images, labels)
+            on_step()
+        on_epoch(epoch, plain, fused_twin)
+    for twin in (plain, fused_twin):
+        twin.evaluate(digits)
+    return plain, fused_twin
+
+
+def check_resnet50(
+    seed: int, *, px: int = 96, batch: int = 8, repeats: int = 3, on_repeat: Callable[[], None] = lambda: None
+) -> ForeignCheck:
+    """Fuse torchvision's resnet50 (random weights) and compare logits and gradients with the unfused model.
+
+    Errors are |actual − exact| / |exact| over all values, as root mean square of `repeats` batches. A
+    gradient's error comes mostly from single ReLUs that flip within rounding of zero; several large batches
+    average that out.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    from torchvision.models import resnet50
+
+    torch.manual_seed(seed)
+    eager = resnet50().to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(eager).double()
+    fused = fusedres.fuse(copy.deepcopy(eager))
+    output_squares: dict[str, list[float]] = {"eager": [], "fused": []}
+    gradient_squares: dict[str, list[float]] = {"eager": [], "fused": []}
+    for _ in range(repeats):
+        images, labels = channels_last(torch.randn(batch, 3, px, px)), torch.randint(0, 1000, (batch,))
+        exact_output, exact_gradient = _output_and_gradient(exact, images.double(), labels)
+        for name, model in ("eager", eager), ("fused", fused):
+            output, gradient = _output_and_gradient(model, images, labels)
+            output_squares[name].append(_relative_error(output, exact_output) ** 2)
+            gradient_squares[name].append(_relative_error(gradient, exact_gradient) ** 2)
+        on_repeat()
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        return F.cross_entropy(model(images), labels)
+
+    return ForeignCheck(
+        report=str(fusedres.report(fused)),
+        output_error={name: statistics.fmean(squares) ** 0.5 for name, squares in output_squares.items()},
+        gradient_error={name: statistics.fmean(squares) ** 0.5 for name, squares in gradient_squares.items()},
+        saved_bytes={
+            "eager": saved_bytes(eager, loss).total / batch,
+            "fused": saved_bytes(fused, loss).total / batch,
+            "fused, moments": saved_bytes(
+                fusedres.fuse(fusedres.unfuse(fused), schedule="moments"), loss
+            ).total
+            / batch,
+        },
+    )
+
+
+def _output_and_gradient(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    output = model(images)
+    F.cross_entropy(output, labels).backward()
+    return output.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def draw(path: Path, twins: tuple[Twin, Twin], check: ForeignCheck | None, *, batch: int) -> None:
+    """One PNG: the losses of both twins and their difference, and bars for the bytes saved for backward."""
+    panels = 3 if check is not None else 2
+    figure = Figure(figsize=(4.6 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, width_ratios=[2, *[1] * (panels - 1)])
+    plain, fused = twins
+
+    steps = range(1, len(plain.losses) + 1)
+    differences = [abs(a - b) for a, b in zip(plain.losses, fused.losses, strict=True)]
+    axes[0].semilogy(steps, plain.losses, color="tab:blue", linewidth=2.4, alpha=0.6, label="plain")
+    axes[0].semilogy(steps, fused.losses, color="tab:orange", linewidth=1.0, label="fused")
+    axes[0].semilogy(steps, differences, color="tab:gray", linewidth=0.7, label="|plain − fused|")
+    axes[0].set(title="ResNet-20 on handwritten digits", xlabel="step", ylabel="cross entropy (nats)")
+    axes[0].legend()
+
+    _bars(
+        axes[1], {twin.name: twin.saved_bytes for twin in twins}, f"ResNet-20, batch of {batch}", "MB (fp32)"
+    )
+    if check is not None:
+        _bars(axes[2], check.saved_bytes, "torchvision resnet50", "MB per image (fp32)")
+    figure.savefig(path, dpi=120)
+
+
+def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
+    colors = ["tab:blue", "tab:orange", "tab:green"][: len(values)]
+    bars = axes.bar(list(values), [value / 1e6 for value in values.values()], color=colors)
+    axes.bar_label(bars, fmt="%.1f")
+    axes.set(title=f"saved for backward\n{title}", ylabel=unit)
+    axes.margins(y=0.12)
+
+
+def run(options: DemoOptions) -> int:
+    """Run the demonstration and print what it measured. Returns 0 if accuracy and numbers are as they should be.
+
+    Raises:
+        ValueError: an option is out of range, or the picture could not be written where asked.
+        ImportError: scikit-learn is not installed.
+    """
+    if options.epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {options.epochs}")
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"out must name a .png file, got {options.out}")
+    if not options.out.absolute().parent.is_dir():
+        raise ValueError(f"out must lie in an existing folder, got {options.out}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    start = time.perf_counter()
+    console = Console(highlight=False)
+    digits = load_digits(options.px)
+    if not 1 <= options.batch <= len(digits.train_labels):
+        raise ValueError(f"batch must be between 1 and {len(digits.train_labels)}, got {options.batch}")
+
+    console.print(
+        f"ResNet-20 on {len(digits.train_labels)} handwritten digits at {options.px} px, plain and fused from
+        seed" f" {options.seed}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    twins = _train_with_progress(console, digits, options)
+    console.print(_summary(twins, options.batch))
+    failures = [
+        f"{twin.name} test accuracy {twin.accuracy:.2%} is below {options.min_accuracy:.0%}"
+        for twin in twins
+        if twin.accuracy < options.min_accuracy
+    ]
+
+    check = None
+    if options.resnet50:
+        check = _check_with_progress(console, options.seed)
+        if check is not None and not check.passed:
+            failures.append(f"resnet50: the fused model's error is more than {ERROR_FACTOR} times eager's")
+
+    draw(options.out, twins, check, batch=options.batch)
+    console.print(f"picture: {options.out.resolve()}", soft_wrap=True)
+    console.print(f"total time {time.perf_counter() - start:.0f} s")
+    for failure in failures:
+        console.print(f"FAILED: {failure}")
+    return 1 if failures else 0
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _train_with_progress(console: Console, digits: Digits, options: DemoOptions) -> tuple[Twin, Twin]:
+    steps_per_epoch = len(digits.train_labels) // options.batch
+    console.print("epoch   plain loss   fused loss   largest difference of a step")
+    with _progress(console) as progress:
+        task = progress.add_task("training both", total=options.epochs * steps_per_epoch)
+
+        def on_epoch(epoch: int, plain: Twin, fused: Twin) -> None:
+            a, b = plain.losses[-steps_per_epoch:], fused.losses[-steps_per_epoch:]
+            largest = max(abs(x - y) for x, y in zip(a, b, strict=True))
+            console.print(
+                f"{epoch + 1:5d}{statistics.fmean(a):13.6f}{statistics.fmean(b):13.6f}{largest:15.1e}"
+            )
+
+        return train_twins(
+            digits,
+            epochs=options.epochs,
+            batch=options.batch,
+            seed=options.seed,
+            on_step=lambda: progress.advance(task),
+            on_epoch=on_epoch,
+        )
+
+
+def _summary(twins: tuple[Twin, Twin], batch: int) -> Table:
+    table = Table("", *(twin.name for twin in twins))
+    table.add_row("test accuracy", *(f"{twin.accuracy:.2%}" for twin in twins))
+    table.add_row("time per step, median", *(f"{statistics.median(t.seconds) * 1e3:.1f} ms" for t in twins))
+    table.add_row(f"saved for backward, batch of {batch}", *(f"{t.saved_bytes / 1e6:.2f} MB" for t in twins))
+    return table
+
+
+def _check_with_progress(console: Console, seed: int) -> ForeignCheck | None:
+    with _progress(console) as progress:
+        task = progress.add_task("checking torchvision's resnet50", total=3)
+        try:
+            check = check_resnet50(seed, repeats=3, on_repeat=lambda: progress.advance(task))
+        except ImportError:
+            check = None
+    if check is None:
+        console.print("torchvision is not installed, resnet50 is skipped: pip install fusedres[models]")
+        return None
+    console.print("\ntorchvision resnet50, random weights, fused in place")
+    # Rich would wrap the table's lines and read brackets in it as markup.
+    console.print(check.report, markup=False, soft_wrap=True)
+    table = Table("relative error against fp64", "eager fp32", "fused fp32")
+    for what, error in (("logits", check.output_error), ("gradients", check.gradient_error)):
+        table.add_row(what, f"{error['eager']:.1e}", f"{error['fused']:.1e}")
+    console.print(table)
+    return check
