@@ -1,4 +1,7 @@
-"""The `fusedres` command. Exit status: 0 all is well, 1 a check failed or a package is missing, 2 a wrong argument."""
+"""The `fusedres` command.
+
+Exit status: 0 all is well, 1 a check failed or a package is missing, 2 a wrong argument.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train on real digits, plain and fused side by side, and check torchvision's resnet50",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--epochs", type=_positive, default=15)
+    demo.add_argument("--epochs", type=_positive, default=12)
     demo.add_argument("--batch", type=_positive, default=64)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("fusedres-demo.png"), metavar="FILE.png")

@@ -10,7 +10,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backends
 from .autograd.layer import normaliser_of
 from .ops.contract import ConvInput, channels_last
-from .ops.conv_bn_act import Contraction, PackedConv, conv_bn_act, onednn_runs, pack, packed_conv_act
+from .ops import onednn
+from .ops.conv_bn_act import Contraction, conv_bn_act
 from .ops.zero_pad_shortcut import zero_pad_shortcut
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ def forget(weight: Tensor) -> None:
 def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | None = None) -> Tensor:
     """act(bn(conv(u)) + residual) from running statistics; ``u`` in the dtype of the contraction."""
     u = channels_last(u)
-    if backends.current() == "native" and onednn_runs(u) and (residual is None or residual.dtype == u.dtype):
+    if backends.current() == "native" and onednn.runs(u) and (residual is None or residual.dtype == u.dtype):
         packed = _packed_layer(u, layer)
         if packed is not None:
-            return packed_conv_act(u, packed, residual, act)
+            return onednn.conv_act(u, packed, residual, act)
     return conv_bn_act(_contraction(u, layer), residual=residual, act=act)[0]
 
 
@@ -74,15 +75,16 @@ def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
     return (layer.norm.eps, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
 
 
-def _packed_layer(u: Tensor, layer: "Layer") -> PackedConv | None:
+def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
     fingerprint = _fingerprint(layer)
     if fingerprint is None or layer.tensors.weight.dtype != u.dtype:
         return None
     known = _packed.get(layer.tensors.weight)
     if known is not None and known[0] == fingerprint:
-        packed: PackedConv = known[1]
+        packed: onednn.PackedConv = known[1]
         return packed
     _, weight, geometry, scale, shift = _contraction(u, layer)
-    packed = pack(weight.detach(), scale.detach(), shift.detach(), geometry, tuple(u.shape))
+    folded = onednn.fold(weight.detach(), scale.detach())
+    packed = onednn.pack(onednn.PackedConv(folded, shift.detach(), geometry), tuple(u.shape))
     _packed[layer.tensors.weight] = (fingerprint, packed)
     return packed

@@ -162,9 +162,9 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     needs, needed_x = _needs(ctx, spec)
     schedule, last = spec.schedule, len(spec.layers) - 1
     arriving = OutputGrad(channels_last(dz), saved.mask)
-    if not schedule.bit_masks:
-        arriving = OutputGrad(masked(arriving))
-    g = arriving._replace(g=arriving.g.to(spec.dtype))
+    if saved.mask is not None and not schedule.bit_masks:
+        arriving = OutputGrad(masked(arriving), scratch=True)
+    g = arriving._replace(g=arriving.g.to(spec.dtype), scratch=False)
     grads: list[LayerGrads] = [LayerGrads()] * len(saved.parameters)
 
     # What reaches the block's input by the shortcut; the chain's first layer adds its own share to it.
@@ -174,14 +174,14 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
             grads[-1], dx = branch_backward(
                 g, saved.projection, saved.parameters[-1], spec.projection, schedule, needs[-1]
             )
-            at_input = None if dx is None else OutputGrad(dx)
+            at_input = None if dx is None else OutputGrad(dx, scratch=True)
     elif spec.shortcut == "identity":
         at_input = arriving
     elif spec.shortcut == "zero_pad" and needed_x:
         size = tuple(
             saved.main.source.tensor.shape if last == 0 else saved.inner[0].branch.source.tensor.shape
         )
-        at_input = OutputGrad(zero_pad_shortcut_grad(masked(arriving), size, spec.zero_pad_stride))  # type: ignore[arg-type]
+        at_input = OutputGrad(zero_pad_shortcut_grad(masked(arriving), size, spec.zero_pad_stride), scratch=True)  # type: ignore[arg-type]
 
     du: Tensor | None = None
     branch, mask, rebuilt = saved.main, saved.mask, None
@@ -219,4 +219,4 @@ def _inner_backward(
     if schedule.statistics:
         at_layer = at_producer(du, Producer(branch.y, branch.norm), mask)
         return layer_backward(at_layer, None, branch, layer, spec, schedule, needs, add)
-    return branch_backward(OutputGrad(du, mask), branch, layer, spec, schedule, needs, add)
+    return branch_backward(OutputGrad(du, mask, scratch=True), branch, layer, spec, schedule, needs, add)

@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64)
 
 
 class CifarResNet(nn.Module):
-    """A 3×3 stem, three stages of basic blocks at full, half and quarter resolution, average pool, classifier.
+    """A 3×3 stem, three stages of basic blocks, each at half the resolution of the last, and a classifier.
 
     Input (N, in_channels, H, W), output (N, num_classes) logits. The paper's input is 32×32; any size of at
     least 4×4 works, since the stages halve it twice and the pool is global.
@@ -68,12 +68,13 @@ def cifar_resnet(
     """A CIFAR residual network with `depth` weighted layers: 20, 32, 44, 56, 110 and 1202 in the paper.
 
     Args:
-        depth: 6n + 2 for n ≥ 1 blocks per stage. num_classes: width of the classifier. shortcut: where the
-        shape changes, "zero_pad" (the paper's option A, no parameters) or "projection" (option B,
-            a strided 1×1 convolution with batch norm).
-        in_channels: channels of the images. fused: build from `fusedres.nn` blocks; otherwise from their
-        plain PyTorch twins. Parameters, their names and
-            their initial values under one seed are the same.
+        depth: 6n + 2 for n ≥ 1 blocks per stage.
+        num_classes: width of the classifier.
+        shortcut: where the shape changes, "zero_pad" (the paper's option A, no parameters) or "projection"
+            (option B, a strided 1×1 convolution with batch norm).
+        in_channels: channels of the images.
+        fused: build from `fusedres.nn` blocks; otherwise from their plain PyTorch twins. Parameters, their
+            names and their initial values under one seed are the same.
 
     Raises:
         ValueError: an argument is outside the values above.

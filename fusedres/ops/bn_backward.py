@@ -10,7 +10,7 @@ from .relu_mask import relu_backward
 
 def masked(dy: OutputGrad) -> Tensor:
     """The gradient behind the ReLU, without p, q, r."""
-    return dy.g if dy.mask is None else relu_backward(dy.g, dy.mask)
+    return dy.g if dy.mask is None else relu_backward(dy.g, dy.mask, scratch=dy.scratch)
 
 
 def _bn_backward_reduce(g: OutputGrad, y: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:

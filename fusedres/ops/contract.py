@@ -51,7 +51,8 @@ class OutputGrad(NamedTuple):
 
     dy = p * (g where the ReLU was open, else 0) + q * y + r; without p, q, r it is the masked g alone.
     ``g`` is (N, K, P, Q). ``mask`` is None (nothing to mask), a bit mask as `pack_relu_mask` makes it, or the
-    rectified output itself (N, K, P, Q). ``y`` is the raw output; ``p``, ``q``, ``r`` are (K,).
+    rectified output itself (N, K, P, Q). ``y`` is the raw output; ``p``, ``q``, ``r`` are (K,). ``scratch`` says that
+    nobody needs ``g`` afterwards, so that its memory may be written to.
     """
 
     g: Tensor
@@ -60,6 +61,7 @@ class OutputGrad(NamedTuple):
     p: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
+    scratch: bool = False
 
 
 class Partials(NamedTuple):

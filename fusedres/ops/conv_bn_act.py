@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from . import onednn
 from .bn_act import check_act, normalised_sum, output_dtype
 from .contract import ConvInput, Geometry, check_conv, check_vector, per_channel
 from .conv_forward import accumulated, formed
@@ -83,50 +83,6 @@ def _conv_bn_act(
 conv_bn_act = Op(_conv_bn_act)
 
 
-def fold(weight: Tensor, scale: Tensor) -> Tensor:
-    """The weight whose convolution is conv(u, weight) * scale, in the weight's layout."""
-    return weight * scale.view(-1, 1, 1, 1)
-
-
-class PackedConv(NamedTuple):
-    """A convolution with batch norm folded into it, its weight in the library's own layout where it has one."""
-
-    weight: Tensor
-    shift: Tensor
-    geometry: Geometry
-
-
-def onednn_runs(tensor: Tensor) -> bool:
-    """Whether oneDNN's fused convolutions take this operand (fp32 on a CPU that has them)."""
-    return (
-        tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    )
-
-
-def pack(
-    weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry, size: tuple[int, ...]
-) -> PackedConv:
-    """Fold and lay out a weight once for many calls of `packed_conv_act` with inputs of about this ``size``."""
-    folded = fold(weight, scale)
-    stride, padding, dilation, groups = geometry
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-        folded.to_mkldnn(), list(padding), list(stride), list(dilation), groups, list(size)
-    )
-    return PackedConv(packed, shift, geometry)
-
-
-def packed_conv_act(u: Tensor, conv: PackedConv, residual: Tensor | None, act: str | None) -> Tensor:
-    """act(conv(u) + shift + residual) in one oneDNN call; ``u`` and ``residual`` fp32 on the CPU."""
-    stride, padding, dilation, groups = conv.geometry
-    place = (conv.weight, conv.shift, padding, stride, dilation, groups)
-    z: Tensor
-    if residual is None:
-        z = torch.ops.mkldnn._convolution_pointwise(u, *place, act or "none", [], "")
-    else:
-        z = torch.ops.mkldnn._convolution_pointwise.binary(u, residual, *place, "add", 1.0, act, [], None)
-    return z
-
-
 @conv_bn_act.native
 def _conv_bn_act_native(
     main: Contraction,
@@ -139,14 +95,16 @@ def _conv_bn_act_native(
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     # Folding rounds the weight once more, which 16 bits would show.
-    if not onednn_runs(main.weight) or (residual is not None and residual.dtype != main.weight.dtype):
+    if not onednn.runs(main.weight) or (residual is not None and residual.dtype != main.weight.dtype):
         return NotImplemented
     _check(main, residual, second, act)
     if residual is not None and residual_scale is not None and residual_shift is not None:
         residual = residual * per_channel(residual_scale) + per_channel(residual_shift)
     if second is not None:
-        folded = PackedConv(fold(second.weight, second.scale), second.shift, second.geometry)
-        residual = packed_conv_act(formed(second.u), folded, None, None)
-    folded = PackedConv(fold(main.weight, main.scale), main.shift, main.geometry)
-    z = packed_conv_act(formed(main.u), folded, residual, act)
+        residual = onednn.conv_act(formed(second.u), _folded(second))
+    z = onednn.conv_act(formed(main.u), _folded(main), residual, act)
     return z, pack_relu_mask(z) if bit_mask else None
+
+
+def _folded(branch: Contraction) -> onednn.PackedConv:
+    return onednn.PackedConv(onednn.fold(branch.weight, branch.scale), branch.shift, branch.geometry)

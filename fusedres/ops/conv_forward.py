@@ -1,6 +1,5 @@
 """A convolution whose input is normalised and rectified on load and whose output is measured as it is written."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import onednn
 from .bn_act import bn_act
 from .bn_backward import bn_backward_apply, bn_backward_reduce, masked
-from .contract import Geometry, Normaliser, OutputGrad, as_rows, check_activation, from_rows, statistics_dtype
+from .contract import Geometry, Normaliser, OutputGrad, check_activation, statistics_dtype
 from .op import Op
 
 
@@ -87,10 +88,15 @@ def _conv_input_grad_native(
 ) -> Tensor:
     check_activation("dy", dy.g, weight.shape[0])
     grad = bn_backward_apply(dy)
-    pointwise = weight.shape[2:] == (1, 1) and geometry == Geometry()
-    if add is not None and pointwise and add.g.dtype == weight.dtype and weight.device.type == "cpu":
-        # The product is accumulated onto the shortcut's gradient: one pass less over the widest tensor of a block.
-        rows = torch.addmm(as_rows(masked(add)), as_rows(grad), weight.flatten(1))
-        return from_rows(rows, grad)
-    du = input_grad(grad, weight, size, geometry)
-    return du if add is None else du + masked(add)
+    if add is None:
+        return input_grad(grad, weight, size, geometry)
+    shortcut = masked(add)
+    if shortcut.dtype != weight.dtype:
+        return input_grad(grad, weight, size, geometry) + shortcut
+    if weight.shape[2:] == (1, 1) and geometry == Geometry() and onednn.runs(weight):
+        # A 1x1 convolution's input gradient is a 1x1 convolution; the shortcut's gradient joins before it is written.
+        transposed = onednn.pointwise(weight.flatten(1).t())
+        if add.scratch:
+            return onednn.conv_onto(shortcut, grad, transposed)
+        return onednn.conv_act(grad, transposed, shortcut)
+    return input_grad(grad, weight, size, geometry).add_(shortcut)

@@ -3,8 +3,21 @@
 import torch
 from torch import Tensor
 
+from . import onednn
 from .conv_forward import formed
-from .contract import ConvInput, Moments, Partials, as_rows, check_activation, statistics_dtype
+from .conv_weight_grad import weight_grad
+from .contract import (
+    ConvInput,
+    Geometry,
+    Moments,
+    Partials,
+    as_rows,
+    channels_last,
+    check_activation,
+    per_channel,
+    pixels,
+    statistics_dtype,
+)
 from .op import Op
 
 # Rows are taken in pieces of 1 MiB of fp32, which stay in a core's second-level cache between the passes over them.
@@ -50,6 +63,19 @@ def _input_moments(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
 
 
 input_moments = Op(_input_moments)
+
+
+@input_moments.native
+def _input_moments_native(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
+    if not onednn.runs(u.tensor):
+        return NotImplemented
+    seen = channels_last(formed(sampled(u, stride)))
+    n = pixels(seen)
+    row = torch.ops.aten.batch_norm_update_stats(seen, None, None, 0.0)[0]
+    t = seen - per_channel(row)
+    rest = as_rows(t).sum(0)  # what the rounding of ``row`` left
+    gram = weight_grad(t, t, (1, 1), Geometry()).flatten(1)
+    return Moments(n, row + rest / n, gram - torch.outer(rest, rest / n))
 
 
 def moments_statistics(moments: Moments, weight: Tensor) -> Partials:

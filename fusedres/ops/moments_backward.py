@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import onednn
 from .bn_backward import masked
 from .contract import (
     ConvInput,
@@ -25,6 +26,7 @@ from .contract import (
     Normaliser,
     OutputGrad,
     as_rows,
+    channels_last,
     from_rows,
     statistics_dtype,
 )
@@ -138,16 +140,36 @@ def _moments_input_grad(
     rows = as_rows(masked(g)).to(dtype) @ small.weight
     if small.quadratic is not None and small.constant is not None:
         rows.addmm_(as_rows(formed(seen)).to(dtype), small.quadratic, alpha=-1).sub_(small.constant)
-    du = from_rows(rows, seen.tensor)
-    if geometry.stride != (1, 1):
-        spread = torch.zeros(u.tensor.shape, dtype=dtype, device=du.device).contiguous(
-            memory_format=torch.channels_last
-        )
-        spread[:, :, :: geometry.stride[0], :: geometry.stride[1]] = du
-        du = spread
+    du = _spread(from_rows(rows, seen.tensor), u.tensor, geometry.stride)
     if add is None:
         return du.to(u.tensor.dtype)
     return (du + masked(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
 
 
+def _spread(seen: Tensor, like: Tensor, stride: tuple[int, int]) -> Tensor:
+    """``seen`` at every stride-th pixel of a tensor shaped like ``like``, zero elsewhere."""
+    if stride == (1, 1):
+        return seen
+    spread = torch.zeros_like(like, dtype=seen.dtype, memory_format=torch.channels_last)
+    spread[:, :, :: stride[0], :: stride[1]] = seen
+    return spread
+
+
 moments_input_grad = Op(_moments_input_grad)
+
+
+@moments_input_grad.native
+def _moments_input_grad_native(
+    g: OutputGrad, small: MomentsGrad, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+) -> Tensor:
+    if not onednn.runs(u.tensor) or (add is not None and add.g.dtype != u.tensor.dtype):
+        return NotImplemented
+    linear = onednn.pointwise(small.weight.t())
+    if small.quadratic is None or small.constant is None:
+        du = onednn.conv_act(masked(g), linear)
+    else:
+        seen = channels_last(formed(sampled(u, geometry.stride)))
+        du = onednn.conv_act(seen, onednn.pointwise(-small.quadratic, -small.constant))
+        onednn.conv_onto(du, masked(g), linear)
+    du = _spread(du, u.tensor, geometry.stride)
+    return du if add is None else du.add_(masked(add))

@@ -27,12 +27,13 @@ def unpack_relu_mask(mask: Tensor, channels: int) -> Tensor:
     return (bits & 1).flatten(-2)[..., :channels].permute(0, 3, 1, 2).bool()
 
 
-def _relu_backward(g: Tensor, mask: Tensor) -> Tensor:
+def _relu_backward(g: Tensor, mask: Tensor, *, scratch: bool = False) -> Tensor:
     """g where the ReLU was open, zero elsewhere.
 
     Args:
         g: (N, C, H, W) gradient at the rectified output.
         mask: a bit mask from `pack_relu_mask`, or the rectified output itself (N, C, H, W).
+        scratch: whether the result may take the place of ``g``.
 
     Returns:
         (N, C, H, W) in the dtype of ``g``.
@@ -45,7 +46,10 @@ relu_backward = Op(_relu_backward)
 
 
 @relu_backward.native
-def _relu_backward_native(g: Tensor, mask: Tensor) -> Tensor:
+def _relu_backward_native(g: Tensor, mask: Tensor, *, scratch: bool = False) -> Tensor:
     if mask.dtype != g.dtype:
         return NotImplemented
+    if scratch:
+        masked: Tensor = torch.ops.aten.threshold_backward.grad_input(g, mask, 0, grad_input=g)
+        return masked
     return torch.ops.aten.threshold_backward(g, mask, 0)

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..nn.fused import Fused, FusedBlock, FusedStem
+from ..nn.fused import Fused, FusedStem
 from ..nn.parts import NotFusable
 from ..plan import AUTO, check_schedule
 from .families import families

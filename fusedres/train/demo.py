@@ -1,8 +1,8 @@
 """The demonstration: train on real digits, plain and fused side by side, and check a foreign ResNet-50.
 
-Both twins start from the same seed and see the same batches in lock-step, so their losses can be compared
-step by step. Two correct fp32 runs still drift apart: each rounds differently, and training amplifies any
-difference. What is printed is what was measured.
+All models start from the same seed and see the same batches in lock-step, so their losses can be compared step
+by step. Two correct fp32 runs still drift apart: each rounds differently, and training amplifies any difference.
+How far is shown by a control, the plain model in PyTorch's other memory format, which rounds differently too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -28,19 +29,18 @@ from fusedres.bench.saved_activations import saved_bytes
 from fusedres.models import cifar_resnet
 from fusedres.train.digits import Digits, batches, load_digits
 
-__all__ = ["DemoOptions", "ForeignCheck", "Twin", "check_resnet50", "draw", "run", "train_twins"]
+__all__ = ["DemoOptions", "ForeignCheck", "Twin", "Twins", "check_resnet50", "draw", "run", "train_twins"]
 
 PEAK_LEARNING_RATE = 0.1
-# Correct implementations differ from each other in rounding alone, by about as much as each differs from
-# fp64.
+# Correct implementations differ in rounding alone: each is about as far from fp64 as the other.
 ERROR_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What `fusedres demo` was asked for. `min_accuracy` is a fraction; `threads` None leaves PyTorch's choice."""
+    """What `fusedres demo` was asked for. `min_accuracy` is a fraction, `threads` None PyTorch's choice."""
 
-    epochs: int = 15
+    epochs: int = 12
     batch: int = 64
     seed: int = 0
     out: Path = Path("fusedres-demo.png")
@@ -52,30 +52,31 @@ class DemoOptions:
 
 @dataclass
 class Twin:
-    """One of the two models, its optimiser, and what was measured of it: one loss and one duration per step."""
+    """One of the models, its optimiser, and what was measured: a loss and a duration per step."""
 
     name: str
     model: nn.Module
+    memory_format: torch.memory_format
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracy: float = 0.0
-    saved_bytes: float = 0.0
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, steps: int) -> Twin:
-        """SGD with momentum; the learning rate warms up over a fifth of `steps` and then falls as a cosine."""
+    def of(cls, name: str, model: nn.Module, steps: int, memory_format: torch.memory_format) -> Twin:
+        """SGD with momentum; the learning rate rises over a fifth of `steps`, then falls as a cosine."""
         optimizer = torch.optim.SGD(
             model.parameters(), lr=PEAK_LEARNING_RATE, momentum=0.9, weight_decay=5e-4
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2
         )
-        return cls(name, model.to(memory_format=torch.channels_last), optimizer, schedule)
+        return cls(name, model.to(memory_format=memory_format), memory_format, optimizer, schedule)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One training step, timed from zero_grad to the update."""
+        images = images.contiguous(memory_format=self.memory_format)
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.model(images), labels)
@@ -89,9 +90,17 @@ class Twin:
         """Fraction of test images classified correctly, with the running statistics of batch norm."""
         self.model.eval()
         with torch.inference_mode():
-            predicted = self.model(channels_last(digits.test_images)).argmax(1)
+            predicted = self.model(digits.test_images.contiguous(memory_format=self.memory_format)).argmax(1)
         self.accuracy = (predicted == digits.test_labels).float().mean().item()
         self.model.train()
+
+
+class Twins(NamedTuple):
+    """Trained in lock-step. `control` is `plain` in the other memory format."""
+
+    plain: Twin
+    fused: Twin
+    control: Twin
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ class ForeignCheck:
     report: str
     output_error: dict[str, float]
     gradient_error: dict[str, float]
-    saved_bytes: dict[str, float]
+    saved_per_image: dict[str, float]
 
     @property
     def passed(self) -> bool:
@@ -123,34 +132,47 @@ def train_twins(
     batch: int,
     seed: int,
     on_step: Callable[[], None],
-    on_epoch: Callable[[int, Twin, Twin], None],
-) -> tuple[Twin, Twin]:
-    """Train a plain and a fused ResNet-20 in lock-step; the one that goes first changes every step."""
+    on_epoch: Callable[[int, Twins], None],
+) -> Twins:
+    """Train ResNet-20 three times in lock-step; which one goes first changes every step."""
     steps_per_epoch = len(digits.train_labels) // batch
-    models = []
-    for fused in (False, True):
+
+    def twin(name: str, fused: bool, memory_format: torch.memory_format) -> Twin:
         torch.manual_seed(seed)
-        models.append(cifar_resnet(20, in_channels=1, fused=fused))
-    plain = Twin.of("plain", models[0], epochs * steps_per_epoch)
-    fused_twin = Twin.of("fused", models[1], epochs * steps_per_epoch)
+        model = cifar_resnet(20, in_channels=1, fused=fused)
+        return Twin.of(name, model, epochs * steps_per_epoch, memory_format)
 
-    images, labels = channels_last(digits.train_images[:batch]), digits.train_labels[:batch]
-    for twin in (plain, fused_twin):
-        # A copy, since a forward in training mode moves the running statistics.
-        probe = copy.deepcopy(twin.model)
-        twin.saved_bytes = saved_bytes(probe, lambda m: F.cross_entropy(m(images), labels)).total
-
+    twins = Twins(
+        twin("plain", False, torch.channels_last),
+        twin("fused", True, torch.channels_last),
+        twin("plain, NCHW", False, torch.contiguous_format),
+    )
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         for i_step, (images, labels) in enumerate(batches(digits, batch, generator=generator)):
-            images = channels_last(images)
-            for twin in (plain, fused_twin) if i_step % 2 == 0 else (fused_twin, plain):
-                twin.step(images, labels)
+            first = i_step % len(twins)
+            for one in (*twins[first:], *twins[:first]):
+                one.step(images, labels)
             on_step()
-        on_epoch(epoch, plain, fused_twin)
-    for twin in (plain, fused_twin):
-        twin.evaluate(digits)
-    return plain, fused_twin
+        on_epoch(epoch, twins)
+    for one in twins:
+        one.evaluate(digits)
+    return twins
+
+
+def saved_by_schedule(
+    plain: nn.Module, fused: nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> dict[str, float]:
+    """Bytes saved for backward by one training step: plain, fused as it is, and on the schedule saving most."""
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        return F.cross_entropy(model(channels_last(images)), labels)
+
+    # Copies, since a forward in training mode moves the running statistics.
+    plain, fused = copy.deepcopy(plain).train(), copy.deepcopy(fused).train()
+    saved = {"plain": saved_bytes(plain, loss).total, "fused": saved_bytes(fused, loss).total}
+    saved["fused, moments"] = saved_bytes(fusedres.fuse(fused, schedule="moments"), loss).total
+    return saved
 
 
 def check_resnet50(
@@ -182,21 +204,12 @@ def check_resnet50(
             gradient_squares[name].append(_relative_error(gradient, exact_gradient) ** 2)
         on_repeat()
 
-    def loss(model: nn.Module) -> torch.Tensor:
-        return F.cross_entropy(model(images), labels)
-
+    saved = saved_by_schedule(eager, fused, images, labels)
     return ForeignCheck(
         report=str(fusedres.report(fused)),
         output_error={name: statistics.fmean(squares) ** 0.5 for name, squares in output_squares.items()},
         gradient_error={name: statistics.fmean(squares) ** 0.5 for name, squares in gradient_squares.items()},
-        saved_bytes={
-            "eager": saved_bytes(eager, loss).total / batch,
-            "fused": saved_bytes(fused, loss).total / batch,
-            "fused, moments": saved_bytes(
-                fusedres.fuse(fusedres.unfuse(fused), schedule="moments"), loss
-            ).total
-            / batch,
-        },
+        saved_per_image={name: nbytes / batch for name, nbytes in saved.items()},
     )
 
 
@@ -213,39 +226,48 @@ def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-def draw(path: Path, twins: tuple[Twin, Twin], check: ForeignCheck | None, *, batch: int) -> None:
-    """One PNG: the losses of both twins and their difference, and bars for the bytes saved for backward."""
+def draw(
+    path: Path, twins: Twins, saved: dict[str, float], check: ForeignCheck | None, *, batch: int
+) -> None:
+    """One PNG: the losses of the twins and their differences, and bars for the bytes saved for backward."""
     panels = 3 if check is not None else 2
     figure = Figure(figsize=(4.6 * panels, 4.2), layout="constrained")
     axes = figure.subplots(1, panels, width_ratios=[2, *[1] * (panels - 1)])
-    plain, fused = twins
 
-    steps = range(1, len(plain.losses) + 1)
-    differences = [abs(a - b) for a, b in zip(plain.losses, fused.losses, strict=True)]
-    axes[0].semilogy(steps, plain.losses, color="tab:blue", linewidth=2.4, alpha=0.6, label="plain")
-    axes[0].semilogy(steps, fused.losses, color="tab:orange", linewidth=1.0, label="fused")
-    axes[0].semilogy(steps, differences, color="tab:gray", linewidth=0.7, label="|plain − fused|")
+    plain, fused, control = (twin.losses for twin in twins)
+    steps = range(1, len(plain) + 1)
+    axes[0].semilogy(steps, plain, color="tab:blue", linewidth=2.6, alpha=0.5, label="plain")
+    axes[0].semilogy(steps, fused, color="tab:orange", linewidth=1.0, label="fused")
+    for losses, color, label in (
+        (fused, "tab:red", "|fused − plain|"),
+        (control, "tab:gray", "|plain NCHW − plain|"),
+    ):
+        axes[0].semilogy(steps, differences(losses, plain), color=color, linewidth=0.6, label=label)
     axes[0].set(title="ResNet-20 on handwritten digits", xlabel="step", ylabel="cross entropy (nats)")
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
 
-    _bars(
-        axes[1], {twin.name: twin.saved_bytes for twin in twins}, f"ResNet-20, batch of {batch}", "MB (fp32)"
-    )
+    _bars(axes[1], saved, f"ResNet-20, batch of {batch}", "MB (fp32)")
     if check is not None:
-        _bars(axes[2], check.saved_bytes, "torchvision resnet50", "MB per image (fp32)")
+        _bars(axes[2], check.saved_per_image, "torchvision resnet50", "MB per image (fp32)")
     figure.savefig(path, dpi=120)
 
 
+def differences(losses: list[float], others: list[float]) -> list[float]:
+    return [abs(a - b) for a, b in zip(losses, others, strict=True)]
+
+
 def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
-    colors = ["tab:blue", "tab:orange", "tab:green"][: len(values)]
-    bars = axes.bar(list(values), [value / 1e6 for value in values.values()], color=colors)
+    names = [name.replace(", ", ",\n") for name in values]
+    bars = axes.bar(
+        names, [value / 1e6 for value in values.values()], color=["tab:blue", "tab:orange", "tab:green"]
+    )
     axes.bar_label(bars, fmt="%.1f")
     axes.set(title=f"saved for backward\n{title}", ylabel=unit)
     axes.margins(y=0.12)
 
 
 def run(options: DemoOptions) -> int:
-    """Run the demonstration and print what it measured. Returns 0 if accuracy and numbers are as they should be.
+    """Run the demonstration, print what it measured, and return 0 if every check passed, else 1.
 
     Raises:
         ValueError: an option is out of range, or the picture could not be written where asked.
@@ -266,14 +288,17 @@ def run(options: DemoOptions) -> int:
         raise ValueError(f"batch must be between 1 and {len(digits.train_labels)}, got {options.batch}")
 
     console.print(
-        f"ResNet-20 on {len(digits.train_labels)} handwritten digits at {options.px} px, plain and fused from
-        seed" f" {options.seed}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"ResNet-20 on {len(digits.train_labels)} handwritten digits at {options.px} px, plain and fused from"
+        f" seed {options.seed}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        soft_wrap=True,
     )
     twins = _train_with_progress(console, digits, options)
-    console.print(_summary(twins, options.batch))
+    images, labels = digits.train_images[: options.batch], digits.train_labels[: options.batch]
+    saved = saved_by_schedule(twins.plain.model, twins.fused.model, images, labels)
+    console.print(_summary(twins, saved, options.batch))
     failures = [
         f"{twin.name} test accuracy {twin.accuracy:.2%} is below {options.min_accuracy:.0%}"
-        for twin in twins
+        for twin in (twins.plain, twins.fused)
         if twin.accuracy < options.min_accuracy
     ]
 
@@ -283,7 +308,7 @@ def run(options: DemoOptions) -> int:
         if check is not None and not check.passed:
             failures.append(f"resnet50: the fused model's error is more than {ERROR_FACTOR} times eager's")
 
-    draw(options.out, twins, check, batch=options.batch)
+    draw(options.out, twins, saved, check, batch=options.batch)
     console.print(f"picture: {options.out.resolve()}", soft_wrap=True)
     console.print(f"total time {time.perf_counter() - start:.0f} s")
     for failure in failures:
@@ -302,17 +327,18 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _train_with_progress(console: Console, digits: Digits, options: DemoOptions) -> tuple[Twin, Twin]:
+def _train_with_progress(console: Console, digits: Digits, options: DemoOptions) -> Twins:
     steps_per_epoch = len(digits.train_labels) // options.batch
-    console.print("epoch   plain loss   fused loss   largest difference of a step")
+    console.print("                                  largest difference of a step from plain")
+    console.print("epoch   plain loss   fused loss   fused        plain in NCHW")
     with _progress(console) as progress:
-        task = progress.add_task("training both", total=options.epochs * steps_per_epoch)
+        task = progress.add_task("training all", total=options.epochs * steps_per_epoch)
 
-        def on_epoch(epoch: int, plain: Twin, fused: Twin) -> None:
-            a, b = plain.losses[-steps_per_epoch:], fused.losses[-steps_per_epoch:]
-            largest = max(abs(x - y) for x, y in zip(a, b, strict=True))
+        def on_epoch(epoch: int, twins: Twins) -> None:
+            plain, fused, control = (twin.losses[-steps_per_epoch:] for twin in twins)
             console.print(
-                f"{epoch + 1:5d}{statistics.fmean(a):13.6f}{statistics.fmean(b):13.6f}{largest:15.1e}"
+                f"{epoch + 1:5d}{statistics.fmean(plain):13.6f}{statistics.fmean(fused):13.6f}"
+                f"   {max(differences(fused, plain)):<13.1e}{max(differences(control, plain)):.1e}"
             )
 
         return train_twins(
@@ -325,11 +351,13 @@ def _train_with_progress(console: Console, digits: Digits, options: DemoOptions)
         )
 
 
-def _summary(twins: tuple[Twin, Twin], batch: int) -> Table:
+def _summary(twins: Twins, saved: dict[str, float], batch: int) -> Table:
     table = Table("", *(twin.name for twin in twins))
     table.add_row("test accuracy", *(f"{twin.accuracy:.2%}" for twin in twins))
     table.add_row("time per step, median", *(f"{statistics.median(t.seconds) * 1e3:.1f} ms" for t in twins))
-    table.add_row(f"saved for backward, batch of {batch}", *(f"{t.saved_bytes / 1e6:.2f} MB" for t in twins))
+    megabytes = {name: f"{nbytes / 1e6:.2f} MB" for name, nbytes in saved.items()}
+    table.add_row(f"saved for backward, batch of {batch}", megabytes["plain"], megabytes["fused"])
+    table.add_row('the same with schedule="moments"', "", megabytes["fused, moments"])
     return table
 
 

@@ -17,7 +17,7 @@ __all__ = ["Digits", "batches", "load_digits", "shift"]
 
 @dataclass(frozen=True)
 class Digits:
-    """Standardised images (N, 1, H, W) fp32 and labels (N,) int64. `background` is the value of empty paper."""
+    """Standardised images (N, 1, H, W) fp32, labels (N,) int64, and the `background` value of empty paper."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -66,7 +66,7 @@ def load_digits(size: int = 8) -> Digits:
 def shift(
     images: torch.Tensor, max_shift: int, *, background: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Move every image by its own random −max_shift…max_shift pixels along both axes; `background` comes in."""
+    """Move every image by its own random offset of at most `max_shift` pixels along both axes."""
     if max_shift == 0:
         return images
     N, C, H, W = images.shape
@@ -82,7 +82,7 @@ def shift(
 def batches(
     digits: Digits, size: int, *, generator: torch.Generator, max_shift: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of shuffled, randomly shifted training batches of exactly `size` images; the rest is left out.
+    """One epoch of shuffled, randomly shifted batches of exactly `size` images; the rest is left out.
 
     Raises:
         ValueError: `size` is below 1 or above the number of training images.

@@ -1,0 +1,62 @@
+"""oneDNN's fused convolutions on the CPU: bias, addition and ReLU joined to the product before it is written."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import Geometry
+
+
+class PackedConv(NamedTuple):
+    """A convolution with batch norm folded into it; the weight may be in oneDNN's own layout."""
+
+    weight: Tensor
+    shift: Tensor | None
+    geometry: Geometry
+
+
+def runs(tensor: Tensor) -> bool:
+    """Whether these calls take operands like ``tensor``: fp32 on a CPU, in a build that has oneDNN."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def fold(weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight whose convolution is conv(u, weight) * scale, in the weight's layout."""
+    return weight * scale.view(-1, 1, 1, 1)
+
+
+def pack(conv: PackedConv, size: tuple[int, ...]) -> PackedConv:
+    """Lay a weight out once for many calls with inputs of about this ``size`` (N, C, H, W)."""
+    stride, padding, dilation, groups = (list(v) if isinstance(v, tuple) else v for v in conv.geometry)
+    reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+    weight = reorder(conv.weight.to_mkldnn(), padding, stride, dilation, groups, list(size))  # type: ignore[call-arg]
+    return conv._replace(weight=weight)
+
+
+def conv_act(u: Tensor, conv: PackedConv, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+    """act(conv(u) + shift + residual) in one call."""
+    z: Tensor
+    if residual is None:
+        z = torch.ops.mkldnn._convolution_pointwise(u, *_arguments(conv), act or "none", [], "")
+    else:
+        call = torch.ops.mkldnn._convolution_pointwise.binary
+        z = call(u, residual, *_arguments(conv), "add", 1.0, act, [], None)
+    return z
+
+
+def conv_onto(total: Tensor, u: Tensor, conv: PackedConv) -> Tensor:
+    """total += conv(u) + shift, in the memory of ``total``."""
+    torch.ops.mkldnn._convolution_pointwise_.binary(total, u, *_arguments(conv), "add", 1.0, None, [], None)
+    return total
+
+
+def _arguments(conv: PackedConv) -> tuple[object, ...]:
+    stride, padding, dilation, groups = conv.geometry
+    return conv.weight, conv.shift, padding, stride, dilation, groups
+
+
+def pointwise(matrix: Tensor, shift: Tensor | None = None) -> PackedConv:
+    """u -> u @ matrix^T + shift at every pixel, from a (K, C) matrix."""
+    weight = matrix.reshape(*matrix.shape, 1, 1).contiguous(memory_format=torch.channels_last)
+    return PackedConv(weight, shift, Geometry())
