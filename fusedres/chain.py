@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import autocast
+from .autocast import contraction_dtype, no_autocast
 from .autograd import ConvChain, StemPool
-from .autograd.saved import no_autocast
 from .autograd.spec import ChainSpec, ConvBN, LayerSpec, NormSpec, StemSpec
 from .inference import infer_chain, infer_layer
 from .ops.bn_act import check_act
@@ -25,15 +26,7 @@ class Layer(NamedTuple):
     norm: NormSpec
 
 
-Size = tuple[int, int, int, int]
-
-
-def contraction_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that eager PyTorch would convolve ``x`` in: autocast's, unless x is fp64, or its own."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+Size = tuple[int, ...]
 
 
 def run_chain(
@@ -145,12 +138,11 @@ def _differentiated(x: Tensor, residual: Tensor | None, layers: Sequence[Layer])
 def _checked_size(name: str, x: Tensor, layer: Layer, size: Size, dtype: torch.dtype) -> Size:
     """The (N, K, P, Q) that a layer makes of an input of ``size``; refuses what eager PyTorch would refuse."""
     weight = layer.tensors.weight
-    n, _, height, width = size
+    n = size[0]
     p, q = check_conv_shapes(name, size, weight, layer.geometry)
     if weight.device != x.device:
         raise ValueError(f"weight of {name}: expected it on {x.device}, got {weight.device}")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if weight.dtype != dtype and not autocast:
+    if weight.dtype != dtype and not autocast.enabled(x.device.type):
         raise TypeError(f"weight of {name}: expected the dtype of x, {dtype}, got {weight.dtype}")
     check_norm(name, layer.norm, n * p * q)
     return n, weight.shape[0], p, q

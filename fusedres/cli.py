@@ -38,9 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fusedres", description="Residual networks in PyTorch that move fewer bytes."
-    )
+    parser = argparse.ArgumentParser(prog="fusedres", description="Residual networks in PyTorch that move fewer bytes.")
     parser.add_argument("--version", action="version", version=f"fusedres {version('fusedres')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 

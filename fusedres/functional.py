@@ -78,9 +78,7 @@ def conv_bn_act(
     check_schedule(schedule)
     tensors = ConvBN(weight, bias, gamma, beta, running_mean, running_var)
     batch_stats = _check_norm_tensors(tensors.norm, weight.shape[0], training)
-    geometry = Geometry(
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
-    )
+    geometry = Geometry(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
     layer = Layer(tensors, geometry, NormSpec(eps, momentum, batch_stats))
     shortcut = "none" if residual is None else "residual"
     return run_chain(x, [layer], shortcut=shortcut, residual=residual, act=act, schedule=schedule)

@@ -9,8 +9,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
 from .autograd.layer import normaliser_of
-from .ops.contract import ConvInput, channels_last
 from .ops import onednn
+from .ops.contract import ConvInput, channels_last
 from .ops.conv_bn_act import Contraction, conv_bn_act
 from .ops.zero_pad_shortcut import zero_pad_shortcut
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autocast import no_autocast
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward, masked
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import Normaliser, OutputGrad, channels_last
 from .layer import normaliser_of
-from .saved import differentiable_once, keep, kept, no_autocast, on_forward_backend
+from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import NormSpec, NormTensors
 
 
@@ -42,9 +43,7 @@ class BNAddAct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, *tensors: Tensor | None) -> Tensor:
         with no_autocast(y.device.type):
             return _forward(ctx, y, residual, spec, tensors)
 
@@ -92,9 +91,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     spec: BNAddActSpec = ctx.spec
     g = OutputGrad(channels_last(dz), saved.mask)
 
-    def through(
-        y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None
-    ) -> tuple[Tensor, list[Any]]:
+    def through(y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None) -> tuple[Tensor, list[Any]]:
         typed = g._replace(g=g.g.to(y.dtype))
         dy, dgamma, dbeta = bn_backward(typed, y, norm, gamma, batch_stats=norm_spec.batch_stats)
         return dy, [dgamma, dbeta, None, None, None]
@@ -103,9 +100,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     dresidual: Tensor | None = None
     residual_grads: list[Any] = [None] * len(NormTensors._fields)
     if saved.residual is not None and saved.residual_norm is not None and spec.residual_norm is not None:
-        dresidual, residual_grads = through(
-            saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1]
-        )
+        dresidual, residual_grads = through(saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1])
     elif ctx.needs_input_grad[1]:
         dresidual = masked(g).to(ctx.residual_dtype)
     return (dy, dresidual, None, *grads, *residual_grads)

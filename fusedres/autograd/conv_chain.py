@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autocast import no_autocast
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import masked
 from ..ops.bn_forward import bn_forward
@@ -16,6 +17,7 @@ from ..ops.conv_input_grad import Producer, at_producer
 from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
 from ..plan import Schedule
 from .layer import (
+    PARAMETERS,
     Branch,
     LayerGrads,
     Needs,
@@ -24,8 +26,9 @@ from .layer import (
     grouped,
     layer_backward,
     measure,
+    needs_of,
 )
-from .saved import differentiable_once, keep, kept, no_autocast, on_forward_backend
+from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import ChainSpec, ConvBN, LayerSpec
 
 
@@ -46,9 +49,7 @@ class Kept(NamedTuple):
     parameters: tuple[ConvBN, ...]
 
 
-def _inner_forward(
-    u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule
-) -> tuple[ConvInput, Inner]:
+def _inner_forward(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) -> tuple[ConvInput, Inner]:
     if spec.norm.batch_stats and not schedule.statistics and not schedule.prologue:
         y, _ = conv_forward(u, layer.weight.to(u.tensor.dtype), spec.geometry)
         out, norm = bn_forward(
@@ -88,7 +89,11 @@ def _join(
         return conv_bn_act(first, second=second, **end) if second else conv_bn_act(first, **shortcut, **end)
     if second is None:
         return bn_act(main.y, main.norm.scale, main.norm.shift, **shortcut, **end)
-    swapped = {"residual": main.y, "residual_scale": main.norm.scale, "residual_shift": main.norm.shift}
+    swapped: dict[str, Any] = {
+        "residual": main.y,
+        "residual_scale": main.norm.scale,
+        "residual_shift": main.norm.shift,
+    }
     return conv_bn_act(second, **swapped, **end)
 
 
@@ -100,9 +105,7 @@ class ConvChain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, *tensors: Tensor | None) -> Tensor:
         with no_autocast(x.device.type):
             return _forward(ctx, x, residual, spec, grouped(tensors))
 
@@ -113,9 +116,7 @@ class ConvChain(torch.autograd.Function):
         return _backward(ctx, dz)
 
 
-def _forward(
-    ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: list[ConvBN]
-) -> Tensor:
+def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: list[ConvBN]) -> Tensor:
     x = channels_last(x)
     source = u = ConvInput(x.to(spec.dtype))
     inner = []
@@ -138,7 +139,8 @@ def _forward(
         if rectified and mask is None:
             mask = z
         ctx.spec, ctx.backend = spec, backends.current()
-        ctx.input_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
+        ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
+        ctx.residual_dtype = None if residual is None else residual.dtype
         keep(ctx, Kept(tuple(inner), main, projection, mask, tuple(parameters)))
     return z
 
@@ -146,13 +148,13 @@ def _forward(
 def _needs(ctx: Any, spec: ChainSpec) -> tuple[list[Needs], bool]:
     """Per layer (the projection last) what is asked for; a layer's source is needed if anything below it is."""
     needed_x, _, _, *flat = ctx.needs_input_grad
-    layers = grouped(tuple(flat))
+    asked = [flat[i : i + PARAMETERS] for i in range(0, len(flat), PARAMETERS)]
     below, needs = needed_x, []
-    for layer in layers[: len(spec.layers)]:
-        needs.append(Needs(*layer[:4], below))  # type: ignore[arg-type]
-        below = below or any(layer[:4])  # type: ignore[arg-type]
+    for layer in asked[: len(spec.layers)]:
+        needs.append(needs_of(layer, below))
+        below = below or any(layer)
     if spec.projection is not None:
-        needs.append(Needs(*layers[-1][:4], needed_x))  # type: ignore[arg-type]
+        needs.append(needs_of(asked[-1], needed_x))
     return needs, needed_x
 
 
@@ -178,10 +180,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     elif spec.shortcut == "identity":
         at_input = arriving
     elif spec.shortcut == "zero_pad" and needed_x:
-        size = tuple(
-            saved.main.source.tensor.shape if last == 0 else saved.inner[0].branch.source.tensor.shape
-        )
-        at_input = OutputGrad(zero_pad_shortcut_grad(masked(arriving), size, spec.zero_pad_stride), scratch=True)  # type: ignore[arg-type]
+        dx = zero_pad_shortcut_grad(masked(arriving), ctx.input_size, spec.zero_pad_stride)
+        at_input = OutputGrad(dx, scratch=True)
 
     du: Tensor | None = None
     branch, mask, rebuilt = saved.main, saved.mask, None

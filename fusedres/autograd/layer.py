@@ -1,5 +1,6 @@
 """One convolution and its batch norm, forward and backward: the steps that the Functions share."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,12 @@ class Needs(NamedTuple):
         return True in self
 
 
+def needs_of(asked: Sequence[bool], source: bool) -> Needs:
+    """From ``ctx.needs_input_grad`` of a layer's `ConvBN` tensors, and whether its source's gradient is needed."""
+    weight, bias, gamma, beta = asked[:4]
+    return Needs(weight, bias, gamma, beta, source)
+
+
 class LayerGrads(NamedTuple):
     """A layer's gradients in the order of `ConvBN` (running statistics have none)."""
 
@@ -68,9 +75,7 @@ def grouped(tensors: tuple[Tensor | None, ...]) -> list[ConvBN]:
     return [ConvBN(*tensors[i : i + PARAMETERS]) for i in range(0, len(tensors), PARAMETERS)]  # type: ignore[arg-type]
 
 
-def normaliser_of(
-    partials: Partials | None, tensors: NormTensors, spec: NormSpec, dtype: torch.dtype
-) -> Normaliser:
+def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpec, dtype: torch.dtype) -> Normaliser:
     """From the batch's statistics, moving the running ones, or from the running ones."""
     gamma, beta, running_mean, running_var, bias = tensors
     if partials is not None:
@@ -90,9 +95,7 @@ def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) ->
         moments = input_moments(u, spec.geometry.stride) if spec.norm.batch_stats else None
         partials = None if moments is None else moments_statistics(moments, weight)
         return Branch(u, normaliser_of(partials, layer.norm, spec.norm, weight.dtype), None, moments)
-    y, partials = conv_forward(
-        u, weight, spec.geometry, statistics=schedule.statistics and spec.norm.batch_stats
-    )
+    y, partials = conv_forward(u, weight, spec.geometry, statistics=schedule.statistics and spec.norm.batch_stats)
     if spec.norm.batch_stats and partials is None:
         partials = bn_statistics(y)
     return Branch(u, normaliser_of(partials, layer.norm, spec.norm, y.dtype), y, None)
@@ -119,7 +122,7 @@ def convolution_backward(
         return dweight, None
     weight = layer.weight.to(source.tensor.dtype)
     size = tuple(source.tensor.shape)
-    return dweight, conv_input_grad(dy, weight, size, spec.geometry, add=add)  # type: ignore[arg-type]
+    return dweight, conv_input_grad(dy, weight, size, spec.geometry, add=add)
 
 
 def branch_backward(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autocast import no_autocast
 
 
 def keep(ctx: Any, structure: Any) -> None:
@@ -77,8 +78,3 @@ def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
 
     return run
-
-
-def no_autocast(device_type: str) -> torch.autocast:
-    """Autocast off: Functions choose their dtypes themselves."""
-    return torch.autocast(device_type, enabled=False)

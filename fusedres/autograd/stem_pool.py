@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autocast import no_autocast
 from ..ops.contract import ConvInput, Normaliser, OutputGrad, channels_last, pixels
 from ..ops.conv_weight_grad import conv_weight_grad
 from ..ops.moments_backward import frozen_weight_grad, moments_contraction, moments_weight_grad
 from ..ops.stem_pool import stem_pool, stem_pool_backward
-from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure
-from .saved import differentiable_once, keep, kept, no_autocast, on_forward_backend
+from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure, needs_of
+from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import ConvBN, StemSpec
 
 
@@ -85,7 +86,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     spec: StemSpec = ctx.spec
     saved: Kept = kept(ctx)
     branch, layer = saved.branch, saved.parameters
-    needed = Needs(*ctx.needs_input_grad[2:6], ctx.needs_input_grad[0])
+    needed = needs_of(ctx.needs_input_grad[2:], ctx.needs_input_grad[0])
     g = OutputGrad(stem_pool_backward(dz.to(spec.dtype), saved.taps, ctx.size, spec.pool))
     if branch.y is not None:
         grads, dx = branch_backward(g, branch, layer, spec.layer, spec.schedule, needed)
@@ -103,8 +104,6 @@ def _backward_without_y(
     if early is None:
         dweight, dgamma = frozen_weight_grad(d, sum_g, weight, branch.norm)
     else:
-        dweight, dgamma, _ = moments_weight_grad(
-            d, sum_g, pixels(g.g), early.mean, early.product, weight, branch.norm
-        )
+        dweight, dgamma, _ = moments_weight_grad(d, sum_g, pixels(g.g), early.mean, early.product, weight, branch.norm)
     dweight = dweight.view(layer.weight.shape)
     return in_parameter_dtypes(dweight, dgamma, sum_g, branch.norm, layer, spec.layer, needed)

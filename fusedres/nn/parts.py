@@ -75,7 +75,9 @@ def why_not_pairs(pairs: Iterable[Pair]) -> str | None:
         if type(conv) is not nn.Conv2d:
             return f"{conv_name} is a {type(conv).__name__}, not a plain Conv2d"
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return f"{conv_name} pads with {conv.padding_mode!r}, {conv.padding!r}; only zeros of a given width are fused"
+            return (
+                f"{conv_name} pads with {conv.padding_mode!r}, {conv.padding!r}; only zeros of a given width are fused"
+            )
         if type(bn) is not nn.BatchNorm2d:
             return f"{bn_name} is a {type(bn).__name__}, not a plain BatchNorm2d"
         if bn.momentum is not None and not math.isfinite(bn.momentum):
@@ -98,12 +100,7 @@ def why_not_others(others: Iterable[tuple[str, nn.Module]]) -> str | None:
 
 def _why_not_hooked(name: str, module: nn.Module) -> str | None:
     # A fused pass does not call the inner modules, so nothing may wait for such a call.
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks, which a fused pass would not call"
     if "forward" in module.__dict__:
         return f"{name}.forward was replaced"
@@ -155,9 +152,7 @@ def stem_parts(model: nn.Module) -> StemParts:
     pool = modules["maxpool"]
     if type(pool) is not nn.MaxPool2d:
         raise NotFusable(f"maxpool is a {type(pool).__name__}, not a plain MaxPool2d")
-    kernel, stride, padding, dilation = (
-        _pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    )
+    kernel, stride, padding, dilation = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     if dilation != (1, 1) or pool.ceil_mode or pool.return_indices:
         raise NotFusable("maxpool is dilated, rounds up or returns indices")
     pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]

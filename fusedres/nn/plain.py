@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from ..ops.zero_pad_shortcut import zero_pad_shortcut
 
 
-def conv3x3(
-    in_channels: int, channels: int, stride: int = 1, *, groups: int = 1, dilation: int = 1
-) -> nn.Conv2d:
+def conv3x3(in_channels: int, channels: int, stride: int = 1, *, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A 3x3 convolution without bias that keeps the size at stride 1."""
-    return nn.Conv2d(
-        in_channels, channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False
-    )
+    return nn.Conv2d(in_channels, channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
 
 
 def conv1x1(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
@@ -56,8 +52,7 @@ def shortcut_module(in_channels: int, channels: int, stride: int, kind: str) -> 
         return None
     if kind == "identity":
         raise ValueError(
-            f"shortcut: an identity needs stride 1 and equal channels, got stride {stride}, "
-            f"{in_channels} -> {channels}"
+            f"shortcut: an identity needs stride 1 and equal channels, got stride {stride}, {in_channels} -> {channels}"
         )
     if kind == "zero_pad":
         return ZeroPadShortcut(channels, stride)
@@ -124,9 +119,7 @@ class BasicBlock(_ResidualBlock):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, *, shortcut: str = "projection"
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, *, shortcut: str = "projection") -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)

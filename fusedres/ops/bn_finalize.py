@@ -12,10 +12,10 @@ def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
 
     Adding squared deviations about each partial's own mean cannot cancel, which E[y^2] - E[y]^2 does.
     """
-    count = partials.count.sum()
-    share = (partials.count / count).unsqueeze(1)
+    count = partials.counts.sum()
+    share = (partials.counts / count).unsqueeze(1)
     mean = (partials.mean * share).sum(0)
-    between = (partials.mean - mean).square() * partials.count.unsqueeze(1)
+    between = (partials.mean - mean).square() * partials.counts.unsqueeze(1)
     return count, mean, (partials.m2 + between).sum(0)
 
 

@@ -32,9 +32,7 @@ def _bn_forward(
     Returns:
         The normalised and activated tensor (N, C, H, W), and the `Normaliser`.
     """
-    norm = bn_finalize(
-        bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum
-    )
+    norm = bn_finalize(bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum)
     return bn_act(y, norm.scale, norm.shift, act=act)[0], norm
 
 
@@ -54,15 +52,11 @@ def _bn_forward_native(
     momentum: float = 0.1,
     act: str | None = "relu",
 ) -> tuple[Tensor, Normaliser]:
-    plain = (
-        y.dtype == statistics_dtype(y.dtype) and bias is None and gamma is not None and gamma.dtype == y.dtype
-    )
+    plain = y.dtype == statistics_dtype(y.dtype) and bias is None and gamma is not None and gamma.dtype == y.dtype
     if not plain:
         return NotImplemented
     check_activation("y", y)
-    out, mean, invstd = torch.ops.aten.native_batch_norm(
-        y, gamma, beta, running_mean, running_var, True, momentum, eps
-    )
+    out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
     if act == "relu":
         out.relu_()
     return out, normaliser(mean, invstd, gamma, beta)

@@ -17,10 +17,7 @@ class Geometry(NamedTuple):
     def output_size(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
         """(P, Q) for an input of ``height`` x ``width`` pixels and an R x S ``kernel``."""
         extents = zip((height, width), kernel, self.stride, self.padding, self.dilation, strict=True)
-        p, q = (
-            (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
-            for size, k, stride, pad, dilation in extents
-        )
+        p, q = ((size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in extents)
         return p, q
 
 
@@ -67,10 +64,10 @@ class OutputGrad(NamedTuple):
 class Partials(NamedTuple):
     """Statistics of T disjoint sets of pixels: how many, their mean, their sum of squared deviations.
 
-    ``count`` is (T,), ``mean`` and ``m2`` are (T, K), all in the statistics dtype.
+    ``counts`` is (T,), ``mean`` and ``m2`` are (T, K), all in the statistics dtype.
     """
 
-    count: Tensor
+    counts: Tensor
     mean: Tensor
     m2: Tensor
 
@@ -133,9 +130,7 @@ def check_activation(name: str, tensor: Tensor, channels: int | None = None) -> 
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if channels is not None and tensor.shape[1] != channels:
-        raise ValueError(
-            f"{name}: expected {channels} channels, got {tensor.shape[1]} in {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name}: expected {channels} channels, got {tensor.shape[1]} in {tuple(tensor.shape)}")
 
 
 def check_vector(name: str, vector: Tensor, channels: int) -> None:
@@ -144,9 +139,7 @@ def check_vector(name: str, vector: Tensor, channels: int) -> None:
         raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
 
 
-def check_conv_shapes(
-    name: str, size: tuple[int, ...], weight: Tensor, geometry: Geometry
-) -> tuple[int, int]:
+def check_conv_shapes(name: str, size: tuple[int, ...], weight: Tensor, geometry: Geometry) -> tuple[int, int]:
     """(P, Q) of a convolution; refuses a ``size`` (N, C, H, W), weight and geometry that do not make one."""
     if weight.dim() != 4:
         raise ValueError(f"weight: expected shape (K, C/groups, R, S), got {tuple(weight.shape)}")
@@ -161,9 +154,7 @@ def check_conv_shapes(
         )
     p, q = geometry.output_size(size[2], size[3], (r, s))
     if p < 1 or q < 1:
-        raise ValueError(
-            f"{name}: {size[2]} x {size[3]} pixels are too few for a {r} x {s} kernel with {geometry}"
-        )
+        raise ValueError(f"{name}: {size[2]} x {size[3]} pixels are too few for a {r} x {s} kernel with {geometry}")
     return p, q
 
 

@@ -27,7 +27,7 @@ class ProducerGrad(NamedTuple):
     sum_gy: Tensor
 
 
-def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, int, int, int], geometry: Geometry) -> Tensor:
+def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> Tensor:
     """The transposed convolution of ``dy``, as the library computes it, channels_last."""
     # Only the shape and layout of this operand are read, so it costs no memory traffic.
     like = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
@@ -49,7 +49,7 @@ def at_producer(du: Tensor, producer: Producer, u: Tensor | None = None) -> Prod
 def _conv_input_grad(
     dy: OutputGrad,
     weight: Tensor,
-    size: tuple[int, int, int, int],
+    size: tuple[int, ...],
     geometry: Geometry,
     *,
     add: OutputGrad | None = None,
@@ -81,7 +81,7 @@ conv_input_grad = Op(_conv_input_grad)
 def _conv_input_grad_native(
     dy: OutputGrad,
     weight: Tensor,
-    size: tuple[int, int, int, int],
+    size: tuple[int, ...],
     geometry: Geometry,
     *,
     add: OutputGrad | None = None,

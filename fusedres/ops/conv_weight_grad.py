@@ -43,9 +43,7 @@ conv_weight_grad = Op(_conv_weight_grad)
 
 
 @conv_weight_grad.native
-def _conv_weight_grad_native(
-    dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry
-) -> Tensor:
+def _conv_weight_grad_native(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     check_activation("dy", dy.g)
     check_activation("u", u.tensor)
     dw = weight_grad(bn_backward_apply(dy), formed(u), kernel, geometry)

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 
 from . import onednn
-from .conv_forward import formed
-from .conv_weight_grad import weight_grad
 from .contract import (
     ConvInput,
     Geometry,
@@ -18,6 +16,8 @@ from .contract import (
     pixels,
     statistics_dtype,
 )
+from .conv_forward import formed
+from .conv_weight_grad import weight_grad
 from .op import Op
 
 # Rows are taken in pieces of 1 MiB of fp32, which stay in a core's second-level cache between the passes over them.

@@ -1,5 +1,6 @@
 """oneDNN's fused convolutions on the CPU: bias, addition and ReLU joined to the product before it is written."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,10 +29,10 @@ def fold(weight: Tensor, scale: Tensor) -> Tensor:
 
 def pack(conv: PackedConv, size: tuple[int, ...]) -> PackedConv:
     """Lay a weight out once for many calls with inputs of about this ``size`` (N, C, H, W)."""
-    stride, padding, dilation, groups = (list(v) if isinstance(v, tuple) else v for v in conv.geometry)
-    reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
-    weight = reorder(conv.weight.to_mkldnn(), padding, stride, dilation, groups, list(size))  # type: ignore[call-arg]
-    return conv._replace(weight=weight)
+    stride, padding, dilation, groups = conv.geometry
+    reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
+    weight = conv.weight.to_mkldnn()
+    return conv._replace(weight=reorder(weight, padding, stride, dilation, groups, size))
 
 
 def conv_act(u: Tensor, conv: PackedConv, residual: Tensor | None = None, act: str | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from .. import backends
 
@@ -31,7 +31,7 @@ class Op(Generic[P, T]):
         if self._native is not None and backends.current() == "native":
             result = self._native(*args, **kwargs)
             if result is not NotImplemented:
-                return result  # type: ignore[no-any-return]
+                return cast(T, result)
         return self.reference(*args, **kwargs)
 
     def __repr__(self) -> str:

@@ -62,9 +62,7 @@ def _position(index: Tensor, width: int, pool: PoolGeometry) -> Tensor:
     return torch.where(index == NO_GRADIENT, 0, position)
 
 
-def _stem_pool_backward(
-    dz: Tensor, index: Tensor, size: tuple[int, int, int, int], pool: PoolGeometry
-) -> Tensor:
+def _stem_pool_backward(dz: Tensor, index: Tensor, size: tuple[int, ...], pool: PoolGeometry) -> Tensor:
     """g = the sum of the gradients of every window whose maximum stood at a pixel, behind the ReLU.
 
     Args:

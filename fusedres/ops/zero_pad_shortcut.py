@@ -23,7 +23,7 @@ def zero_pad_shortcut(x: Tensor, channels: int, stride: tuple[int, int]) -> Tens
     return channels_last(pad(x[:, :, :: stride[0], :: stride[1]], (0, 0, 0, 0, before, after)))
 
 
-def zero_pad_shortcut_grad(g: Tensor, size: tuple[int, int, int, int], stride: tuple[int, int]) -> Tensor:
+def zero_pad_shortcut_grad(g: Tensor, size: tuple[int, ...], stride: tuple[int, int]) -> Tensor:
     """The gradient at x (``size``) of `zero_pad_shortcut`, from the gradient ``g`` at its output."""
     before, _ = _margins(size[1], g.shape[1])
     dx = torch.zeros(size, dtype=g.dtype, device=g.device).contiguous(memory_format=torch.channels_last)
@@ -31,9 +31,7 @@ def zero_pad_shortcut_grad(g: Tensor, size: tuple[int, int, int, int], stride: t
     return dx
 
 
-def zero_pad_size(
-    size: tuple[int, int, int, int], channels: int, stride: tuple[int, int]
-) -> tuple[int, int, int, int]:
+def zero_pad_size(size: tuple[int, ...], channels: int, stride: tuple[int, int]) -> tuple[int, ...]:
     """The shape of `zero_pad_shortcut`'s output for an x of ``size``."""
     _margins(size[1], channels)
     return size[0], channels, -(-size[2] // stride[0]), -(-size[3] // stride[1])

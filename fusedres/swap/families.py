@@ -5,18 +5,17 @@ import sys
 from torch import nn
 
 from ..nn import blocks, plain
-from ..nn.fused import Fused
 
-OWN: dict[type[nn.Module], type[Fused]] = {
+OWN: dict[type[nn.Module], type[nn.Module]] = {
     plain.ConvBNAct: blocks.ConvBNAct,
     plain.BasicBlock: blocks.BasicBlock,
     plain.Bottleneck: blocks.Bottleneck,
 }
 
 
-def families() -> dict[type[nn.Module], type[Fused]]:
+def families() -> dict[type[nn.Module], type[nn.Module]]:
     """Plain class -> fused class, for every library whose models can exist in this process."""
-    known = dict(OWN)
+    known: dict[type[nn.Module], type[nn.Module]] = dict(OWN)
     # A model of a library can only be here if the library is; importing it would cost seconds and may not work.
     if "torchvision.models.resnet" in sys.modules:
         from .torchvision import FAMILY

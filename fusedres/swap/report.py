@@ -51,8 +51,7 @@ class Report(Sequence[Row]):
         ]
         widths = [max(len(line[column]) for line in table) for column in range(len(head))]
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
         fused = sum(row.fused for row in self.rows)
         return "\n".join([*lines, f"{fused} of {len(self.rows)} candidates fused"])

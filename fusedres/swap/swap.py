@@ -1,6 +1,6 @@
 """fuse, unfuse, report: fused forward passes in and out of a live model by changing the class of its modules."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -27,13 +27,13 @@ def _reason(module: Fused) -> str:
     return ""
 
 
-def _try_fuse(module: nn.Module, plain: type[nn.Module], fused: type[Fused]) -> str:
+def _try_fuse(module: nn.Module, plain: type[nn.Module], fused: type[nn.Module]) -> str:
     """Change the class if the module can be fused; the reason if not."""
-    module.__class__ = fused
-    assert isinstance(module, Fused)
-    reason = _reason(module) or ("its forward was replaced" if "forward" in module.__dict__ else "")
+    live: Any = module
+    live.__class__ = fused
+    reason = _reason(live) or ("its forward was replaced" if "forward" in module.__dict__ else "")
     if reason:
-        module.__class__ = plain
+        live.__class__ = plain
     return reason
 
 
@@ -108,7 +108,7 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if type(module) in plain_class:
             assert isinstance(module, Fused)
-            kind = _kind(plain_class[type(module)], module)
+            kind = _kind(plain_class[type(module)], type(module))
             reason = _reason(module)
             rows.append(Row(name, kind, not reason, None if reason else module.fused_schedule, reason))
         elif type(module) in known:
@@ -126,6 +126,5 @@ def report(model: nn.Module) -> Report:
     return Report(rows)
 
 
-def _kind(plain: type[nn.Module], module: Fused | type[Fused]) -> str:
-    cls = module if isinstance(module, type) else type(module)
-    return f"{plain.__name__} stem" if issubclass(cls, FusedStem) else plain.__name__
+def _kind(plain: type[nn.Module], fused: type[nn.Module]) -> str:
+    return f"{plain.__name__} stem" if issubclass(fused, FusedStem) else plain.__name__

@@ -1,5 +1,7 @@
 """torchvision's ResNet family: resnet18-152, resnext50/101, wide_resnet50/101."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchvision.models import resnet
@@ -19,9 +21,10 @@ class FusedTorchvisionResNet(FusedStem, resnet.ResNet):
     """torchvision's ResNet with a fused stem; its stages are what their blocks are."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        modules: Any = self
         x = self.stem(x)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = self.fc(torch.flatten(self.avgpool(x), 1))
+        x = modules.layer4(modules.layer3(modules.layer2(modules.layer1(x))))
+        x = modules.fc(torch.flatten(modules.avgpool(x), 1))
         return x
 
 

@@ -66,12 +66,8 @@ class Twin:
     @classmethod
     def of(cls, name: str, model: nn.Module, steps: int, memory_format: torch.memory_format) -> Twin:
         """SGD with momentum; the learning rate rises over a fifth of `steps`, then falls as a cosine."""
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=PEAK_LEARNING_RATE, momentum=0.9, weight_decay=5e-4
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=PEAK_LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2)
         return cls(name, model.to(memory_format=memory_format), memory_format, optimizer, schedule)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -116,8 +112,7 @@ class ForeignCheck:
     def passed(self) -> bool:
         """The fused model is as close to fp64 as eager PyTorch is. A NaN on either side fails."""
         return all(
-            error["fused"] <= ERROR_FACTOR * error["eager"]
-            for error in (self.output_error, self.gradient_error)
+            error["fused"] <= ERROR_FACTOR * error["eager"] for error in (self.output_error, self.gradient_error)
         )
 
 
@@ -226,9 +221,7 @@ def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-def draw(
-    path: Path, twins: Twins, saved: dict[str, float], check: ForeignCheck | None, *, batch: int
-) -> None:
+def draw(path: Path, twins: Twins, saved: dict[str, float], check: ForeignCheck | None, *, batch: int) -> None:
     """One PNG: the losses of the twins and their differences, and bars for the bytes saved for backward."""
     panels = 3 if check is not None else 2
     figure = Figure(figsize=(4.6 * panels, 4.2), layout="constrained")
@@ -258,9 +251,7 @@ def differences(losses: list[float], others: list[float]) -> list[float]:
 
 def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
     names = [name.replace(", ", ",\n") for name in values]
-    bars = axes.bar(
-        names, [value / 1e6 for value in values.values()], color=["tab:blue", "tab:orange", "tab:green"]
-    )
+    bars = axes.bar(names, [value / 1e6 for value in values.values()], color=["tab:blue", "tab:orange", "tab:green"])
     axes.bar_label(bars, fmt="%.1f")
     axes.set(title=f"saved for backward\n{title}", ylabel=unit)
     axes.margins(y=0.12)

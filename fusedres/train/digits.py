@@ -63,9 +63,7 @@ def load_digits(size: int = 8) -> Digits:
     )
 
 
-def shift(
-    images: torch.Tensor, max_shift: int, *, background: float, generator: torch.Generator
-) -> torch.Tensor:
+def shift(images: torch.Tensor, max_shift: int, *, background: float, generator: torch.Generator) -> torch.Tensor:
     """Move every image by its own random offset of at most `max_shift` pixels along both axes."""
     if max_shift == 0:
         return images
@@ -98,7 +96,5 @@ def _draw(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     order = torch.randperm(len(digits.train_labels), generator=generator)
     for i_batch in order[: len(order) // size * size].split(size):
-        images = shift(
-            digits.train_images[i_batch], max_shift, background=digits.background, generator=generator
-        )
+        images = shift(digits.train_images[i_batch], max_shift, background=digits.background, generator=generator)
         yield images, digits.train_labels[i_batch]
