@@ -47,12 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         help="train on real digits, plain and fused side by side, and check torchvision's resnet50",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--epochs", type=_positive, default=12)
+    demo.add_argument("--epochs", type=_positive, default=16)
     demo.add_argument("--batch", type=_positive, default=64)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("fusedres-demo.png"), metavar="FILE.png")
     demo.add_argument("--threads", type=_positive, help="CPU threads (PyTorch decides if not given)")
-    demo.add_argument("--px", type=int, default=16, help="height and width the digits are scaled to")
+    demo.add_argument("--px", type=int, default=8, help="height and width the digits are scaled to")
     demo.add_argument("--min-accuracy", type=_fraction, default=0.97, help="test accuracy below this fails")
     demo.add_argument(
         "--resnet50", action=argparse.BooleanOptionalAction, default=True, help="check torchvision's resnet50"

@@ -49,14 +49,28 @@ class Kept(NamedTuple):
     parameters: tuple[ConvBN, ...]
 
 
+def _in_one_op(spec: LayerSpec, schedule: Schedule) -> bool:
+    """Whether a layer's batch norm is measured and applied by one op over its written output."""
+    return spec.norm.batch_stats and not (schedule.statistics or schedule.prologue or spec.moments)
+
+
+def _normalise(
+    u: ConvInput, layer: ConvBN, spec: LayerSpec, *, residual: Tensor | None = None, act: str | None = "relu",
+    bit_mask: bool = False,
+) -> tuple[Tensor, Tensor | None, Branch]:  # fmt: skip
+    """act(bn(conv(u)) + residual) with its batch norm in one op, and the mask."""
+    y, _ = conv_forward(u, layer.weight.to(u.tensor.dtype), spec.geometry)
+    z, mask, norm = bn_forward(
+        y, layer.gamma, layer.beta, layer.running_mean, layer.running_var, bias=layer.bias,
+        eps=spec.norm.eps, momentum=spec.norm.momentum, residual=residual, act=act, bit_mask=bit_mask,
+    )  # fmt: skip
+    return z, mask, Branch(u, norm, y, None)
+
+
 def _inner_forward(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) -> tuple[ConvInput, Inner]:
-    if spec.norm.batch_stats and not schedule.statistics and not schedule.prologue:
-        y, _ = conv_forward(u, layer.weight.to(u.tensor.dtype), spec.geometry)
-        out, norm = bn_forward(
-            y, layer.gamma, layer.beta, layer.running_mean, layer.running_var,
-            bias=layer.bias, eps=spec.norm.eps, momentum=spec.norm.momentum,
-        )  # fmt: skip
-        return ConvInput(out), Inner(Branch(u, norm, y, None), out)
+    if _in_one_op(spec, schedule):
+        out, _, branch = _normalise(u, layer, spec)
+        return ConvInput(out), Inner(branch, out)
     branch = measure(u, layer, spec, schedule)
     assert branch.y is not None
     if schedule.prologue:
@@ -124,17 +138,26 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
         u, step = _inner_forward(u, layer, layer_spec, spec.schedule)
         inner.append(step)
     last = len(spec.layers) - 1
-    main = measure(u, parameters[last], spec.layers[last], spec.schedule)
-    projection = None
-    if spec.projection is not None:
-        projection = measure(source, parameters[-1], spec.projection, spec.schedule)
-    elif spec.shortcut == "identity":
+    if spec.shortcut == "identity":
         residual = x
     elif spec.shortcut == "zero_pad":
         residual = zero_pad_shortcut(x, parameters[last].weight.shape[0], spec.zero_pad_stride)
     training = any(ctx.needs_input_grad)
     rectified = training and spec.act == "relu"
-    z, mask = _join(main, projection, residual, parameters, spec, rectified and spec.schedule.bit_masks)
+    bit_mask = rectified and spec.schedule.bit_masks
+    projection = None
+    ends = spec.layers[last:] if spec.projection is None else (spec.layers[last], spec.projection)
+    if all(_in_one_op(end, spec.schedule) for end in ends):
+        if spec.projection is not None:
+            residual, _, projection = _normalise(source, parameters[-1], spec.projection, act=None)
+        z, mask, main = _normalise(
+            u, parameters[last], spec.layers[last], residual=residual, act=spec.act, bit_mask=bit_mask
+        )
+    else:
+        if spec.projection is not None:
+            projection = measure(source, parameters[-1], spec.projection, spec.schedule)
+        main = measure(u, parameters[last], spec.layers[last], spec.schedule)
+        z, mask = _join(main, projection, residual, parameters, spec, bit_mask)
     if training:
         if rectified and mask is None:
             mask = z

@@ -8,6 +8,7 @@ from .bn_finalize import bn_finalize, normaliser
 from .bn_statistics import bn_statistics
 from .contract import Normaliser, check_activation, statistics_dtype
 from .op import Op
+from .relu_mask import pack_relu_mask
 
 
 def _bn_forward(
@@ -20,20 +21,24 @@ def _bn_forward(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    residual: Tensor | None = None,
     act: str | None = "relu",
-) -> tuple[Tensor, Normaliser]:
-    """act(bn(y)) with the batch's own statistics: `bn_statistics`, `bn_finalize`, `bn_act`.
+    bit_mask: bool = False,
+) -> tuple[Tensor, Tensor | None, Normaliser]:
+    """act(bn(y) + residual) with the batch's own statistics: `bn_statistics`, `bn_finalize`, `bn_act`.
 
     Args:
         y: (N, C, H, W) raw convolution output.
         gamma, beta, running_mean, running_var, bias, eps, momentum: as in `bn_finalize`.
+        residual: (N, C, H, W), added before the activation, or None.
         act: ``"relu"`` or None.
+        bit_mask: whether to return the ReLU's open positions too.
 
     Returns:
-        The normalised and activated tensor (N, C, H, W), and the `Normaliser`.
+        z (N, C, H, W), the bit mask (`pack_relu_mask`) or None, and the `Normaliser`.
     """
     norm = bn_finalize(bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum)
-    return bn_act(y, norm.scale, norm.shift, act=act)[0], norm
+    return *bn_act(y, norm.scale, norm.shift, residual=residual, act=act, bit_mask=bit_mask), norm
 
 
 bn_forward = Op(_bn_forward)
@@ -50,13 +55,19 @@ def _bn_forward_native(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    residual: Tensor | None = None,
     act: str | None = "relu",
-) -> tuple[Tensor, Normaliser]:
+    bit_mask: bool = False,
+) -> tuple[Tensor, Tensor | None, Normaliser]:
+    if residual is not None and residual.dtype != y.dtype:
+        return NotImplemented
     plain = y.dtype == statistics_dtype(y.dtype) and bias is None and gamma is not None and gamma.dtype == y.dtype
     if not plain:
         return NotImplemented
     check_activation("y", y)
     out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
+    if residual is not None:
+        out.add_(residual)
     if act == "relu":
         out.relu_()
-    return out, normaliser(mean, invstd, gamma, beta)
+    return out, pack_relu_mask(out) if bit_mask else None, normaliser(mean, invstd, gamma, beta)

@@ -1,8 +1,9 @@
 """The demonstration: train on real digits, plain and fused side by side, and check a foreign ResNet-50.
 
-All models start from the same seed and see the same batches in lock-step, so their losses can be compared step
-by step. Two correct fp32 runs still drift apart: each rounds differently, and training amplifies any difference.
-How far is shown by a control, the plain model in PyTorch's other memory format, which rounds differently too.
+All models start from the same seed and see the same batches in lock-step, so their losses can be compared
+step by step. Two correct fp32 runs still drift apart: each rounds differently, and training amplifies any
+difference. How far is shown by a control, the plain model in PyTorch's other memory format, which rounds
+differently too.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ ERROR_FACTOR = 1.5
 class DemoOptions:
     """What `fusedres demo` was asked for. `min_accuracy` is a fraction, `threads` None PyTorch's choice."""
 
-    epochs: int = 12
+    epochs: int = 16
     batch: int = 64
     seed: int = 0
     out: Path = Path("fusedres-demo.png")
     threads: int | None = None
-    px: int = 16
+    px: int = 8
     min_accuracy: float = 0.97
     resnet50: bool = True
 
@@ -158,7 +159,7 @@ def train_twins(
 def saved_by_schedule(
     plain: nn.Module, fused: nn.Module, images: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float]:
-    """Bytes saved for backward by one training step: plain, fused as it is, and on the schedule saving most."""
+    """Bytes saved for backward by a training step: plain, fused as it is, fused to save most."""
 
     def loss(model: nn.Module) -> torch.Tensor:
         return F.cross_entropy(model(channels_last(images)), labels)
