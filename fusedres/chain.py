@@ -61,9 +61,9 @@ def run_chain(
     check_activation("x", x)
     check_act(act)
     dtype = contraction_dtype(x)
-    sizes = [size := _checked_size("x", x, layers[0], tuple(x.shape), dtype)]
+    size = _checked_size("x", x, layers[0], tuple(x.shape), dtype)
     for i, layer in enumerate(layers[1:], start=2):
-        sizes.append(size := _checked_size(f"layer {i}", x, layer, size, dtype))
+        size = _checked_size(f"layer {i}", x, layer, size, dtype)
     if projection is not None:
         _check_joins("projection", _checked_size("projection", x, projection, tuple(x.shape), dtype), size)
     elif shortcut == "identity":
@@ -79,17 +79,16 @@ def run_chain(
         with no_autocast(x.device.type):
             return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
 
-    def specified(layer: Layer, size: Size, moments: bool) -> LayerSpec:
-        n, _, p, q = size
-        moments = moments and use_moments(schedule, layer.tensors.weight.shape, layer.geometry, n * p * q)
+    def specified(layer: Layer, moments: bool) -> LayerSpec:
+        moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype)
         return LayerSpec(layer.geometry, layer.norm, moments)
 
     last = len(layers) - 1
     spec = ChainSpec(
-        layers=tuple(specified(layer, sizes[i], i == last) for i, layer in enumerate(layers)),
+        layers=tuple(specified(layer, i == last) for i, layer in enumerate(layers)),
         schedule=chain_schedule(schedule, x.device),
         dtype=dtype,
-        projection=None if projection is None else specified(projection, size, True),
+        projection=None if projection is None else specified(projection, True),
         shortcut=shortcut,
         act=act,
         zero_pad_stride=zero_pad_stride,

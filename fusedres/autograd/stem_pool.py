@@ -29,11 +29,12 @@ class Early(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """``branch.y`` or ``early`` is there, or under frozen statistics neither."""
+    """``branch.y`` or ``early`` is there, or under frozen statistics neither; ``maxima`` are the indices."""
 
     branch: Branch
     early: Early | None
-    taps: Tensor
+    maxima: Tensor
+    mask: Tensor | None
     parameters: ConvBN
 
 
@@ -69,7 +70,8 @@ def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
     u = ConvInput(channels_last(x).to(spec.dtype))
     branch = measure(u, layer, spec.layer, spec.schedule)
     assert branch.y is not None
-    z, taps = stem_pool(branch.y, branch.norm.scale, branch.norm.shift, spec.pool)
+    compact = spec.schedule.bit_masks
+    z, index = stem_pool(branch.y, branch.norm.scale, branch.norm.shift, spec.pool, compact=compact)
     if any(ctx.needs_input_grad):
         ctx.spec, ctx.backend, ctx.input_dtype = spec, backends.current(), x.dtype
         ctx.size = tuple(branch.y.shape)
@@ -78,7 +80,7 @@ def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
             if spec.layer.norm.batch_stats:
                 early = _early(branch.y, u, layer, spec, branch.norm)
             branch = branch._replace(y=None)
-        keep(ctx, Kept(branch, early, taps, layer))
+        keep(ctx, Kept(branch, early, index, None if compact else z, layer))
     return z
 
 
@@ -87,7 +89,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved: Kept = kept(ctx)
     branch, layer = saved.branch, saved.parameters
     needed = needs_of(ctx.needs_input_grad[2:], ctx.needs_input_grad[0])
-    g = OutputGrad(stem_pool_backward(dz.to(spec.dtype), saved.taps, ctx.size, spec.pool))
+    arriving = OutputGrad(dz.to(spec.dtype), saved.mask)
+    g = OutputGrad(stem_pool_backward(arriving, saved.maxima, ctx.size, spec.pool))
     if branch.y is not None:
         grads, dx = branch_backward(g, branch, layer, spec.layer, spec.schedule, needed)
         return (None if dx is None else dx.to(ctx.input_dtype), None, *grads)

@@ -95,7 +95,7 @@ bn_backward = Op(_bn_backward)
 def _bn_backward_native(
     g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if y.dtype != statistics_dtype(y.dtype) or gamma is None or gamma.dtype != y.dtype or not batch_stats:
+    if gamma is None or gamma.dtype != statistics_dtype(y.dtype) or not batch_stats:
         return NotImplemented
     dy, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
         masked(g), y, gamma, None, None, norm.mean, norm.invstd, True, 0.0, [True, True, True]

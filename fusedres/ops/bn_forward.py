@@ -61,8 +61,8 @@ def _bn_forward_native(
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
     if residual is not None and residual.dtype != y.dtype:
         return NotImplemented
-    plain = y.dtype == statistics_dtype(y.dtype) and bias is None and gamma is not None and gamma.dtype == y.dtype
-    if not plain:
+    # With parameters in the statistics dtype, the library keeps its statistics there too, whatever y is stored in.
+    if bias is not None or gamma is None or gamma.dtype != statistics_dtype(y.dtype):
         return NotImplemented
     check_activation("y", y)
     out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)

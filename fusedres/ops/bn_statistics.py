@@ -32,8 +32,8 @@ bn_statistics = Op(_bn_statistics)
 
 @bn_statistics.native
 def _bn_statistics_native(y: Tensor) -> Partials:
-    if y.device.type != "cpu" or y.dtype != statistics_dtype(y.dtype):
+    if y.device.type != "cpu":
         return NotImplemented
     check_activation("y", y)
-    mean, var = torch.ops.aten.batch_norm_update_stats(y, None, None, 0.0)
+    mean, var = torch.ops.aten.batch_norm_update_stats(y.to(statistics_dtype(y.dtype)), None, None, 0.0)
     return _one_partial(y, mean, var * pixels(y))

@@ -93,8 +93,10 @@ def _conv_input_grad_native(
     shortcut = masked(add)
     if shortcut.dtype != weight.dtype:
         return input_grad(grad, weight, size, geometry) + shortcut
-    if weight.shape[2:] == (1, 1) and geometry == Geometry() and onednn.runs(weight):
+    pointwise = weight.shape[2:] == (1, 1) and geometry == Geometry() and onednn.runs(weight)
+    if pointwise and 4 * weight.numel() <= shortcut.numel():
         # A 1x1 convolution's input gradient is a 1x1 convolution; the shortcut's gradient joins before it is written.
+        # Transposing a weight as large as the gradient would cost more than the pass that this spares.
         transposed = onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)

@@ -1,4 +1,4 @@
-"""What batch norm after a 1x1 convolution needs to know of the convolution's input, so that its output need not exist."""
+"""The moments of a 1x1 convolution's input: all that batch norm needs to know of an output that is never written."""
 
 import torch
 from torch import Tensor

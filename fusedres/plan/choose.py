@@ -1,6 +1,7 @@
 """The schedule of a chain, from what the user asked for, the shapes and the device."""
 
 import torch
+from torch import Tensor
 
 from ..ops.contract import Geometry
 from .schedule import SCHEDULES, Schedule
@@ -21,7 +22,7 @@ def chain_schedule(requested: str, device: torch.device) -> Schedule:
     return SCHEDULES.get(requested, LIBRARY)
 
 
-def use_moments(requested: str, weight: torch.Size, geometry: Geometry, pixels: int) -> bool:
+def use_moments(requested: str, weight: Tensor, geometry: Geometry, dtype: torch.dtype) -> bool:
     """Whether a block's last convolution (or its projection) is never written.
 
     The moments of C channels cost C / K of the convolution, forward and backward, and spare the K channels of its
@@ -31,12 +32,13 @@ def use_moments(requested: str, weight: torch.Size, geometry: Geometry, pixels: 
         requested: a rung or ``"auto"``.
         weight: (K, C/groups, R, S).
         geometry: of the convolution.
-        pixels: N * P * Q of its output.
+        dtype: of the contraction.
     """
-    k, c, r, s = weight
+    k, c, r, s = weight.shape
     possible = (r, s) == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
     if requested == AUTO:
-        return possible and 4 * c <= k and c <= AUTO_MOMENTS_CHANNELS
+        by_library = weight.device.type == "cpu" and dtype == torch.float32
+        return possible and by_library and 4 * c <= k and c <= AUTO_MOMENTS_CHANNELS
     return possible and SCHEDULES[requested].moments and 2 * c <= k
 
 
