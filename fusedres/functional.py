@@ -7,7 +7,8 @@ from .autograd.bn_add_act import BNAddActSpec
 from .autograd.spec import ConvBN, NormSpec, NormTensors
 from .chain import Layer, check_norm, run_chain
 from .ops.bn_act import check_act
-from .ops.contract import Geometry, check_activation, check_vector, pixels
+from .ops.bn_finalize import check_norm_vectors
+from .ops.contract import Geometry, check_activation, pixels
 from .plan import AUTO, check_schedule
 
 IntPair = int | tuple[int, int]
@@ -23,11 +24,7 @@ def _pair(name: str, value: IntPair) -> tuple[int, int]:
 
 def _check_norm_tensors(tensors: NormTensors, channels: int, training: bool) -> bool:
     """Whether batch statistics normalise; refuses vectors of other lengths and one running statistic alone."""
-    for name, vector in tensors._asdict().items():
-        if vector is not None:
-            check_vector(name, vector, channels)
-    if (tensors.running_mean is None) != (tensors.running_var is None):
-        raise ValueError("running_mean, running_var: expected both or neither, got one")
+    check_norm_vectors(channels, *tensors)
     return training or tensors.running_mean is None
 
 

@@ -103,4 +103,6 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         dresidual, residual_grads = through(saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1])
     elif ctx.needs_input_grad[1]:
         dresidual = masked(g).to(ctx.residual_dtype)
-    return (dy, dresidual, None, *grads, *residual_grads)
+    asked = ctx.needs_input_grad[3:]
+    named = [grad if wanted else None for grad, wanted in zip([*grads, *residual_grads], asked, strict=True)]
+    return (dy, dresidual, None, *named)

@@ -164,7 +164,7 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
         ctx.spec, ctx.backend = spec, backends.current()
         ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
         ctx.residual_dtype = None if residual is None else residual.dtype
-        keep(ctx, Kept(tuple(inner), main, projection, mask, tuple(parameters)))
+        keep(ctx, Kept(tuple(inner), main, projection, mask, tuple(layer.parameters for layer in parameters)))
     return z
 
 

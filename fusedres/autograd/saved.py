@@ -49,14 +49,17 @@ def _attach(structure: Any, tensors: tuple[Tensor, ...]) -> Any:
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward, run without autograd; differentiating what it returns raises a RuntimeError."""
+    """A Function's backward, run without autograd; differentiating what it returns raises a RuntimeError.
+
+    Refused under ``create_graph=True`` whatever the arriving gradient requires: what is returned depends on the
+    parameters too, and torch's own ``once_differentiable`` drops that dependence in silence.
+    """
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Tensor) -> Any:
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        wanted = torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads)
-        if not wanted:
+        if not torch.is_grad_enabled():
             return outputs
         refuse = torch._C._functions.DelayedError(
             b"fusedres: the backward pass of a fused block has no derivative; "

@@ -31,6 +31,11 @@ class ConvBN(NamedTuple):
     running_var: Tensor | None = None
 
     @property
+    def parameters(self) -> "ConvBN":
+        """Without the running statistics, which the next forward pass changes and no backward pass reads."""
+        return self._replace(running_mean=None, running_var=None)
+
+    @property
     def norm(self) -> NormTensors:
         return NormTensors(self.gamma, self.beta, self.running_mean, self.running_var, self.bias)
 

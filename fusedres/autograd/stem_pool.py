@@ -80,7 +80,7 @@ def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
             if spec.layer.norm.batch_stats:
                 early = _early(branch.y, u, layer, spec, branch.norm)
             branch = branch._replace(y=None)
-        keep(ctx, Kept(branch, early, index, None if compact else z, layer))
+        keep(ctx, Kept(branch, early, index, None if compact else z, layer.parameters))
     return z
 
 

@@ -47,10 +47,7 @@ def _bn_finalize(
     Returns:
         `Normaliser` in the statistics dtype.
     """
-    channels = partials.mean.shape[1]
-    for name, vector in (("gamma", gamma), ("beta", beta), ("running_mean", running_mean), ("bias", bias)):
-        if vector is not None:
-            check_vector(name, vector, channels)
+    check_norm_vectors(partials.mean.shape[1], gamma, beta, running_mean, running_var, bias)
     count, mean, m2 = _combine(partials)
     if running_mean is not None and running_var is not None:
         measured = mean if bias is None else mean + bias
@@ -60,6 +57,23 @@ def _bn_finalize(
 
 
 bn_finalize = Op(_bn_finalize)
+
+
+def check_norm_vectors(
+    channels: int,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Refuse a vector of another length than ``channels``, and one running statistic without the other."""
+    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var, "bias": bias}
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_vector(name, vector, channels)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: expected both or neither, got one")
 
 
 def bn_from_running(

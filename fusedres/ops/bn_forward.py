@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .bn_act import bn_act
-from .bn_finalize import bn_finalize, normaliser
+from .bn_act import bn_act, check_act
+from .bn_finalize import bn_finalize, check_norm_vectors, normaliser
 from .bn_statistics import bn_statistics
 from .contract import Normaliser, check_activation, statistics_dtype
 from .op import Op
@@ -59,12 +59,14 @@ def _bn_forward_native(
     act: str | None = "relu",
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
-    if residual is not None and residual.dtype != y.dtype:
-        return NotImplemented
     # With parameters in the statistics dtype, the library keeps its statistics there too, whatever y is stored in.
     if bias is not None or gamma is None or gamma.dtype != statistics_dtype(y.dtype):
         return NotImplemented
+    if residual is not None and residual.dtype != y.dtype:
+        return NotImplemented
     check_activation("y", y)
+    check_act(act)
+    check_norm_vectors(y.shape[1], gamma, beta, running_mean, running_var, bias)
     out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
     if residual is not None:
         out.add_(residual)

@@ -69,6 +69,7 @@ input_moments = Op(_input_moments)
 def _input_moments_native(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
     if not onednn.runs(u.tensor):
         return NotImplemented
+    check_activation("u", u.tensor)
     seen = channels_last(formed(sampled(u, stride)))
     n = pixels(seen)
     row = torch.ops.aten.batch_norm_update_stats(seen, None, None, 0.0)[0]

@@ -31,7 +31,7 @@ from .contract import (
     statistics_dtype,
 )
 from .conv_forward import formed
-from .conv_weight_grad import conv_weight_grad, weight_and_bias_grad
+from .conv_weight_grad import weight_and_bias_grad, weight_grad
 from .input_moments import sampled
 from .op import Op
 
@@ -65,9 +65,11 @@ def _moments_contraction(
     Returns:
         D (K, C R S) and sum(g) (K,) in the statistics dtype.
     """
-    grad = OutputGrad(masked(g))
-    d = conv_weight_grad(grad, u, kernel, geometry).flatten(1)
-    return d, as_rows(grad.g).sum(0, dtype=d.dtype)
+    # D is centred afterwards, so it must not be rounded to 16 bits on the way, as the library's own would be.
+    dtype = statistics_dtype(u.tensor.dtype)
+    grad = masked(g).to(dtype)
+    d = weight_grad(grad, formed(u).to(dtype), kernel, geometry).flatten(1)
+    return d, as_rows(grad).sum(0)
 
 
 moments_contraction = Op(_moments_contraction)
