@@ -39,6 +39,7 @@ def run_chain(
     zero_pad_stride: tuple[int, int] = (1, 1),
     act: str | None = "relu",
     schedule: str = AUTO,
+    counters: Sequence[Tensor] = (),
 ) -> Tensor:
     """act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), fused, differentiable once.
 
@@ -51,12 +52,13 @@ def run_chain(
         zero_pad_stride: of the zero-pad shortcut.
         act: ``"relu"`` or None.
         schedule: ``"auto"`` or a rung of the ladder.
+        counters: of batches, advanced by one as soon as nothing can be refused any more.
 
     Returns:
         (N, K, P, Q), channels_last.
 
     Raises:
-        ValueError, TypeError: naming the argument, before any running statistic has changed.
+        ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
     check_act(act)
@@ -74,6 +76,7 @@ def run_chain(
         check_activation("residual", residual)
         _check_joins("residual", tuple(residual.shape), size)
 
+    _advance(counters)
     every = [*layers, projection] if projection is not None else list(layers)
     if not _differentiated(x, residual, every) and not any(layer.norm.batch_stats for layer in every):
         with no_autocast(x.device.type):
@@ -98,26 +101,29 @@ def run_chain(
     return z
 
 
-def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUTO) -> Tensor:
+def run_stem(
+    x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUTO, counters: Sequence[Tensor] = ()
+) -> Tensor:
     """maxpool(relu(bn(conv(x)))), fused, differentiable once.
 
     Args:
         x: (N, C, H, W).
         layer: the convolution and its batch norm.
         pool: the max-pooling window.
-        schedule: as in `run_chain`.
+        schedule, counters: as in `run_chain`.
 
     Returns:
         (N, K, P, Q), channels_last.
 
     Raises:
-        ValueError, TypeError: naming the argument, before any running statistic has changed.
+        ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
     dtype = contraction_dtype(x)
     _, _, height, width = _checked_size("x", x, layer, tuple(x.shape), dtype)
     if min(pool.output_size(height, width)) < 1:
         raise ValueError(f"pool: {height} x {width} pixels are too few for {pool}")
+    _advance(counters)
     if not _differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
             u = infer_layer(x.to(dtype), layer, "relu")
@@ -125,6 +131,11 @@ def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUT
     spec = StemSpec(LayerSpec(layer.geometry, layer.norm), pool, chain_schedule(schedule, x.device), dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)
     return z
+
+
+def _advance(counters: Sequence[Tensor]) -> None:
+    for counter in counters:
+        counter.add_(1)
 
 
 def _differentiated(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:

@@ -115,8 +115,10 @@ def bn_add_act(
     """
     check_activation("y", y)
     check_act(act)
-    if residual is not None and residual.shape != y.shape:
-        raise ValueError(f"residual: expected the shape of y, {tuple(y.shape)}, got {tuple(residual.shape)}")
+    if residual is not None:
+        check_activation("residual", residual)
+        if residual.shape != y.shape:
+            raise ValueError(f"residual: expected the shape of y, {tuple(y.shape)}, got {tuple(residual.shape)}")
     if residual is None and residual_norm is not None:
         raise ValueError("residual_norm: expected None without a residual")
     channels = y.shape[1]
@@ -124,6 +126,8 @@ def bn_add_act(
     norm = NormSpec(eps, momentum, _check_norm_tensors(main, channels, training))
     other, other_norm = NormTensors(), None
     if residual_norm is not None:
+        if len(residual_norm) != 4:
+            raise ValueError(f"residual_norm: expected 4 vectors or None each, got {len(residual_norm)}")
         other = NormTensors(*residual_norm)
         other_norm = NormSpec(eps, momentum, _check_norm_tensors(other, channels, training))
     check_norm("y", norm, pixels(y))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """weight -> (fingerprint of its layer's tensors, `PackedConv`); an entry dies with its weight."""
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+# Optimizers with fused=True write to parameters without moving the counters that torch keeps of writes.
+register_optimizer_step_post_hook(_count_step)
 
 
 def forget(weight: Tensor) -> None:
@@ -72,7 +84,7 @@ def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
     tensors = [tensor for tensor in layer.tensors if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return (layer.norm.eps, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+    return (_steps, layer.norm.eps, layer.geometry, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
 
 
 def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:

@@ -13,7 +13,7 @@ from .parts import (
     NotFusable,
     Pair,
     StemParts,
-    count_batch,
+    counters_of,
     layer_of,
     residual_parts,
     stem_parts,
@@ -79,8 +79,7 @@ class FusedBlock(Fused):
         return parts
 
     def fused_pairs(self) -> tuple[Pair, ...]:
-        parts = self.checked_parts()
-        return parts.chain if parts.projection is None else (*parts.chain, parts.projection)
+        return self.checked_parts().pairs
 
     def forward(self, x: Tensor) -> Tensor:
         if not traced(x):
@@ -94,7 +93,7 @@ class FusedBlock(Fused):
         return plain
 
     def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
-        z = run_chain(
+        return run_chain(
             x,
             [layer_of(pair) for pair in parts.chain],
             projection=None if parts.projection is None else layer_of(parts.projection),
@@ -102,11 +101,8 @@ class FusedBlock(Fused):
             zero_pad_stride=parts.zero_pad_stride,
             act=parts.act,
             schedule=self.fused_schedule,
+            counters=counters_of(parts.pairs),
         )
-        count_batch(parts.chain)
-        if parts.projection is not None:
-            count_batch((parts.projection,))
-        return z
 
 
 class FusedBasicBlock(FusedBlock):
@@ -158,9 +154,13 @@ class FusedStem(Fused):
             except NotFusable:
                 pass
             else:
-                z = run_stem(x, layer_of(parts.pair), parts.pool, schedule=self.fused_schedule)
-                count_batch((parts.pair,))
-                return z
+                return run_stem(
+                    x,
+                    layer_of(parts.pair),
+                    parts.pool,
+                    schedule=self.fused_schedule,
+                    counters=counters_of((parts.pair,)),
+                )
         modules: Any = self
         plain: Tensor = modules.maxpool(modules.relu(modules.bn1(modules.conv1(x))))
         return plain

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..autograd.spec import ConvBN, NormSpec
 from ..chain import Layer
@@ -33,6 +33,11 @@ class BlockParts(NamedTuple):
     act: str | None
     zero_pad_stride: tuple[int, int]
     others: tuple[tuple[str, nn.Module], ...]
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The chain, and the projection last."""
+        return self.chain if self.projection is None else (*self.chain, self.projection)
 
 
 class NotFusable(Exception):
@@ -66,8 +71,7 @@ def residual_parts(block: nn.Module, depth: int) -> BlockParts:
 
 def why_not(parts: BlockParts) -> str | None:
     """The reason why these parts can not be fused, or None."""
-    pairs = parts.chain if parts.projection is None else (*parts.chain, parts.projection)
-    return why_not_pairs(pairs) or why_not_others(parts.others)
+    return why_not_pairs(parts.pairs) or why_not_others(parts.others)
 
 
 def why_not_pairs(pairs: Iterable[Pair]) -> str | None:
@@ -126,12 +130,14 @@ def layer_of(pair: Pair) -> Layer:
     return Layer(tensors, geometry, NormSpec(bn.eps, momentum, batch_stats))
 
 
-def count_batch(pairs: Iterable[Pair]) -> None:
-    """Advance ``num_batches_tracked`` of every batch norm that measured this batch."""
-    for pair in pairs:
-        counted = pair.bn._buffers.get("num_batches_tracked")
-        if counted is not None and pair.bn.training and pair.bn.track_running_stats:
-            counted.add_(1)
+def counters_of(pairs: Iterable[Pair]) -> list[Tensor]:
+    """``num_batches_tracked`` of every batch norm that is going to measure this batch."""
+    counters = []
+    for _, bn, _, _ in pairs:
+        counted = bn._buffers.get("num_batches_tracked")
+        if counted is not None and bn.training and bn.track_running_stats:
+            counters.append(counted)
+    return counters
 
 
 class StemParts(NamedTuple):

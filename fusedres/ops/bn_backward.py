@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .contract import Normaliser, OutputGrad, per_channel, pixels, statistics_dtype
+from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
 from .relu_mask import relu_backward
 
@@ -97,10 +97,10 @@ def _bn_backward_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if gamma is None or not batch_stats:
         return NotImplemented
-    # Over 16-bit operands in channels_last the library sums in 16 bits (dbeta off by 2e-3), so it gets wide copies.
+    # Where the two layouts differ the library sums in the storage dtype (dbeta off by 2e-3 in bf16).
     dtype = statistics_dtype(y.dtype)
+    grad, raw = (channels_last(tensor.to(dtype)) for tensor in (masked(g), y))
     dy, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        masked(g).to(dtype), y.to(dtype), gamma.to(dtype), None, None, norm.mean, norm.invstd, True, 0.0,
-        [True, True, True],
-    )  # fmt: skip
+        grad, raw, gamma.to(dtype), None, None, norm.mean, norm.invstd, True, 0.0, [True, True, True]
+    )
     return dy.to(y.dtype), dgamma, dbeta

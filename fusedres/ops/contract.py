@@ -152,6 +152,8 @@ def check_conv_shapes(name: str, size: tuple[int, ...], weight: Tensor, geometry
             f"{name}: expected {channels * groups} channels for weight {tuple(weight.shape)} "
             f"in {groups} group(s), got {size[1]}"
         )
+    if min(geometry.stride) < 1 or min(geometry.dilation) < 1 or min(geometry.padding) < 0:
+        raise ValueError(f"stride, padding, dilation: expected positive steps and no negative padding, got {geometry}")
     p, q = geometry.output_size(size[2], size[3], (r, s))
     if p < 1 or q < 1:
         raise ValueError(f"{name}: {size[2]} x {size[3]} pixels are too few for a {r} x {s} kernel with {geometry}")

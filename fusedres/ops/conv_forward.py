@@ -5,7 +5,7 @@ from torch.nn.functional import conv2d
 
 from .bn_act import bn_act
 from .bn_statistics import bn_statistics
-from .contract import ConvInput, Geometry, Partials, check_conv, statistics_dtype
+from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, statistics_dtype
 from .op import Op
 
 
@@ -22,7 +22,7 @@ def formed(u: ConvInput) -> Tensor:
 def accumulated(convolution_input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The convolution of storage-dtype operands with its accumulator unrounded, in the statistics dtype."""
     dtype = statistics_dtype(weight.dtype)
-    return conv2d(convolution_input.to(dtype), weight.to(dtype), None, *geometry)
+    return channels_last(conv2d(convolution_input.to(dtype), weight.to(dtype), None, *geometry))
 
 
 def _conv_forward(
@@ -37,7 +37,7 @@ def _conv_forward(
         statistics: whether to measure y (as stored) for batch norm.
 
     Returns:
-        y (N, K, P, Q) raw, and its `Partials` or None.
+        y (N, K, P, Q) raw, channels_last, and its `Partials` or None.
     """
     check_conv(u.tensor, weight, geometry, name="u")
     y = accumulated(formed(u), weight, geometry).to(weight.dtype)
@@ -52,5 +52,5 @@ def _conv_forward_native(
     u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False
 ) -> tuple[Tensor, Partials | None]:
     check_conv(u.tensor, weight, geometry, name="u")
-    y = conv2d(formed(u), weight, None, *geometry)
+    y = channels_last(conv2d(formed(u), weight, None, *geometry))
     return y, bn_statistics(y) if statistics else None

@@ -1,4 +1,4 @@
-"""oneDNN's fused convolutions on the CPU: bias, addition and ReLU joined to the product before it is written."""
+"""oneDNN's fused convolutions on the CPU: bias and addition joined to the product before it is written."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,14 +36,15 @@ def pack(conv: PackedConv, size: tuple[int, ...]) -> PackedConv:
 
 
 def conv_act(u: Tensor, conv: PackedConv, residual: Tensor | None = None, act: str | None = None) -> Tensor:
-    """act(conv(u) + shift + residual) in one call."""
+    """act(conv(u) + shift + residual)."""
     z: Tensor
     if residual is None:
-        z = torch.ops.mkldnn._convolution_pointwise(u, *_arguments(conv), act or "none", [], "")
+        z = torch.ops.mkldnn._convolution_pointwise(u, *_arguments(conv), "none", [], "")
     else:
         call = torch.ops.mkldnn._convolution_pointwise.binary
-        z = call(u, residual, *_arguments(conv), "add", 1.0, act, [], None)
-    return z
+        z = call(u, residual, *_arguments(conv), "add", 1.0, None, [], None)
+    # oneDNN's own ReLU turns NaN into 0, which would hide that a network has diverged.
+    return z.relu_() if act == "relu" else z
 
 
 def conv_onto(total: Tensor, u: Tensor, conv: PackedConv) -> Tensor:

@@ -13,7 +13,7 @@ LIBRARY = Schedule("library", bit_masks=False)
 
 def check_schedule(name: str) -> None:
     """Refuse a name that is neither ``"auto"`` nor a rung of the ladder."""
-    if name != AUTO and name not in SCHEDULES:
+    if not isinstance(name, str) or (name != AUTO and name not in SCHEDULES):
         raise ValueError(f"schedule: expected one of {[AUTO, *SCHEDULES]}, got {name!r}")
 
 
