@@ -1,0 +1,50 @@
+# A fresh machine needs Python >= 3.10 and make. Every target that needs the environment sets it up first, in .venv;
+# PYTHON chooses the interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so that a set-up that was cut short is taken up again; older than pyproject.toml means out of date.
+STAMP := $(VENV)/.set-up
+# One thread per worker: two workers with a thread pool each would fight over the same cores.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+.PHONY: demo test test-all check format clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/fusedres demo
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP)
+	$(PYTEST)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist fusedres.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'fusedres needs Python 3.10 or newer as $(PYTHON); choose another with: make PYTHON=...' >&2; exit 1; }
+	@# A half-made environment has no working pip, and one of an upgraded system no interpreter: both are made anew.
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+			{ echo '$(PYTHON) can not make virtual environments; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }; \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@# Files that an interrupted installation left behind can look installed without being whole.
+	@$(BIN)/python -c 'import matplotlib, pytest, rich, sklearn, timm, torchvision' || \
+		{ rm -rf $(VENV); echo 'the environment was incomplete and has been removed: run make again' >&2; exit 1; }
+	@touch $@

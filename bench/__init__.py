@@ -1,0 +1,1 @@
+"""Benchmarks: each checks that the numbers agree before it reports a time or a size."""

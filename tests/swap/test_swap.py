@@ -1,0 +1,317 @@
+"""fusedres.swap.swap: only the class of a block changes, and it changes back."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fusedres
+from fusedres.nn.fused import Fused
+from fusedres.plan import AUTO, SCHEDULES
+from tests.nn.twins import (
+    assert_same_pass,
+    assert_twins,
+    assert_unchanged,
+    plain_copy,
+    randomised,
+    run,
+    snapshot,
+    tensor,
+)
+
+IMAGES = (4, 3, 32, 32)
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def candidates(model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(row.name) for row in fusedres.report(model)]
+
+
+def attributes(model: nn.Module) -> dict[str, list[str]]:
+    return {name: list(vars(module)) for name, module in model.named_modules()}
+
+
+def test_fuse_changes_classes_and_nothing_else(small):
+    before, was, had = snapshot(small), classes(small), attributes(small)
+    state = {name: value.clone() for name, value in small.state_dict().items()}
+    assert fusedres.fuse(small) is small
+    assert_unchanged(small, before)
+    assert list(small.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
+    swapped = candidates(small)
+    assert len(swapped) >= 3
+    for name, module in small.named_modules():
+        assert isinstance(module, was[name])
+        assert (type(module) is not was[name]) == isinstance(module, Fused) == (module in swapped)
+
+    assert fusedres.unfuse(small) is small
+    assert classes(small) == was
+    assert attributes(small) == had, "unfuse left something on the modules"
+    assert_unchanged(small, before)
+
+
+@pytest.mark.parametrize("schedule", [AUTO, *SCHEDULES])
+def test_a_fused_model_computes_what_it_computed(small, schedule):
+    plain = copy.deepcopy(randomised(small))
+    fused = fusedres.fuse(small, schedule=schedule)
+    assert all(row.fused for row in fusedres.report(fused))
+    # Rounding grows from block to block, more so where few values make a statistic.
+    assert_twins(fused, plain, tensor(*IMAGES), tensor(*IMAGES, seed=2), tolerance=1e-8)
+    assert_twins(fused.eval(), plain.eval(), tensor(*IMAGES, seed=3), tolerance=1e-8)
+    fusedres.unfuse(fused).train()
+    plain.train().load_state_dict(fused.state_dict())
+    ours, theirs = run(fused, tensor(*IMAGES)), run(plain, tensor(*IMAGES))
+    assert torch.equal(ours.z, theirs.z) and torch.equal(ours.dx, theirs.dx), "unfused is not the plain model"
+
+
+def test_training_can_change_over_in_the_middle(small):
+    """An optimizer made before fuse goes on, its momentum included; unfuse in the middle is as good."""
+    plain = copy.deepcopy(small)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.01, momentum=0.9) for model in (small, plain)]
+    targets = torch.randint(0, 5, (4,), generator=torch.Generator().manual_seed(0))
+    for step, change in enumerate([None, fusedres.fuse, None, fusedres.unfuse, fusedres.fuse]):
+        if change:
+            change(small)
+        for model, optimizer in zip((small, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            logits = model(tensor(*IMAGES, seed=step)).flatten(1)[:, :5]
+            F.cross_entropy(logits, targets).backward()
+            optimizer.step()
+    for (name, ours), theirs in zip(small.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_state_dicts_fit_both_ways(small):
+    plain = copy.deepcopy(small)
+    fused = fusedres.fuse(randomised(small))
+    assert str(plain.load_state_dict(fused.state_dict())) == "<All keys matched successfully>"
+    assert_twins(fused.eval(), plain.eval(), tensor(*IMAGES), tolerance=1e-8)
+    other = randomised(copy.deepcopy(plain), seed=5)
+    assert str(fused.load_state_dict(other.state_dict())) == "<All keys matched successfully>"
+    assert_twins(fused.eval(), other.eval(), tensor(*IMAGES), tolerance=1e-8)
+
+
+def test_state_dict_can_be_assigned(small):
+    """``assign=True`` replaces the tensors themselves."""
+    fused = fusedres.fuse(small).eval()
+    fused(tensor(*IMAGES))
+    other = randomised(plain_copy(small), seed=5)
+    fused.load_state_dict(other.state_dict(), assign=True)
+    assert_twins(fused, other.eval(), tensor(*IMAGES), tolerance=1e-8)
+
+
+def copied_by_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def copied_by_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copied_by_pickle, copied_by_save])
+def test_a_fused_model_can_be_copied(small, duplicate):
+    fused = fusedres.fuse(small, schedule="prologue")
+    twin = duplicate(fused)
+    assert classes(twin) == classes(fused)
+    assert [row.schedule for row in fusedres.report(twin)] == [row.schedule for row in fusedres.report(fused)]
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in fused.parameters()}
+    before = snapshot(fused)
+    ours = run(twin, tensor(*IMAGES))
+    twin.zero_grad()
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    assert_unchanged(fused, before)
+    theirs = run(fused, tensor(*IMAGES))
+    assert torch.equal(ours.z, theirs.z)
+    assert all(torch.equal(ours.grads[name], theirs.grads[name]) for name in theirs.grads)
+
+
+LOADER = """
+import sys, torch
+assert not any(name.split(".")[0] in ("fusedres", "torchvision") for name in sys.modules)
+models, x, expected = torch.load(sys.argv[1], weights_only=False)
+for model, z in zip(models, expected):
+    assert torch.equal(model(x), z), type(model)
+import fusedres
+print([sum(row.fused for row in fusedres.report(model)) for model in models])
+print([type(fusedres.unfuse(model)).__module__ for model in models])
+"""
+
+
+def test_saved_whole_and_loaded_where_nothing_is_imported(tmp_path, resnet):
+    """A process that imports torch alone can load the file: pickle finds the classes by name."""
+    models = [fusedres.fuse(resnet).eval(), fusedres.nn.Bottleneck(3, 4).double().eval()]
+    x = tensor(*IMAGES)
+    with torch.no_grad():
+        expected = [model(x) for model in models]
+    for model, z in zip(models, expected, strict=True):
+        z.copy_(model(x).detach())
+    torch.save((models, x, expected), tmp_path / "models.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, str(tmp_path / "models.pt")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[3, 1]", "['torchvision.models.resnet', 'fusedres.nn.plain']"]
+
+
+def test_weights_alone_load_safely(tmp_path, small):
+    torch.save(fusedres.fuse(small).state_dict(), tmp_path / "weights.pt")
+    state = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert str(fusedres.unfuse(small).load_state_dict(state)) == "<All keys matched successfully>"
+
+
+def test_fuse_twice_changes_only_the_schedule(small):
+    fusedres.fuse(small, schedule="stats")
+    before, was = snapshot(small), classes(small)
+    fusedres.fuse(small, schedule="stats")
+    assert classes(small) == was
+    fusedres.fuse(small, schedule="moments")
+    assert classes(small) == was
+    assert {row.schedule for row in fusedres.report(small)} == {"moments"}
+    fusedres.fuse(small)
+    assert {row.schedule for row in fusedres.report(small)} == {AUTO}
+    assert_unchanged(small, before)
+
+
+def test_parts_of_a_model_can_have_schedules_of_their_own(resnet):
+    fusedres.fuse(resnet, schedule="stats")
+    fusedres.fuse(resnet.layer1, schedule="moments")
+    fusedres.unfuse(resnet.layer2)
+    rows = {row.name: row.schedule for row in fusedres.report(resnet)}
+    assert rows == {"": "stats", "layer1.0": "moments", "layer2.0": None}
+    assert_twins(resnet, plain_copy(resnet), tensor(*IMAGES), tolerance=1e-8)
+
+
+def test_unfusing_a_plain_model_changes_nothing(small):
+    before, was, had = snapshot(small), classes(small), attributes(small)
+    assert fusedres.unfuse(small) is small
+    assert (classes(small), attributes(small)) == (was, had)
+    assert_unchanged(small, before)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(2, 3), nn.Sequential(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())],
+)
+def test_a_model_without_candidates_is_left_alone(model):
+    was = classes(model)
+    assert fusedres.unfuse(fusedres.fuse(model)) is model
+    assert classes(model) == was
+    assert len(fusedres.report(model)) == 0
+
+
+def test_the_model_may_itself_be_a_block():
+    block = fusedres.nn.plain.Bottleneck(3, 4).double()
+    plain = copy.deepcopy(block)
+    assert type(fusedres.fuse(block)) is fusedres.nn.Bottleneck
+    (row,) = fusedres.report(block)
+    assert (row.name, row.kind, row.fused) == ("", "Bottleneck", True)
+    assert_twins(block, plain, tensor(2, 3, 6, 5))
+    assert type(fusedres.unfuse(block)) is fusedres.nn.plain.Bottleneck
+
+
+def assert_same_gradients(actual: nn.Module, expected: nn.Module) -> None:
+    for (name, ours), theirs in zip(actual.named_parameters(), expected.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None, name
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_batches_before_one_backward_pass(small):
+    """As with two views of a batch, real and generated images, or a loss over several crops."""
+    plain = copy.deepcopy(small)
+    for model in (fusedres.fuse(small), plain):
+        (model(tensor(*IMAGES)).square().mean() + model(tensor(*IMAGES, seed=2)).square().mean()).backward()
+    assert_same_gradients(small, plain)
+    for ours, theirs in zip(small.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_other_passes_between_forward_and_backward(small):
+    """A validation pass, or one that only moves the statistics, while a training graph is alive."""
+    plain = copy.deepcopy(small)
+    for model in (fusedres.fuse(small), plain):
+        loss = model(tensor(*IMAGES)).square().mean()
+        with torch.no_grad():
+            model.eval()(tensor(*IMAGES, seed=2))
+            model.train()(tensor(*IMAGES, seed=3))
+        loss.backward()
+    assert_same_gradients(small, plain)
+
+
+def test_a_weight_written_before_the_backward_pass_is_an_error_as_in_eager(small):
+    """The gradient would be of other weights."""
+    for model in (fusedres.fuse(small), plain_copy(small)):
+        loss = model(tensor(*IMAGES)).square().mean()
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_block_used_twice():
+    block = fusedres.nn.plain.BasicBlock(6, 6)
+    model = nn.Sequential(block, block).double()
+    plain = copy.deepcopy(model)
+    assert_twins(fusedres.fuse(model), plain, tensor(2, 6, 5, 4))
+
+
+def test_the_projects_blocks_are_fused_from_the_start_and_unfuse_to_plain_ones():
+    block = fusedres.nn.BasicBlock(4, 6, 2)
+    assert [row.schedule for row in fusedres.report(block)] == [AUTO]
+    assert isinstance(block, fusedres.nn.plain.BasicBlock)
+    assert type(fusedres.unfuse(block)) is fusedres.nn.plain.BasicBlock
+    assert type(fusedres.fuse(block)) is fusedres.nn.BasicBlock
+
+
+@pytest.mark.parametrize("model", [None, 3, "resnet18", nn.Linear, [nn.Linear(1, 1)]], ids=repr)
+@pytest.mark.parametrize("function", [fusedres.fuse, fusedres.unfuse, fusedres.report])
+def test_what_is_no_module_is_refused(function, model):
+    with pytest.raises(TypeError, match=rf"model: expected a torch.nn.Module, got {type(model).__name__}"):
+        function(model)
+
+
+@pytest.mark.parametrize("schedule", ["fastest", "", "MOMENTS", None, 1, ["moments"]], ids=repr)
+@pytest.mark.parametrize("already", [False, True], ids=["plain", "fused"])
+def test_an_unknown_schedule_is_refused_and_nothing_changed(small, schedule, already):
+    if already:
+        fusedres.fuse(small, schedule="stats")
+    was, had, before = classes(small), attributes(small), snapshot(small)
+    with pytest.raises((ValueError, TypeError), match=r"schedule: expected one of .*'auto'.*'moments'"):
+        fusedres.fuse(small, schedule=schedule)
+    assert (classes(small), attributes(small)) == (was, had)
+    assert_unchanged(small, before)
+
+
+def test_schedule_is_given_by_name(small):
+    with pytest.raises(TypeError):
+        fusedres.fuse(small, "moments")
+    assert not any(row.fused for row in fusedres.report(small))
+
+
+def test_modes_and_gradients_stay(small):
+    """What a user froze or put into eval stays so."""
+    frozen = next(small.parameters())
+    frozen.requires_grad_(False)
+    norms = [module for module in small.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[1].eval()
+    plain = copy.deepcopy(small)
+    fusedres.fuse(small)
+    assert not norms[1].training and norms[0].training and not frozen.requires_grad
+    assert_same_pass(run(small, tensor(*IMAGES)), run(plain, tensor(*IMAGES)), 1e-8)

@@ -1,0 +1,89 @@
+"""What is installed, from a wheel and from an editable install: one top-level package, nothing forgotten."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Where each installed package lies in the repository.
+TREES = {
+    "fusedres": ROOT / "fusedres",
+    "fusedres/kernels": ROOT / "kernels",
+    "fusedres/bench": ROOT / "bench",
+}
+
+
+def sources() -> set[str]:
+    """Every Python file of the library, named as it is to be installed."""
+    return {
+        f"{prefix}/{path.relative_to(tree).as_posix()}" for prefix, tree in TREES.items() for path in tree.rglob("*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    # Built from a copy, so that no build folder appears in the checkout.
+    copy = folder / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "fusedres", "kernels", "bench"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    (wheel,) = folder.glob("fusedres-0.1.0-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_has_one_top_level_package(wheel_names):
+    assert {name.split("/")[0] for name in wheel_names} == {"fusedres", "fusedres-0.1.0.dist-info"}
+
+
+def test_wheel_holds_every_source_file(wheel_names):
+    installed = {name for name in wheel_names if name.endswith(".py")}
+    assert installed == sources()
+    assert {"fusedres/kernels/__init__.py", "fusedres/bench/__init__.py"} <= installed
+
+
+def test_wheel_is_typed_and_licensed(wheel_names):
+    assert "fusedres/py.typed" in wheel_names
+    assert "fusedres-0.1.0.dist-info/licenses/LICENSE" in wheel_names
+
+
+def test_every_folder_of_the_library_is_a_package():
+    for tree in TREES.values():
+        for path in tree.rglob("*.py"):
+            assert (path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py"
+
+
+def run_elsewhere(code: str) -> str:
+    """Output of `code` in a fresh interpreter that starts outside the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_installed_package_finds_kernels_and_bench():
+    code = "import fusedres.kernels, fusedres.bench; print(fusedres.kernels.__file__, fusedres.bench.__file__)"
+    for path in run_elsewhere(code).split():
+        assert Path(path).name == "__init__.py"
+
+
+def test_no_top_level_kernels_or_bench_is_installed():
+    code = "from importlib.util import find_spec; print(find_spec('kernels'), find_spec('bench'))"
+    assert run_elsewhere(code) == "None None"
+
+
+def test_command_is_installed():
+    command = Path(sys.executable).parent / "fusedres"
+    done = subprocess.run([command, "--version"], cwd="/", capture_output=True, text=True, check=True)
+    assert done.stdout == "fusedres 0.1.0\n"

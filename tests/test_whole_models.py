@@ -1,0 +1,285 @@
+"""Whole networks of torchvision, fused, beside eager: a step, a run of steps, hostile input, saved bytes.
+
+Two things decide how an fp32 gradient can be compared. Eager's own error depends on the memory format (in
+oneDNN, channels_last convolutions round twice as much as NCHW ones), so eager is channels_last here, as fused
+blocks are. And a ReLU whose input is within rounding of zero flips: one flip in a layer of 2 x 2 pixels is a
+gradient error of 1e-2, in eager as in fused. So every gradient of the whole network is checked in fp64, where
+nothing flips; fp32 is held to 1e-4 where biases keep every ReLU away from zero; and where ReLUs flip, to the
+error of eager itself over some seeds.
+"""
+
+import copy
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fusedres
+from fusedres.bench.saved_activations import image_loss, per_image, saved_bytes
+from fusedres.plan import AUTO, SCHEDULES
+from tests.comparison import assert_as_accurate_as_eager, relative_error
+
+models = pytest.importorskip("torchvision").models
+
+PX, BATCH = 64, 4
+QUICK = {"resnet18": (AUTO, *SCHEDULES), "resnet50": (AUTO, "moments")}
+RUNGS = [
+    pytest.param(name, rung, marks=() if rung in QUICK[name] else pytest.mark.slow, id=f"{name}-{rung}")
+    for name in QUICK
+    for rung in (AUTO, *SCHEDULES)
+]
+rungs = pytest.mark.parametrize(("name", "schedule"), RUNGS)
+
+
+class Step(NamedTuple):
+    """What one step of SGD leaves."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def network(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return getattr(models, name)().to(memory_format=torch.channels_last)
+
+
+def images(batch: int, px: int, seed: int, classes: int = 1000) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, px, px, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last), torch.randint(0, classes, (batch,), generator=generator)
+
+
+def step(model: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> Step:
+    """One step of a copy of the model; its classes stay what they are."""
+    model = copy.deepcopy(model).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    x, labels = images(BATCH, PX, seed)
+    loss = F.cross_entropy(model(x.to(dtype)), labels)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return Step(loss.detach(), gradients, parameters, dict(model.named_buffers()))
+
+
+def fused(model: nn.Module, schedule: str) -> nn.Module:
+    return fusedres.fuse(copy.deepcopy(model), schedule=schedule)
+
+
+def whole(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors.values()])
+
+
+@functools.lru_cache(maxsize=1)  # a ResNet-50 in fp64 with its gradients is 0.4 GB
+def plain_step(name: str, dtype: torch.dtype) -> Step:
+    """The plain network's step, made once for all rungs."""
+    return step(network(name, 0), 0, dtype)
+
+
+def assert_same_step(ours: Step, theirs: Step, tolerance: float) -> None:
+    """Loss, running statistics and parameters, each tensor on its own, relative in norm."""
+    assert relative_error(ours.loss, theirs.loss) <= tolerance, "loss"
+    for kind in ("buffers", "parameters"):
+        for name, exact in getattr(theirs, kind).items():
+            actual = getattr(ours, kind)[name]
+            if not exact.is_floating_point():
+                assert torch.equal(actual, exact), name
+                continue
+            error = relative_error(actual, exact)
+            assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+@rungs
+def test_a_step_in_fp64_is_eagers(name, schedule):
+    """No ReLU flips in fp64, so that every tensor of the network can be compared on its own."""
+    exact = plain_step(name, torch.float64)
+    ours = step(fused(network(name, 0), schedule), 0, torch.float64)
+    assert_same_step(ours, exact, 1e-9)
+    for key, gradient in exact.gradients.items():
+        assert relative_error(ours.gradients[key], gradient) <= 1e-9, key
+
+
+@rungs
+def test_loss_and_running_statistics_after_a_step_in_fp32(name, schedule):
+    """They are made before any gradient, so flips do not reach them."""
+    eager = plain_step(name, torch.float32)
+    ours = step(fused(network(name, 0), schedule), 0)
+    assert_same_step(ours._replace(parameters={}), eager._replace(parameters={}), 1e-4)
+
+
+def without_flips(model: nn.Module) -> nn.Module:
+    """Every channel wholly open or closed: gammas of 0.1, betas of +-1, one sign along all shortcuts."""
+    generator = torch.Generator().manual_seed(5)
+    ends = "bn3" if hasattr(model.layer1[0], "bn3") else "bn2"
+    signs: dict[str, Tensor] = {}
+    for name, bn in model.named_modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            joins = "downsample" in name or name.endswith(ends)
+            drawn = torch.rand(bn.num_features, generator=generator)
+            sign = signs.setdefault(name.split(".")[0] if joins else name, torch.where(drawn < 0.5, -1.0, 1.0))
+            with torch.no_grad():
+                bn.bias.copy_(sign)
+                bn.weight.fill_(0.1)
+    return model
+
+
+@rungs
+def test_a_step_in_fp32_where_no_relu_flips(name, schedule):
+    model = without_flips(network(name, 0))
+    eager, exact = step(model, 0), step(model, 0, torch.float64)
+    ours = step(fused(model, schedule), 0)
+    assert_same_step(ours, eager, 1e-4)
+    assert_as_accurate_as_eager(whole(ours.gradients), whole(eager.gradients), whole(exact.gradients))
+
+
+def rms(values: list[float]) -> float:
+    return (sum(value * value for value in values) / len(values)) ** 0.5
+
+
+def ratios_to_eager(
+    name: str, schedules: Sequence[str], seeds: Sequence[int], average: Callable[[list[float]], float]
+) -> dict[str, dict[str, float]]:
+    """Per schedule: errors against fp64 over eager's, averaged over seeds, of the network and per parameter."""
+    errors: dict[str, dict[str, list[float]]] = {}
+    for seed in seeds:
+        model = network(name, seed)
+        exact = step(model, seed, torch.float64)
+        for kind in ("eager", *schedules):
+            done = step(model if kind == "eager" else fused(model, kind), seed)
+            compared = {
+                "all gradients": (whole(done.gradients), whole(exact.gradients)),
+                "all parameters after the step": (whole(done.parameters), whole(exact.parameters)),
+            } | {key: (done.gradients[key], gradient) for key, gradient in exact.gradients.items()}
+            for key, pair in compared.items():
+                errors.setdefault(kind, {}).setdefault(key, []).append(relative_error(*pair))
+    eager = errors.pop("eager")
+    ratios = {
+        kind: {key: average(values) / average(eager[key]) for key, values in tensors.items()}
+        for kind, tensors in errors.items()
+    }
+    for kind, of in ratios.items():
+        worst = max(of, key=of.__getitem__)
+        print(f"{name} {kind}: all gradients {of['all gradients']:.2f}, worst {worst} {of[worst]:.2f}")
+    return ratios
+
+
+def too_large(ratios: dict[str, dict[str, float]], prefix: str = "") -> list[str]:
+    """Those that are not at most 1.5."""
+    return [
+        f"{kind}: {key} {ratio:.2f}"
+        for kind, of in ratios.items()
+        for key, ratio in of.items()
+        if key.startswith(prefix) and not ratio <= 1.5
+    ]
+
+
+def test_gradients_of_resnet18_are_as_close_to_fp64_as_eagers():
+    """In a minority of seeds one ReLU flips (in eager in some, in fused in others); the median has none."""
+    assert not too_large(ratios_to_eager("resnet18", [AUTO, *SCHEDULES], (1, 2, 4), statistics.median))
+
+
+def test_gradients_of_resnet50_together_are_as_close_to_fp64_as_eagers():
+    """Some ReLUs flip in every seed, in eager as in fused: errors of 2e-2 either way, compared as RMS."""
+    assert not too_large(ratios_to_eager("resnet50", [AUTO, "moments"], (0, 1, 2), rms), "all ")
+
+
+@pytest.mark.slow
+def test_gradients_of_resnet50_one_by_one_are_as_close_to_fp64_as_eagers():
+    """Flips in the last blocks are rare enough to need more seeds."""
+    assert not too_large(ratios_to_eager("resnet50", [AUTO, *SCHEDULES], range(8), rms))
+
+
+def losses(model: nn.Module, steps: int, lr: float, batch: int = 8) -> list[float]:
+    x, labels = images(batch, PX, 0, classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    curve = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        curve.append(float(loss.detach()))
+    return curve
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "lr"),
+    [
+        ("resnet18", AUTO, 0.01),
+        ("resnet18", "moments", 0.01),
+        pytest.param("resnet18", "stats", 0.01, marks=pytest.mark.slow),
+        pytest.param("resnet50", AUTO, 0.001, marks=pytest.mark.slow),
+        pytest.param("resnet50", "moments", 0.001, marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_keep_the_loss_curves_together(name, schedule, lr):
+    model = network(name, 0)
+    model.fc = nn.Linear(model.fc.in_features, 10)
+    theirs = losses(copy.deepcopy(model), 20, lr)
+    ours = losses(fused(model, schedule), 20, lr)
+    apart = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
+    print(f"{name} {schedule}: loss {theirs[0]:.3f} to {theirs[-1]:.3f}, largest difference {max(apart):.1e}")
+    assert theirs[-1] < 0.8 * theirs[0], "nothing was learnt, so nothing is compared"
+    assert max(apart) <= 0.01, apart
+
+
+@pytest.mark.parametrize("schedule", ["moments", AUTO])
+@pytest.mark.parametrize("shape", [(4, 16, 20, 17), (2, 64, 56, 56)], ids=str)
+def test_a_mean_of_500_deviations_keeps_the_variance(schedule, shape):
+    """Raw second moments would cancel in fp32: 500^2 is 2.5e5, and fp32 carries 1.7e7."""
+    torch.manual_seed(0)
+    channels = shape[1]
+    block = fusedres.fuse(fusedres.nn.ConvBNAct(channels, 4 * channels, 1), schedule=schedule)
+    block.bn.momentum = 1.0
+    exact = fusedres.unfuse(copy.deepcopy(block)).double()
+    x = torch.randn(shape) * torch.linspace(0.1, 10, channels).view(-1, 1, 1)
+    x = x + 500 * x.std((0, 2, 3), keepdim=True)
+    block(x), exact(x.double())
+    for name, buffer in exact.bn.named_buffers():
+        error = relative_error(dict(block.bn.named_buffers())[name], buffer)
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+    worst = ((block.bn.running_var - exact.bn.running_var).abs() / exact.bn.running_var).max()
+    assert worst < 1e-4, f"worst channel's variance: relative error {worst:.1e}"
+
+
+def test_a_bottleneck_with_a_large_mean_between_its_layers():
+    """The moments are of relu(bn2(conv2)): beta 500 times gamma is the hostile case inside a block."""
+    torch.manual_seed(0)
+    block = fusedres.nn.Bottleneck(64, 16)
+    with torch.no_grad():
+        block.bn2.weight.fill_(0.1)
+        block.bn2.bias.fill_(50.0)
+    for bn in (block.bn1, block.bn2, block.bn3):
+        bn.momentum = 1.0
+    fusedres.fuse(block, schedule="moments")
+    exact = fusedres.unfuse(copy.deepcopy(block)).double()
+    x = torch.randn(4, 64, 14, 14)
+    block(x), exact(x.double())
+    assert relative_error(block.bn3.running_var, exact.bn3.running_var) < 1e-4
+
+
+def test_bytes_saved_for_backward_by_resnet50_at_224_pixels():
+    """Megabytes per image in bf16 elements; the whole of a batch of 128, and the slope over the batch."""
+    device = torch.device("meta")
+    with device:
+        eager = models.resnet50().to(memory_format=torch.channels_last)
+    batch, table = 128, {}
+    for schedule in ("eager", *SCHEDULES, AUTO):
+        model = eager if schedule == "eager" else fused(eager, schedule)
+        saved = saved_bytes(model, lambda m: image_loss(m, batch, 224, device))
+        table[schedule] = saved.as_dtype(torch.bfloat16) / batch / 1e6
+    slope = per_image(fused(eager, "moments"), lambda m, n: image_loss(m, n, 224, device), batch).slope
+    print({name: f"{megabytes:.2f}" for name, megabytes in table.items()})
+    print(f"moments, per further image: {slope.as_dtype(torch.bfloat16) / 1e6:.2f}")
+    assert table["eager"] == pytest.approx(43.8, abs=0.2)
+    assert table["moments"] <= 20.5
+    assert slope.as_dtype(torch.bfloat16) / 1e6 <= 20.5
+    assert table["prologue"] <= table["stats"] <= table["block_end"] <= table["eager"]
+    assert table[AUTO] <= table["eager"]
