@@ -24,6 +24,7 @@ from .layer import (
     branch_backward,
     contraction,
     grouped,
+    is_idle,
     layer_backward,
     measure,
     needs_of,
@@ -132,6 +133,7 @@ class ConvChain(torch.autograd.Function):
 
 def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: list[ConvBN]) -> Tensor:
     x = channels_last(x)
+    residual = None if residual is None else channels_last(residual)
     source = u = ConvInput(x.to(spec.dtype))
     inner = []
     for layer, layer_spec in zip(parameters, spec.layers[:-1], strict=False):
@@ -207,23 +209,18 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         at_input = OutputGrad(dx, scratch=True)
 
     du: Tensor | None = None
-    branch, mask, rebuilt = saved.main, saved.mask, None
+    branch, out = saved.main, None
     for i in range(last, -1, -1):
         layer, layer_spec = saved.parameters[i], spec.layers[i]
         add = at_input if i == 0 and needed_x else None
         if not needs[i].any:
             break
-        if branch.source.scale is not None and not schedule.statistics:
-            # Formed once here, for this layer's weight gradient and as the mask of the layer below.
-            rebuilt = formed(branch.source)
-            branch = branch._replace(source=ConvInput(rebuilt))
         if i == last:
             grads[i], du = branch_backward(g, branch, layer, layer_spec, schedule, needs[i], add)
         else:
-            grads[i], du = _inner_backward(du, mask, branch, layer, layer_spec, schedule, needs[i], add)
+            grads[i], du = _inner_backward(du, out, branch, layer, layer_spec, schedule, needs[i], add)
         if i > 0:
             branch, out = saved.inner[i - 1]
-            mask = out if out is not None else rebuilt
 
     dx = du.to(ctx.input_dtype) if needed_x and du is not None else None
     dresidual = None
@@ -234,12 +231,13 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
 
 
 def _inner_backward(
-    du: Tensor | None, mask: Tensor | None, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule,
+    du: Tensor | None, out: Tensor | None, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule,
     needs: Needs, add: OutputGrad | None,
 ) -> tuple[LayerGrads, Tensor | None]:  # fmt: skip
-    """A layer whose rectified output received the gradient ``du``."""
+    """A layer whose rectified output (``out``, where it was written) received the gradient ``du``."""
     assert du is not None and branch.y is not None
-    if schedule.statistics:
-        at_layer = at_producer(du, Producer(branch.y, branch.norm), mask)
+    if schedule.statistics and not is_idle(spec.norm, needs):
+        at_layer = at_producer(du, Producer(branch.y, branch.norm), out)
         return layer_backward(at_layer, None, branch, layer, spec, schedule, needs, add)
+    mask = formed(ConvInput(branch.y, branch.norm.scale, branch.norm.shift)) if out is None else out
     return branch_backward(OutputGrad(du, mask, scratch=True), branch, layer, spec, schedule, needs, add)

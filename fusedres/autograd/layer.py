@@ -23,7 +23,7 @@ from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import ProducerGrad, conv_input_grad
 from ..ops.conv_weight_grad import conv_weight_grad
 from ..ops.input_moments import input_moments, moments_statistics
-from ..ops.moments_backward import moments_backward, moments_contraction, moments_input_grad
+from ..ops.moments_backward import frozen_matrices, moments_backward, moments_contraction, moments_input_grad
 from ..plan import Schedule
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
@@ -73,6 +73,11 @@ class LayerGrads(NamedTuple):
 def grouped(tensors: tuple[Tensor | None, ...]) -> list[ConvBN]:
     """A flat argument list back as one `ConvBN` per layer."""
     return [ConvBN(*tensors[i : i + PARAMETERS]) for i in range(0, len(tensors), PARAMETERS)]  # type: ignore[arg-type]
+
+
+def is_idle(norm: NormSpec, needs: Needs) -> bool:
+    """Whether a batch norm is a constant scale and shift that nobody asked a gradient of: no sums are needed."""
+    return not (norm.batch_stats or needs.gamma or needs.beta or needs.bias)
 
 
 def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpec, dtype: torch.dtype) -> Normaliser:
@@ -137,6 +142,12 @@ def branch_backward(
     """The gradients of a branch's parameters and of its source, from the gradient g behind its batch norm."""
     if branch.y is None:
         return _moments_branch_backward(g, branch, layer, spec, needs, add)
+    if is_idle(spec.norm, needs):
+        scaled = g._replace(p=branch.norm.scale)
+        if not schedule.prologue:
+            scaled = OutputGrad(bn_backward_apply(scaled))
+        dweight, du = convolution_backward(scaled, branch.source, layer, spec, needs, add)
+        return LayerGrads(None if dweight is None else dweight.to(layer.weight.dtype)), du
     if schedule.statistics:
         sums = ProducerGrad(g.g, *bn_backward_reduce(g, branch.y, branch.norm))
         return layer_backward(sums, g.mask, branch, layer, spec, schedule, needs, add)
@@ -171,11 +182,15 @@ def _moments_branch_backward(
     g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, needs: Needs, add: OutputGrad | None
 ) -> tuple[LayerGrads, Tensor | None]:
     weight = layer.weight.to(branch.source.tensor.dtype)
-    d, sum_g = moments_contraction(g, branch.source, (1, 1), spec.geometry)
-    small = moments_backward(d, sum_g, branch.moments, weight, branch.norm)
-    du = moments_input_grad(g, small, branch.source, spec.geometry, add=add) if needs.source else None
-    dweight = small.dweight.view(layer.weight.shape)
-    return in_parameter_dtypes(dweight, small.dgamma, small.dbeta, branch.norm, layer, spec, needs), du
+    if is_idle(spec.norm, needs) and not needs.weight:
+        grads, matrices = LayerGrads(), frozen_matrices(weight, branch.norm)
+    else:
+        d, sum_g = moments_contraction(g, branch.source, (1, 1), spec.geometry)
+        small, matrices = moments_backward(d, sum_g, branch.moments, weight, branch.norm)
+        dweight = small.dweight.view(layer.weight.shape)
+        grads = in_parameter_dtypes(dweight, small.dgamma, small.dbeta, branch.norm, layer, spec, needs)
+    du = moments_input_grad(g, matrices, branch.source, spec.geometry, add=add) if needs.source else None
+    return grads, du
 
 
 def in_parameter_dtypes(

@@ -37,15 +37,20 @@ from .op import Op
 
 
 class MomentsGrad(NamedTuple):
-    """The small matrices of the moments form, in the statistics dtype.
-
-    ``dweight`` (K, C), ``dgamma`` (K,), ``dbeta`` (K,); for the input gradient ``weight`` = a * W (K, C),
-    ``quadratic`` = Q (C, C) and ``constant`` = c (C,), the last two None under frozen statistics.
-    """
+    """The parameters' gradients in the statistics dtype: ``dweight`` (K, C), ``dgamma`` (K,), ``dbeta`` (K,)."""
 
     dweight: Tensor
     dgamma: Tensor
     dbeta: Tensor
+
+
+class InputGradMatrices(NamedTuple):
+    """du = g ``weight`` - u ``quadratic`` - ``constant``, in the statistics dtype.
+
+    ``weight`` = a * W (K, C), ``quadratic`` = Q (C, C) and ``constant`` = c (C,), the last two None under frozen
+    statistics.
+    """
+
     weight: Tensor
     quadratic: Tensor | None
     constant: Tensor | None
@@ -111,7 +116,7 @@ def frozen_weight_grad(d: Tensor, sum_g: Tensor, weight: Tensor, norm: Normalise
 
 def moments_backward(
     d: Tensor, sum_g: Tensor, moments: Moments | None, weight: Tensor, norm: Normaliser
-) -> MomentsGrad:
+) -> tuple[MomentsGrad, InputGradMatrices]:
     """The small matrices from D and sum(g), by the formulas above.
 
     Args:
@@ -121,25 +126,30 @@ def moments_backward(
         norm: the `Normaliser` of the forward pass.
     """
     w = weight.flatten(1).to(d.dtype)
-    scaled = norm.scale.unsqueeze(1) * w
     if moments is None:
         dweight, dgamma = frozen_weight_grad(d, sum_g, w, norm)
-        return MomentsGrad(dweight, dgamma, sum_g, scaled, None, None)
+        return MomentsGrad(dweight, dgamma, sum_g), frozen_matrices(weight, norm)
     count, mean, m2 = moments
     dweight, dgamma, q = moments_weight_grad(d, sum_g, count, mean, w @ m2, w, norm)
     quadratic = w.t() @ (q.unsqueeze(1) * w)
     constant = w.t() @ (norm.scale * sum_g / count) - quadratic @ mean
-    return MomentsGrad(dweight, dgamma, sum_g, scaled, quadratic, constant)
+    scaled = norm.scale.unsqueeze(1) * w
+    return MomentsGrad(dweight, dgamma, sum_g), InputGradMatrices(scaled, quadratic, constant)
+
+
+def frozen_matrices(weight: Tensor, norm: Normaliser) -> InputGradMatrices:
+    """Those of a batch norm with frozen statistics; weight (K, C, 1, 1)."""
+    return InputGradMatrices(norm.scale.unsqueeze(1) * weight.flatten(1).to(norm.scale.dtype), None, None)
 
 
 def _moments_input_grad(
-    g: OutputGrad, small: MomentsGrad, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
 ) -> Tensor:
     """du = (a * g) W - u Q - c at the pixels that the 1x1 convolution reads, zero elsewhere, plus the masked ``add``.
 
     Args:
         g: (N, K, P, Q), masked on load.
-        small: from `moments_backward`.
+        matrices: from `moments_backward`.
         u: (N, C, H, W) input of the 1x1 convolution, formed on load.
         geometry: of the 1x1 convolution (stride alone).
         add: another gradient of the same input, (N, C, H, W), masked on load, or None.
@@ -149,9 +159,9 @@ def _moments_input_grad(
     """
     seen = sampled(u, geometry.stride)
     dtype = statistics_dtype(u.tensor.dtype)
-    rows = as_rows(masked(g)).to(dtype) @ small.weight
-    if small.quadratic is not None and small.constant is not None:
-        rows.addmm_(as_rows(formed(seen)).to(dtype), small.quadratic, alpha=-1).sub_(small.constant)
+    rows = as_rows(masked(g)).to(dtype) @ matrices.weight
+    if matrices.quadratic is not None and matrices.constant is not None:
+        rows.addmm_(as_rows(formed(seen)).to(dtype), matrices.quadratic, alpha=-1).sub_(matrices.constant)
     du = _spread(from_rows(rows, seen.tensor), u.tensor, geometry.stride)
     if add is None:
         return du.to(u.tensor.dtype)
@@ -172,16 +182,16 @@ moments_input_grad = Op(_moments_input_grad)
 
 @moments_input_grad.native
 def _moments_input_grad_native(
-    g: OutputGrad, small: MomentsGrad, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
 ) -> Tensor:
     if not onednn.runs(u.tensor) or (add is not None and add.g.dtype != u.tensor.dtype):
         return NotImplemented
-    linear = onednn.pointwise(small.weight.t())
-    if small.quadratic is None or small.constant is None:
+    linear = onednn.pointwise(matrices.weight.t())
+    if matrices.quadratic is None or matrices.constant is None:
         du = onednn.conv_act(masked(g), linear)
     else:
         seen = channels_last(formed(sampled(u, geometry.stride)))
-        du = onednn.conv_act(seen, onednn.pointwise(-small.quadratic, -small.constant))
+        du = onednn.conv_act(seen, onednn.pointwise(-matrices.quadratic, -matrices.constant))
         onednn.conv_onto(du, masked(g), linear)
     du = _spread(du, u.tensor, geometry.stride)
     return du if add is None else du.add_(masked(add))

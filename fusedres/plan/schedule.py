@@ -22,6 +22,10 @@ class Schedule:
     moments: bool = False
     bit_masks: bool = True
 
+    def __post_init__(self) -> None:
+        if self.prologue and not self.statistics:
+            raise ValueError(f"schedule {self.name}: a prologue needs statistics from the epilogue before it")
+
 
 SCHEDULES = {
     schedule.name: schedule

@@ -81,8 +81,8 @@ class Setting:
 
     def ours(self, add=None):
         d, sum_g = moments_contraction(self.g, self.u, (1, 1), self.geometry)
-        small = moments_backward(d, sum_g, self.moments, self.weight, self.norm)
-        du = moments_input_grad(self.g, small, self.u, self.geometry, add=add)
+        small, matrices = moments_backward(d, sum_g, self.moments, self.weight, self.norm)
+        du = moments_input_grad(self.g, matrices, self.u, self.geometry, add=add)
         return small.dweight.view(self.weight.shape), small.dgamma, small.dbeta, du
 
 
