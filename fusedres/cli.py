@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("fusedres-demo.png"), metavar="FILE.png")
     demo.add_argument("--threads", type=_positive, help="CPU threads (PyTorch decides if not given)")
     demo.add_argument("--px", type=int, default=8, help="height and width the digits are scaled to")
+    demo.add_argument("--schedule", default="auto", help="schedule of the fused models")
     demo.add_argument("--min-accuracy", type=_fraction, default=0.97, help="test accuracy below this fails")
     demo.add_argument(
         "--resnet50", action=argparse.BooleanOptionalAction, default=True, help="check torchvision's resnet50"
@@ -73,6 +74,7 @@ def _demo(options: argparse.Namespace) -> int:
             out=options.out,
             threads=options.threads,
             px=options.px,
+            schedule=options.schedule,
             min_accuracy=options.min_accuracy,
             resnet50=options.resnet50,
         )

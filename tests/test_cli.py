@@ -45,6 +45,7 @@ def test_malformed_arguments_exit_with_2(arguments, message, capsys):
     [
         (["--batch", "1438"], "batch must be between 1 and 1437, got 1438"),
         (["--px", "7"], "size must be at least 8"),
+        (["--schedule", "fastest"], "schedule: expected one of"),
         (["--out", "picture.jpg"], "out must name a .png file"),
         (["--out", "/nonexistent/picture.png"], "out must lie in an existing folder"),
     ],

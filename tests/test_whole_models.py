@@ -196,38 +196,54 @@ def test_gradients_of_resnet50_one_by_one_are_as_close_to_fp64_as_eagers():
     assert not too_large(ratios_to_eager("resnet50", [AUTO, *SCHEDULES], range(8), rms))
 
 
-def losses(model: nn.Module, steps: int, lr: float, batch: int = 8) -> list[float]:
-    x, labels = images(batch, PX, 0, classes=10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+def losses(model: nn.Module, lr: float, dtype: torch.dtype = torch.float32, steps: int = 20) -> list[float]:
+    model = copy.deepcopy(model).to(dtype)
+    x, labels = images(8, PX, 0, classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=1e-4)
     curve = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels)
+        loss = F.cross_entropy(model(x.to(dtype)), labels)
         loss.backward()
         optimizer.step()
         curve.append(float(loss.detach()))
     return curve
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule", "lr"),
-    [
-        ("resnet18", AUTO, 0.01),
-        ("resnet18", "moments", 0.01),
-        pytest.param("resnet18", "stats", 0.01, marks=pytest.mark.slow),
-        pytest.param("resnet50", AUTO, 0.001, marks=pytest.mark.slow),
-        pytest.param("resnet50", "moments", 0.001, marks=pytest.mark.slow),
-    ],
-)
-def test_twenty_steps_keep_the_loss_curves_together(name, schedule, lr):
-    model = network(name, 0)
+def furthest_apart(ours: list[float], theirs: list[float]) -> float:
+    apart = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    print(f"loss {theirs[0]:.3f} to {theirs[-1]:.3f}, largest relative difference of a step {apart:.1e}")
+    assert theirs[-1] != theirs[0], "nothing was learnt, so nothing is compared"
+    return apart
+
+
+def ten_classes(name: str, seed: int) -> nn.Module:
+    model = network(name, seed)
     model.fc = nn.Linear(model.fc.in_features, 10)
-    theirs = losses(copy.deepcopy(model), 20, lr)
-    ours = losses(fused(model, schedule), 20, lr)
-    apart = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
-    print(f"{name} {schedule}: loss {theirs[0]:.3f} to {theirs[-1]:.3f}, largest difference {max(apart):.1e}")
-    assert theirs[-1] < 0.8 * theirs[0], "nothing was learnt, so nothing is compared"
-    assert max(apart) <= 0.01, apart
+    return model
+
+
+@pytest.mark.parametrize("schedule", [AUTO, "moments", pytest.param("stats", marks=pytest.mark.slow)])
+def test_twenty_steps_of_resnet18_keep_the_loss_curves_together(schedule):
+    """From 2.5 to 0.02 without momentum; eager in NCHW is 0.2 to 0.7 % from eager in channels_last here."""
+    model = ten_classes("resnet18", 2)
+    assert furthest_apart(losses(fused(model, schedule), 0.01), losses(model, 0.01)) <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [AUTO, "moments"])
+def test_twenty_steps_of_resnet50_keep_the_loss_curves_together(schedule):
+    """In fp32 flips take eager's own two memory formats 10 % apart within 20 steps, in fp64 nothing flips."""
+    model = ten_classes("resnet50", 0)
+    ours, theirs = (losses(m, 0.001, torch.float64) for m in (fused(model, schedule), model))
+    assert furthest_apart(ours, theirs) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [AUTO, *SCHEDULES])
+def test_twenty_steps_of_resnet50_where_no_relu_flips(schedule):
+    model = without_flips(ten_classes("resnet50", 0))
+    assert furthest_apart(losses(fused(model, schedule), 0.0002), losses(model, 0.0002)) <= 0.01
 
 
 @pytest.mark.parametrize("schedule", ["moments", AUTO])
@@ -266,7 +282,10 @@ def test_a_bottleneck_with_a_large_mean_between_its_layers():
 
 
 def test_bytes_saved_for_backward_by_resnet50_at_224_pixels():
-    """Megabytes per image in bf16 elements; the whole of a batch of 128, and the slope over the batch."""
+    """Megabytes per image in bf16 elements; the whole of a batch of 128, and the slope over the batch.
+
+    No bound on auto: without kernels for the device it trades memory for time.
+    """
     device = torch.device("meta")
     with device:
         eager = models.resnet50().to(memory_format=torch.channels_last)
@@ -282,4 +301,3 @@ def test_bytes_saved_for_backward_by_resnet50_at_224_pixels():
     assert table["moments"] <= 20.5
     assert slope.as_dtype(torch.bfloat16) / 1e6 <= 20.5
     assert table["prologue"] <= table["stats"] <= table["block_end"] <= table["eager"]
-    assert table[AUTO] <= table["eager"]

@@ -47,6 +47,7 @@ class DemoOptions:
     out: Path = Path("fusedres-demo.png")
     threads: int | None = None
     px: int = 8
+    schedule: str = "auto"
     min_accuracy: float = 0.97
     resnet50: bool = True
 
@@ -127,6 +128,7 @@ def train_twins(
     epochs: int,
     batch: int,
     seed: int,
+    schedule: str = "auto",
     on_step: Callable[[], None],
     on_epoch: Callable[[int, Twins], None],
 ) -> Twins:
@@ -136,6 +138,8 @@ def train_twins(
     def twin(name: str, fused: bool, memory_format: torch.memory_format) -> Twin:
         torch.manual_seed(seed)
         model = cifar_resnet(20, in_channels=1, fused=fused)
+        if fused:
+            fusedres.fuse(model, schedule=schedule)
         return Twin.of(name, model, epochs * steps_per_epoch, memory_format)
 
     twins = Twins(
@@ -172,7 +176,13 @@ def saved_by_schedule(
 
 
 def check_resnet50(
-    seed: int, *, px: int = 96, batch: int = 8, repeats: int = 3, on_repeat: Callable[[], None] = lambda: None
+    seed: int,
+    *,
+    schedule: str = "auto",
+    px: int = 96,
+    batch: int = 8,
+    repeats: int = 3,
+    on_repeat: Callable[[], None] = lambda: None,
 ) -> ForeignCheck:
     """Fuse torchvision's resnet50 (random weights) and compare logits and gradients with the unfused model.
 
@@ -188,7 +198,7 @@ def check_resnet50(
     torch.manual_seed(seed)
     eager = resnet50().to(memory_format=torch.channels_last)
     exact = copy.deepcopy(eager).double()
-    fused = fusedres.fuse(copy.deepcopy(eager))
+    fused = fusedres.fuse(copy.deepcopy(eager), schedule=schedule)
     output_squares: dict[str, list[float]] = {"eager": [], "fused": []}
     gradient_squares: dict[str, list[float]] = {"eager": [], "fused": []}
     for _ in range(repeats):
@@ -296,7 +306,7 @@ def run(options: DemoOptions) -> int:
 
     check = None
     if options.resnet50:
-        check = _check_with_progress(console, options.seed)
+        check = _check_with_progress(console, options)
         if check is not None and not check.passed:
             failures.append(f"resnet50: the fused model's error is more than {ERROR_FACTOR} times eager's")
 
@@ -338,6 +348,7 @@ def _train_with_progress(console: Console, digits: Digits, options: DemoOptions)
             epochs=options.epochs,
             batch=options.batch,
             seed=options.seed,
+            schedule=options.schedule,
             on_step=lambda: progress.advance(task),
             on_epoch=on_epoch,
         )
@@ -353,11 +364,16 @@ def _summary(twins: Twins, saved: dict[str, float], batch: int) -> Table:
     return table
 
 
-def _check_with_progress(console: Console, seed: int) -> ForeignCheck | None:
+def _check_with_progress(console: Console, options: DemoOptions) -> ForeignCheck | None:
     with _progress(console) as progress:
         task = progress.add_task("checking torchvision's resnet50", total=3)
         try:
-            check = check_resnet50(seed, repeats=3, on_repeat=lambda: progress.advance(task))
+            check = check_resnet50(
+                options.seed,
+                schedule=options.schedule,
+                repeats=3,
+                on_repeat=lambda: progress.advance(task),
+            )
         except ImportError:
             check = None
     if check is None:

@@ -115,7 +115,7 @@ def pair(request, resnet):
     return fusedres.fuse(resnet), plain_copy(resnet)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_by_jit(pair):
     fused, plain = pair
     traced = torch.jit.trace(copy.deepcopy(fused), tensor(*IMAGES), check_trace=False)

@@ -82,11 +82,12 @@ def test_check_passes_only_within_the_factor_of_eager(output, gradient, passed):
 
 
 @pytest.mark.slow
-def test_resnet50_is_as_accurate_as_eager():
+@pytest.mark.parametrize("schedule", ["auto", "moments"])
+def test_resnet50_is_as_accurate_as_eager(schedule):
     pytest.importorskip("torchvision")
     from fusedres.train.demo import check_resnet50
 
-    check = check_resnet50(0, repeats=3)
+    check = check_resnet50(0, schedule=schedule, repeats=3)
     assert check.passed
     assert check.output_error["eager"] < 1e-3
     assert check.saved_per_image["fused, moments"] < 0.6 * check.saved_per_image["plain"]
