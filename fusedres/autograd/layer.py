@@ -202,8 +202,10 @@ def in_parameter_dtypes(
     def cast(grad: Tensor | None, parameter: Tensor | None, needed: bool) -> Tensor | None:
         return grad.to(parameter.dtype) if needed and grad is not None and parameter is not None else None
 
-    # Under batch statistics a constant added before the normalisation changes nothing.
-    dbias = torch.zeros_like(dbeta) if spec.norm.batch_stats else norm.scale * dbeta
+    dbias = None
+    if needs.bias:
+        # Under batch statistics a constant added before the normalisation changes nothing.
+        dbias = torch.zeros_like(dbeta) if spec.norm.batch_stats else norm.scale * dbeta
     return LayerGrads(
         cast(dweight, layer.weight, needs.weight),
         cast(dbias, layer.bias, needs.bias),

@@ -11,22 +11,14 @@ from .op import Op
 
 def weight_grad(dy: Tensor, u: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """The correlation of ``dy`` with ``u``, as the library computes it."""
-    return weight_and_bias_grad(dy, u, kernel, geometry, bias=False)[0]
-
-
-def weight_and_bias_grad(
-    dy: Tensor, u: Tensor, kernel: tuple[int, int], geometry: Geometry, *, bias: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The correlation of ``dy`` with ``u``, and the sum of ``dy`` over the pixels from the same call."""
     stride, padding, dilation, groups = geometry
     # Only the shape and layout of this operand are read.
     shape = (dy.shape[1], u.shape[1] // groups, *kernel)
     like = torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
-    sizes = [dy.shape[1]] if bias else None
-    _, dw, total = torch.ops.aten.convolution_backward(
-        dy, u, like, sizes, stride, padding, dilation, False, (0, 0), groups, (False, True, bias)
-    )
-    return dw, total
+    dw: Tensor = torch.ops.aten.convolution_backward(
+        dy, u, like, None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
+    )[1]
+    return dw
 
 
 def _conv_weight_grad(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> Tensor:

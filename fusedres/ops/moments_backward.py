@@ -31,7 +31,7 @@ from .contract import (
     statistics_dtype,
 )
 from .conv_forward import formed
-from .conv_weight_grad import weight_and_bias_grad, weight_grad
+from .conv_weight_grad import weight_grad
 from .input_moments import sampled
 from .op import Op
 
@@ -78,16 +78,6 @@ def _moments_contraction(
 
 
 moments_contraction = Op(_moments_contraction)
-
-
-@moments_contraction.native
-def _moments_contraction_native(
-    g: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    if not onednn.runs(u.tensor):
-        return NotImplemented
-    d, total = weight_and_bias_grad(masked(g), formed(u), kernel, geometry)
-    return d.flatten(1), total
 
 
 def moments_weight_grad(
