@@ -18,6 +18,7 @@ from ..ops.contract import (
     pixels,
     statistics_dtype,
 )
+from ..ops.conv_backward import conv_backward
 from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import ProducerGrad, conv_input_grad
@@ -121,13 +122,14 @@ def convolution_backward(
     add: OutputGrad | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dW, du) of a convolution, each if asked for; ``add`` joins du."""
-    kernel = (layer.weight.shape[2], layer.weight.shape[3])
-    dweight = conv_weight_grad(dy, source, kernel, spec.geometry) if needs.weight else None
-    if not needs.source:
-        return dweight, None
     weight = layer.weight.to(source.tensor.dtype)
-    size = tuple(source.tensor.shape)
-    return dweight, conv_input_grad(dy, weight, size, spec.geometry, add=add)
+    if needs.weight and needs.source:
+        return conv_backward(dy, source, weight, spec.geometry, add=add)
+    if needs.weight:
+        return conv_weight_grad(dy, source, (weight.shape[2], weight.shape[3]), spec.geometry), None
+    if needs.source:
+        return None, conv_input_grad(dy, weight, tuple(source.tensor.shape), spec.geometry, add=add)
+    return None, None
 
 
 def branch_backward(

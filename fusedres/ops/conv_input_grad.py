@@ -77,6 +77,16 @@ def _conv_input_grad(
 conv_input_grad = Op(_conv_input_grad)
 
 
+def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> bool:
+    """Whether a 1x1 convolution's input gradient, itself a 1x1 convolution, accumulates onto the shortcut's.
+
+    Transposing a weight as large as the gradient would cost more than the pass that this spares.
+    """
+    pointwise = weight.shape[2:] == (1, 1) and geometry == Geometry()
+    small = 4 * weight.numel() <= add.g.numel()
+    return pointwise and small and add.g.dtype == weight.dtype and onednn.runs(weight)
+
+
 @conv_input_grad.native
 def _conv_input_grad_native(
     dy: OutputGrad,
@@ -93,10 +103,7 @@ def _conv_input_grad_native(
     shortcut = masked(add)
     if shortcut.dtype != weight.dtype:
         return input_grad(grad, weight, size, geometry) + shortcut
-    pointwise = weight.shape[2:] == (1, 1) and geometry == Geometry() and onednn.runs(weight)
-    if pointwise and 4 * weight.numel() <= shortcut.numel():
-        # A 1x1 convolution's input gradient is a 1x1 convolution; the shortcut's gradient joins before it is written.
-        # Transposing a weight as large as the gradient would cost more than the pass that this spares.
+    if joined_by_onednn(weight, geometry, add):
         transposed = onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)
