@@ -173,7 +173,7 @@ def layer_backward(
     coefficients = bn_backward_coefficients(
         grad.sum_g, grad.sum_gy, pixels(branch.y), branch.norm, batch_stats=spec.norm.batch_stats
     )
-    dy = OutputGrad(grad.g, mask, branch.y, *coefficients)
+    dy = OutputGrad(grad.g, mask, branch.y, *coefficients, mean=branch.norm.mean)
     if not schedule.prologue:
         dy = OutputGrad(bn_backward_apply(dy))
     dweight, du = convolution_backward(dy, branch.source, layer, spec, needs, add)

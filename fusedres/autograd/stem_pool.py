@@ -58,8 +58,8 @@ class StemPool(torch.autograd.Function):
 
 def _early(y: Tensor, u: ConvInput, layer: ConvBN, spec: StemSpec, norm: Normaliser) -> Early:
     kernel, geometry = (layer.weight.shape[2], layer.weight.shape[3]), spec.layer.geometry
-    one = torch.ones_like(norm.mean)
-    centred = OutputGrad(y, None, y, one, torch.zeros_like(one), -norm.mean)
+    one, zero = torch.ones_like(norm.mean), torch.zeros_like(norm.mean)
+    centred = OutputGrad(y, None, y, p=zero, q=one, r=zero, mean=norm.mean)
     product = conv_weight_grad(centred, u, kernel, geometry).flatten(1)
     everywhere = OutputGrad(torch.ones_like(y[:, :1]))
     ungrouped = geometry._replace(groups=1)

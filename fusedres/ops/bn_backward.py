@@ -36,19 +36,19 @@ bn_backward_reduce = Op(_bn_backward_reduce)
 def bn_backward_coefficients(
     sum_g: Tensor, sum_gy: Tensor, count: int, norm: Normaliser, *, batch_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """p, q, r (K,) of dy = p * g + q * y + r, from batch norm's two sums over ``count`` pixels.
+    """p, q, r (K,) of dy = p * g + q * (y - mean) + r, from batch norm's two sums over ``count`` pixels.
 
     With a = scale, m1 = sum_g / count, m2 = sum_gy / count:  dy = a * (g - m1 - y_hat * m2), so
-    p = a,  q = -a * m2 * invstd,  r = -a * m1 - q * mean. With frozen statistics q and r are zero (None).
+    p = a,  q = -a * m2 * invstd,  r = -a * m1. With frozen statistics q and r are zero (None).
     """
     if not batch_stats:
         return norm.scale, None, None
     q = -norm.scale * norm.invstd * sum_gy / count
-    return norm.scale, q, -norm.scale * sum_g / count - q * norm.mean
+    return norm.scale, q, -norm.scale * sum_g / count
 
 
 def _bn_backward_apply(dy: OutputGrad) -> Tensor:
-    """dy = p * g + q * y + r, written to memory.
+    """dy = p * g + q * (y - mean) + r, written to memory.
 
     Args:
         dy: its parts; ``q``, ``r`` may be None (zero), as may ``p`` (the masked g itself).
@@ -61,7 +61,9 @@ def _bn_backward_apply(dy: OutputGrad) -> Tensor:
         return grad
     out = grad.to(dy.p.dtype) * per_channel(dy.p)
     if dy.q is not None and dy.r is not None and dy.y is not None:
-        out = out + dy.y.to(dy.p.dtype) * per_channel(dy.q) + per_channel(dy.r)
+        y = dy.y.to(dy.p.dtype)
+        centred = y if dy.mean is None else y - per_channel(dy.mean)
+        out = out + centred * per_channel(dy.q) + per_channel(dy.r)
     return out.to(dy.g.dtype)
 
 
@@ -85,7 +87,7 @@ def _bn_backward(
     """
     dbeta, dgamma = bn_backward_reduce(g, y, norm)
     p, q, r = bn_backward_coefficients(dbeta, dgamma, pixels(y), norm, batch_stats=batch_stats)
-    return bn_backward_apply(g._replace(y=y, p=p, q=q, r=r)), dgamma, dbeta
+    return bn_backward_apply(g._replace(y=y, p=p, q=q, r=r, mean=norm.mean)), dgamma, dbeta
 
 
 bn_backward = Op(_bn_backward)

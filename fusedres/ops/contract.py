@@ -46,10 +46,11 @@ class ConvInput(NamedTuple):
 class OutputGrad(NamedTuple):
     """The gradient dy that reaches a convolution's output, formed on load from its parts.
 
-    dy = p * (g where the ReLU was open, else 0) + q * y + r; without p, q, r it is the masked g alone.
+    dy = p * (g where the ReLU was open, else 0) + q * (y - mean) + r; without p, q, r it is the masked g alone.
     ``g`` is (N, K, P, Q). ``mask`` is None (nothing to mask), a bit mask as `pack_relu_mask` makes it, or the
-    rectified output itself (N, K, P, Q). ``y`` is the raw output; ``p``, ``q``, ``r`` are (K,). ``scratch`` says that
-    nobody needs ``g`` afterwards, so that its memory may be written to.
+    rectified output itself (N, K, P, Q). ``y`` is the raw output; ``p``, ``q``, ``r`` are (K,), and
+    ``mean`` too (None is zero): where it is large, q * y + r would be a small difference of large numbers.
+    ``scratch`` says that nobody needs ``g`` afterwards, so that its memory may be written to.
     """
 
     g: Tensor
@@ -58,6 +59,7 @@ class OutputGrad(NamedTuple):
     p: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
+    mean: Tensor | None = None
     scratch: bool = False
 
 
