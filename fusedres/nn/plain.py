@@ -103,8 +103,8 @@ class _ResidualBlock(nn.Module):
 
     def _joined(self, out: Tensor, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out += identity
-        return self.relu(out)
+        out = self.relu(out + identity)
+        return out
 
 
 class BasicBlock(_ResidualBlock):

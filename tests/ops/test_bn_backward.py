@@ -95,7 +95,8 @@ def test_reduce_coefficients_and_apply_are_the_same_in_parts(mask, frozen, each_
     if frozen:
         assert q is r is None
     else:
-        assert_close(p[:, None, None] * behind + q[:, None, None] * y + r[:, None, None], exact[0])
+        centred = y - norm.mean[:, None, None]
+        assert_close(p[:, None, None] * behind + q[:, None, None] * centred + r[:, None, None], exact[0])
     assert_close(bn_backward_apply(g._replace(y=y, p=p, q=q, r=r, mean=norm.mean)), exact[0])
 
 
