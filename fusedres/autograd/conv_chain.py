@@ -52,7 +52,7 @@ class Kept(NamedTuple):
 
 def _in_one_op(spec: LayerSpec, schedule: Schedule) -> bool:
     """Whether a layer's batch norm is measured and applied by one op over its written output."""
-    return spec.norm.batch_stats and not (schedule.statistics or schedule.prologue or spec.moments)
+    return spec.norm.batch_stats and not (schedule.statistics or spec.moments)
 
 
 def _normalise(

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .bn_backward import bn_backward_apply, masked
+from .bn_backward import bn_backward_apply
 from .contract import ConvInput, Geometry, OutputGrad, check_activation, statistics_dtype
 from .conv_forward import formed
-from .conv_input_grad import conv_input_grad, joined_by_onednn
+from .conv_input_grad import conv_input_grad, joined, joined_by_onednn
 from .conv_weight_grad import conv_weight_grad
 from .op import Op
 
@@ -47,7 +47,4 @@ def _conv_backward_native(
         bn_backward_apply(dy), formed(u), weight, None, stride, padding, dilation, False, (0, 0), groups,
         (True, True, False),
     )  # fmt: skip
-    if add is not None:
-        shortcut = masked(add)
-        du = du.add_(shortcut) if shortcut.dtype == du.dtype else du + shortcut
-    return dweight.to(statistics_dtype(dweight.dtype)), du
+    return dweight.to(statistics_dtype(dweight.dtype)), joined(du, add)

@@ -87,6 +87,14 @@ def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> boo
     return pointwise and small and add.g.dtype == weight.dtype and onednn.runs(weight)
 
 
+def joined(du: Tensor, add: OutputGrad | None) -> Tensor:
+    """``du``, whose memory may be written to, plus the masked ``add``, in the wider dtype of the two."""
+    if add is None:
+        return du
+    shortcut = masked(add)
+    return du.add_(shortcut) if shortcut.dtype == du.dtype else du + shortcut
+
+
 @conv_input_grad.native
 def _conv_input_grad_native(
     dy: OutputGrad,
@@ -98,14 +106,9 @@ def _conv_input_grad_native(
 ) -> Tensor:
     check_activation("dy", dy.g, weight.shape[0])
     grad = bn_backward_apply(dy)
-    if add is None:
-        return input_grad(grad, weight, size, geometry)
-    shortcut = masked(add)
-    if shortcut.dtype != weight.dtype:
-        return input_grad(grad, weight, size, geometry) + shortcut
-    if joined_by_onednn(weight, geometry, add):
-        transposed = onednn.pointwise(weight.flatten(1).t())
+    if add is not None and joined_by_onednn(weight, geometry, add):
+        shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)
         return onednn.conv_act(grad, transposed, shortcut)
-    return input_grad(grad, weight, size, geometry).add_(shortcut)
+    return joined(input_grad(grad, weight, size, geometry), add)
