@@ -41,7 +41,7 @@ def forget(weight: Tensor) -> None:
 def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | None = None) -> Tensor:
     """act(bn(conv(u)) + residual) from running statistics; ``u`` in the dtype of the contraction."""
     u = channels_last(u)
-    if backends.current() == "native" and onednn.runs(u) and (residual is None or residual.dtype == u.dtype):
+    if backends.runs_native() and onednn.runs(u) and (residual is None or residual.dtype == u.dtype):
         packed = _packed_layer(u, layer)
         if packed is not None:
             return onednn.conv_act(u, packed, residual, act)
@@ -67,7 +67,7 @@ def infer_chain(
         residual = x
     elif shortcut == "zero_pad":
         residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
-    elif projection is not None and backends.current() == "native":
+    elif projection is not None and backends.runs_native():
         residual = infer_layer(source, projection, None)
     elif projection is not None:
         return conv_bn_act(_contraction(u, layers[-1]), second=_contraction(source, projection), act=act)[0]

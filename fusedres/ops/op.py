@@ -4,31 +4,43 @@ import functools
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
+from torch import Tensor
+
 from .. import backends
+from ..launch import wants_kernels
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Op(Generic[P, T]):
-    """A primitive. Calling it runs the face that the current backend asks for.
+    """A primitive. Calling it runs the face that the current backend and the operands' device ask for.
 
     ``reference`` is the formula in plain PyTorch, on any device and floating-point dtype. A face registered with
-    `native` computes the same by calls into a library; it returns ``NotImplemented`` for operands that the
-    library has no call for, and the reference runs instead.
+    `triton` launches kernels; one registered with `native` computes the same by calls into a library. Both return
+    ``NotImplemented`` for operands that they do not cover, and the next face runs instead.
     """
 
     def __init__(self, reference: Callable[P, T]) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
+        self._triton: Callable[..., Any] | None = None
         self._native: Callable[..., Any] | None = None
+
+    def triton(self, face: Callable[..., Any]) -> Callable[..., Any]:
+        self._triton = face
+        return face
 
     def native(self, face: Callable[..., Any]) -> Callable[..., Any]:
         self._native = face
         return face
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        if self._native is not None and backends.current() == "native":
+        if self._triton is not None and wants_kernels(_first_tensor(args)):
+            result = self._triton(*args, **kwargs)
+            if result is not NotImplemented:
+                return cast(T, result)
+        if self._native is not None and backends.runs_native():
             result = self._native(*args, **kwargs)
             if result is not NotImplemented:
                 return cast(T, result)
@@ -36,3 +48,10 @@ class Op(Generic[P, T]):
 
     def __repr__(self) -> str:
         return f"<op {self.__name__}>"  # type: ignore[attr-defined]
+
+
+def _first_tensor(operands: Any) -> Tensor:
+    """The first tensor of nested tuples; every op's first operand holds one."""
+    while not isinstance(operands, Tensor):
+        operands = operands[0]
+    return operands

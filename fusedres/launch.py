@@ -1,0 +1,199 @@
+"""The one door through which kernels are started: on a GPU, on the CPU, or only on paper."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .offline import Specialisation, specialise
+
+if TYPE_CHECKING:
+    from .vgpu import Counters
+
+# CUDA's limits, which are the smallest of the vendors'.
+MAX_GRID = (2**31 - 1, 65535, 65535)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel and what it declares to move and to compute.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: blocks along each axis.
+        specialisation: the types and constants its binary is compiled for.
+        num_warps, num_stages: of the binary.
+        read, written: declared bytes by argument, each byte counted once.
+        flops: declared floating-point operations (a multiplication and an addition are two).
+        counters: what the launch really did, where it was executed on the CPU.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    specialisation: Specialisation
+    num_warps: int
+    num_stages: int
+    read: Mapping[str, int]
+    written: Mapping[str, int]
+    flops: int
+    counters: Counters | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.read.values())
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(self.written.values())
+
+    @property
+    def binary(self) -> tuple[str, Specialisation, int, int]:
+        """What two launches share if and only if they run the same binary."""
+        return self.name, self.specialisation, self.num_warps, self.num_stages
+
+
+@dataclass
+class Trace:
+    """The launches of a `record` block, in order."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(launch.bytes_read for launch in self.launches)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(launch.bytes_written for launch in self.launches)
+
+    @property
+    def flops(self) -> int:
+        return sum(launch.flops for launch in self.launches)
+
+    def by_kernel(self) -> Counter[str]:
+        """How often each kernel was launched."""
+        return Counter(launch.name for launch in self.launches)
+
+
+# Shared by all threads: on a GPU autograd's backward pass runs on threads of its own.
+_traces: list[Trace] = []
+
+
+@contextmanager
+def record() -> Iterator[Trace]:
+    """Keep an account of every kernel launched inside the ``with`` block, on any thread.
+
+    Tensors on the meta device make a dry run: ops that have a kernel record its launch and compute nothing.
+    """
+    trace = Trace()
+    _traces.append(trace)
+    try:
+        yield trace
+    finally:
+        _traces.remove(trace)
+
+
+def wants_kernels(tensor: Tensor) -> bool:
+    """Whether an op called now on ``tensor`` should launch its kernel."""
+    if tensor.is_meta:
+        return bool(_traces) and backends.current() in ("auto", "triton")
+    return backends.runs_kernels(tensor.device.type)
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    arguments: Mapping[str, Any],
+    *,
+    reads: Sequence[str],
+    writes: Sequence[str],
+    partial: Mapping[str, int] | None = None,
+    flops: int = 0,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> None:
+    """Start ``kernel`` on the device of its tensors.
+
+    On a GPU it runs there; with the backend ``vgpu:<target>`` it is executed on the CPU; on meta tensors it is only
+    recorded.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        grid: blocks along each axis; nothing is started if one of them is 0.
+        arguments: every argument of the kernel by name, compile-time ones included.
+        reads, writes: names of the tensors that the kernel reads and writes. Each is declared to move all its bytes
+            once, ...
+        partial: ... unless it moves fewer: bytes by name.
+        flops: floating-point operations.
+        num_warps, num_stages: of the binary.
+
+    Raises:
+        ValueError: a grid or a whole number beyond what kernels address.
+        RuntimeError: the tensors are on a device that runs no kernels.
+    """
+    if 0 in grid:
+        return
+    _check(kernel, grid, arguments)
+    tensor: Tensor = arguments[reads[0]]
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    counters = None
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            kernel[tuple(grid)](**arguments, **options, enable_fp_fusion=True)
+    elif not tensor.is_meta:
+        counters = _execute(kernel, grid, arguments, [name for name in writes if name not in reads], options)
+    if _traces:
+        moved = partial or {}
+        read, written = (
+            {name: moved.get(name, _bytes(arguments[name])) for name in names if arguments[name] is not None}
+            for names in (reads, writes)
+        )
+        entry = Launch(
+            kernel, tuple(grid), specialise(kernel, arguments), num_warps, num_stages, read, written, flops, counters
+        )
+        for trace in _traces:
+            trace.launches.append(entry)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of the elements that a tensor has in memory: those along an expanded dimension count once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count * tensor.element_size()
+
+
+def _check(kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any]) -> None:
+    for size, limit in zip(grid, MAX_GRID, strict=False):
+        if size > limit:
+            raise ValueError(f"{kernel.__name__}: a grid of {tuple(grid)} blocks exceeds the limit of {MAX_GRID}")
+    for name, value in arguments.items():
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            raise ValueError(f"{kernel.__name__}: {name}: expected a number of 32 bits, got {value}")
+
+
+def _execute(
+    kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any], fresh: Sequence[str], options: Mapping[str, int]
+) -> Counters:
+    target = backends.vgpu_target()
+    if target is None:
+        raise RuntimeError(
+            f"{kernel.__name__}: the backend {backends.current()!r} runs kernels on CUDA and HIP tensors, and these "
+            "are on the CPU: move them to a GPU, or choose backend('vgpu:<target>') or backend('auto')"
+        )
+    # Imported here, since only this way needs it.
+    from . import vgpu
+
+    present = [name for name in fresh if arguments[name] is not None]
+    return vgpu.run(kernel, grid, target=target, uninitialised=present, count=bool(_traces), **options, **arguments)

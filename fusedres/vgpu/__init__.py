@@ -1,0 +1,31 @@
+"""Compiled Triton kernels executed on the CPU: what the compiler of a GPU made, thread by thread."""
+
+from .errors import (
+    Divergence,
+    Misaligned,
+    NeverWritten,
+    NotExecutable,
+    OutOfBounds,
+    Race,
+    Unavailable,
+    VgpuError,
+)
+from .host import why_unavailable
+from .run import TARGETS, ArgumentTraffic, Counters, compare_orders, run
+
+__all__ = [
+    "TARGETS",
+    "ArgumentTraffic",
+    "Counters",
+    "Divergence",
+    "Misaligned",
+    "NeverWritten",
+    "NotExecutable",
+    "OutOfBounds",
+    "Race",
+    "Unavailable",
+    "VgpuError",
+    "compare_orders",
+    "run",
+    "why_unavailable",
+]
