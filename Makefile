@@ -9,7 +9,7 @@ STAMP := $(VENV)/.set-up
 # One thread per worker: two workers with a thread pool each would fight over the same cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all compile-report check format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -21,6 +21,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST)
+
+# Every kernel that the listed models launch, for every target: minutes at first, about one from the cache after that.
+compile-report: $(STAMP)
+	$(BIN)/fusedres compile --report --csv compile-report.csv
 
 check: $(STAMP)
 	$(BIN)/ruff check .

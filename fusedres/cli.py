@@ -10,6 +10,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from fusedres.offline import Unavailable
+
 __all__ = ["main"]
 
 
@@ -25,10 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"fusedres {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except Unavailable as error:
+        print(f"fusedres {options.command}: error: {error}", file=sys.stderr)
+        return 1
     except ImportError as error:
         print(f"fusedres {options.command}: error: {error}", file=sys.stderr)
         print(
-            "the command line needs more packages than the library: pip install fusedres[cli]",
+            "the command line needs more packages than the library: pip install fusedres[cli,models]",
             file=sys.stderr,
         )
         return 1
@@ -59,6 +64,22 @@ def _parser() -> argparse.ArgumentParser:
         "--resnet50", action=argparse.BooleanOptionalAction, default=True, help="check torchvision's resnet50"
     )
     demo.set_defaults(run=_demo)
+
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile the kernels that models launch, for GPUs that need not be here, and report on the binaries",
+        description="Records the kernels that training and inference of the models launch, on every schedule, and "
+        "compiles them into Triton's cache. Lists are separated by commas.",
+    )
+    compile_.add_argument(
+        "--report", action="store_true", help="read the binaries, hold them to budgets, print a table"
+    )
+    compile_.add_argument("--targets", type=_names, help="such as sm_90,gfx942 (default: all)")
+    compile_.add_argument("--models", type=_names, help="such as resnet50 (default: all that are known)")
+    compile_.add_argument("--dtypes", type=_names, help="some of bf16,fp16,fp32 (default: all)")
+    compile_.add_argument("--jobs", type=_positive, help="processes (default: as many as there are cores)")
+    compile_.add_argument("--csv", type=Path, metavar="FILE", help="write the report's figures there too")
+    compile_.set_defaults(run=_compile)
     return parser
 
 
@@ -79,6 +100,19 @@ def _demo(options: argparse.Namespace) -> int:
             resnet50=options.resnet50,
         )
     )
+
+
+def _compile(options: argparse.Namespace) -> int:
+    # Imported here, since it needs the packages of the extra [cli].
+    from fusedres import compilation
+
+    chosen = {name: getattr(options, name) for name in ("targets", "models", "dtypes", "jobs", "csv")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return compilation.run(compilation.CompileOptions(report=options.report, **given))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text.split(",")))
 
 
 def _positive(text: str) -> int:

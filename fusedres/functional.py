@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .autograd import BNAddAct
+from .autograd import AddAct, BNAddAct
 from .autograd.bn_add_act import BNAddActSpec
 from .autograd.spec import ConvBN, NormSpec, NormTensors
 from .chain import Layer, check_norm, run_chain
@@ -132,4 +132,27 @@ def bn_add_act(
         other_norm = NormSpec(eps, momentum, _check_norm_tensors(other, channels, training))
     check_norm("y", norm, pixels(y))
     z: Tensor = BNAddAct.apply(y, residual, BNAddActSpec(norm, other_norm, act), *main, *other)
+    return z
+
+
+def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
+    """act(x + residual) in one pass; the backward pass keeps one bit per value.
+
+    Args:
+        x: (N, C, H, W), fp64, fp32, bf16 or fp16; channels_last is fastest.
+        residual: (N, C, H, W).
+        act: ``"relu"`` or None.
+
+    Returns:
+        (N, C, H, W), channels_last, in the wider dtype of the two.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    check_activation("x", x)
+    check_activation("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check_act(act)
+    z: Tensor = AddAct.apply(x, residual, act)
     return z

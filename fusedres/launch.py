@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .offline import Specialisation, specialise
+from .offline import Binary, Specialisation, specialise
 
 if TYPE_CHECKING:
     from .vgpu import Counters
@@ -58,12 +58,11 @@ class Launch:
         return sum(self.written.values())
 
     @property
-    def binary(self) -> tuple[str, Specialisation, int, int]:
-        """What two launches share if and only if they run the same binary."""
-        return self.name, self.specialisation, self.num_warps, self.num_stages
+    def binary(self) -> Binary:
+        return Binary(self.kernel, self.specialisation, self.num_warps, self.num_stages)
 
 
-@dataclass
+@dataclass(eq=False)  # two that hold the same launches are still two
 class Trace:
     """The launches of a `record` block, in order."""
 
@@ -139,13 +138,14 @@ def launch(
         num_warps, num_stages: of the binary.
 
     Raises:
-        ValueError: a grid or a whole number beyond what kernels address.
+        ValueError: a grid or a whole number beyond what kernels address, or partial bytes of what is not moved.
         RuntimeError: the tensors are on a device that runs no kernels.
     """
     if 0 in grid:
         return
-    _check(kernel, grid, arguments)
-    tensor: Tensor = arguments[reads[0]]
+    moved = partial or {}
+    _check(kernel, grid, arguments, moved.keys() - {*reads, *writes})
+    tensor = next(arguments[name] for name in (*reads, *writes) if arguments[name] is not None)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     counters = None
     if tensor.is_cuda:
@@ -154,7 +154,6 @@ def launch(
     elif not tensor.is_meta:
         counters = _execute(kernel, grid, arguments, [name for name in writes if name not in reads], options)
     if _traces:
-        moved = partial or {}
         read, written = (
             {name: moved.get(name, _bytes(arguments[name])) for name in names if arguments[name] is not None}
             for names in (reads, writes)
@@ -174,7 +173,11 @@ def _bytes(tensor: Tensor) -> int:
     return count * tensor.element_size()
 
 
-def _check(kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any]) -> None:
+def _check(kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any], unmoved: Set[str]) -> None:
+    if unmoved:
+        raise ValueError(
+            f"{kernel.__name__}: partial: expected names of what is read or written, got {sorted(unmoved)}"
+        )
     for size, limit in zip(grid, MAX_GRID, strict=False):
         if size > limit:
             raise ValueError(f"{kernel.__name__}: a grid of {tuple(grid)} blocks exceeds the limit of {MAX_GRID}")

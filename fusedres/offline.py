@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,28 +41,71 @@ TARGETS = {
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "u1",
 }  # fmt: skip
+
+WHOLE = ("i32", "i64")
 
 # Where compilers keep a promise of 16-byte alignment, of a pointer or of a number of elements.
 ALIGNMENT = 16
 
 
 class Specialisation(NamedTuple):
-    """What a binary is compiled for: types, compile-time constants, and which arguments 16 divides.
+    """What a binary is compiled for, each in the kernel's order of arguments, so that equal ones compare as equal.
 
-    Each is a tuple of pairs in the kernel's order of arguments, so that equal ones compare and hash as equal.
+    Attributes:
+        signature: types by name.
+        constants: compile-time values by name.
+        aligned: arguments that 16 divides.
+        small: pointers into less than 2 GiB, which AMD's compiler addresses in 32 bits.
     """
 
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
+    small: tuple[str, ...]
+
+
+class Binary(NamedTuple):
+    """A kernel and all that its compiler is told but the target: equal where two launches run the same code."""
+
+    kernel: Any
+    specialisation: Specialisation
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    @property
+    def variant(self) -> str:
+        """The types behind its pointers, arguments that 16 does not divide, its constants, and pointers left out."""
+        signature, constants, aligned, _ = self.specialisation
+        types = dict.fromkeys(type_[1:] for _, type_ in signature if type_.startswith("*"))
+        general = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+        odd = [
+            f"{name}%16"
+            for name, type_ in signature
+            if (type_ in WHOLE or type_.startswith("*")) and name not in (*aligned, *general)
+        ]
+        chosen = [
+            name if value is True else f"{name}={value}"
+            for name, value in constants
+            if value is not None and value is not False
+        ]
+        absent = [f"no {name.removesuffix('_ptr')}" for name, value in constants if value is None]
+        return " ".join(["/".join(types), *odd, *chosen, *absent])
+
+
+class Unavailable(RuntimeError):
+    """Something that compiling kernels or reading binaries needs is missing; the message says what to install."""
 
 
 def require_triton() -> None:
     """Raise the error that says what to install where Triton is missing."""
     if triton is None:
-        raise RuntimeError("triton is not installed, and kernels can not be compiled without it: pip install triton")
+        raise Unavailable("triton is not installed, and kernels can not be compiled without it: pip install triton")
 
 
 def target_named(name: str) -> Target:
@@ -75,8 +118,8 @@ def target_named(name: str) -> Target:
 def specialise(kernel: Any, arguments: Mapping[str, Any]) -> Specialisation:
     """What Triton's launcher would compile ``kernel`` for, given a value for each of its arguments.
 
-    Tensors may be on any device, meta included: their dtype, offset and, where they have memory, address count.
-    A whole number equal to 1 becomes a constant.
+    Tensors may be on any device, meta included. A whole number equal to 1 becomes a constant, unless the kernel asks
+    for none of its values to be looked at.
 
     Args:
         kernel: a ``@triton.jit`` function.
@@ -89,28 +132,37 @@ def specialise(kernel: Any, arguments: Mapping[str, Any]) -> Specialisation:
     unknown = [name for name in arguments if name not in kernel.arg_names]
     if missing or unknown:
         raise TypeError(f"{kernel.__name__}: missing arguments {missing}, unknown arguments {unknown}")
-    signature, constants, aligned = [], [], []
+    signature, constants, aligned, small = [], [], [], []
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (_is_whole(value) and value == 1):
+        general = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (_is_one(value) and not (general or parameter.annotation_type)):
             signature.append((name, "constexpr"))
             constants.append((name, value))
             continue
-        signature.append((name, _type_name(kernel, name, value)))
-        if _is_aligned(value):
+        signature.append((name, parameter.annotation_type or _type_name(kernel, name, value)))
+        if general:
+            continue
+        if not parameter.do_not_specialize_on_alignment and _is_aligned(value):
             aligned.append(name)
-    return Specialisation(tuple(signature), tuple(constants), tuple(aligned))
+        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() < 2**31:
+            small.append(name)
+    return Specialisation(tuple(signature), tuple(constants), tuple(aligned), tuple(small))
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_one(value: Any) -> bool:
+    return _is_whole(value) and value == 1
+
+
 def _type_name(kernel: Any, name: str, value: Any) -> str:
     if isinstance(value, torch.Tensor) and value.dtype in _TYPES:
         return "*" + _TYPES[value.dtype]
     if isinstance(value, bool):
-        return "i1"
+        return "u1"
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, float):
@@ -120,8 +172,7 @@ def _type_name(kernel: Any, name: str, value: Any) -> str:
 
 def _is_aligned(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        address = value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
-        return bool(address % ALIGNMENT == 0)
+        return value.data_ptr() % ALIGNMENT == 0  # on the meta device, the offset
     return _is_whole(value) and value % ALIGNMENT == 0
 
 
@@ -130,10 +181,11 @@ def compile_for(
 ) -> Any:
     """Triton's compiled kernel for ``target``, made without that GPU.
 
-    Its ``asm`` holds every stage (``llir``, ``ptx`` and ``cubin``, or ``amdgcn`` and ``hsaco``).
+    Its ``asm`` holds every stage (``llir``, ``ptx`` and ``cubin``, or ``amdgcn`` and ``hsaco``). It is kept in Triton's
+    cache, where a launch on that GPU finds it.
 
     Raises:
-        RuntimeError: Triton is not installed.
+        Unavailable: Triton is not installed.
         ValueError: no such target.
     """
     require_triton()
@@ -143,7 +195,20 @@ def compile_for(
         kernel,
         dict(specialisation.signature),
         {positions[name]: value for name, value in specialisation.constants},
-        {positions[name]: [["tt.divisibility", ALIGNMENT]] for name in specialisation.aligned},
+        {positions[name]: promises for name, promises in _promises(kernel, specialisation, spec.backend)},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget(spec.backend, spec.arch, spec.warp_size), options=options)
+
+
+def _promises(kernel: Any, specialisation: Specialisation, backend: str) -> Iterator[tuple[str, list[list[Any]]]]:
+    """What the compiler is promised of each argument, empty lists included: Triton's cache tells binaries by them."""
+    types = dict(specialisation.signature)
+    for parameter in kernel.params:
+        name = parameter.name
+        promises: list[list[Any]] = [["tt.divisibility", ALIGNMENT]] if name in specialisation.aligned else []
+        if backend == "hip" and name in specialisation.small and triton.knobs.amd.use_buffer_ops:
+            promises.append(["tt.pointer_range", 32])
+        looked_at = not parameter.do_not_specialize and types[name] not in ("fp32", "u1")
+        if promises or looked_at or types[name] == "constexpr":
+            yield name, promises

@@ -3,10 +3,12 @@
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fusedres.cli import main
+from fusedres.compilation import CompileOptions
 
 
 def test_version(capsys):
@@ -31,6 +33,7 @@ def test_no_command_prints_help_and_fails(capsys):
         (["demo", "--seed", "x"], "invalid int value"),
         (["demo", "--min-accuracy", "97"], "expected a fraction between 0 and 1, got '97'"),
         (["demo", "--min-accuracy", "nan"], "expected a fraction between 0 and 1, got 'nan'"),
+        (["compile", "--jobs", "0"], "expected a whole number of at least 1, got '0'"),
     ],
 )
 def test_malformed_arguments_exit_with_2(arguments, message, capsys):
@@ -55,12 +58,55 @@ def test_impossible_arguments_return_2_before_training(arguments, message, capsy
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--targets", "sm_90,sm_1"], "targets: expected some of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx90a"),
+        (["--targets", ""], "targets: expected some of"),
+        (["--models", "resnet19"], "models: expected some of resnet18, resnet50, resnext50_32x4d, cifar_resnet20"),
+        (["--dtypes", "fp8"], "dtypes: expected some of bf16, fp16, fp32, got 'fp8'"),
+        (["--csv", "report.csv"], "csv: expected together with --report"),
+        (["--report", "--csv", "/nonexistent/report.csv"], "csv must lie in an existing folder"),
+    ],
+)
+def test_impossible_arguments_return_2_before_compiling(arguments, message, capsys):
+    pytest.importorskip("triton")
+    assert main(["compile", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_compile_passes_its_options_on(monkeypatch):
+    given = []
+    monkeypatch.setattr("fusedres.compilation.run", lambda options: given.append(options) or 0)
+    assert main(["compile"]) == 0
+    assert main(["compile", "--report", "--targets", "sm_90,gfx942,sm_90", "--jobs", "3", "--csv", "r.csv"]) == 0
+    assert given == [
+        CompileOptions(),
+        CompileOptions(report=True, targets=("sm_90", "gfx942"), jobs=3, csv=Path("r.csv")),
+    ]
+
+
+def test_compile_without_triton_returns_1_and_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("fusedres.offline.triton", None)
+    assert main(["compile", "--report"]) == 1
+    assert "pip install triton" in capsys.readouterr().err
+
+
+def test_the_library_and_help_need_no_extra():
+    extras = ("rich", "matplotlib", "sklearn", "torchvision", "timm", "llvmlite")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras})); import fusedres, fusedres.cli as cli; cli.main([])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "compile" in done.stdout
+
+
 def test_missing_package_returns_1_and_names_the_extra(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "fusedres.train.demo", raising=False)
     monkeypatch.delattr("fusedres.train.demo", raising=False)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["demo"]) == 1
-    assert "pip install fusedres[cli]" in capsys.readouterr().err
+    assert "pip install fusedres[cli,models]" in capsys.readouterr().err
 
 
 def test_demo_writes_the_picture_and_reports_both_twins(tmp_path):

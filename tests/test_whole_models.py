@@ -4,15 +4,15 @@ Two things decide how an fp32 gradient can be compared. Eager's own error depend
 oneDNN, channels_last convolutions round twice as much as NCHW ones), so eager is channels_last here, as fused
 blocks are. And a ReLU whose input is within rounding of zero flips: one flip in a layer of 2 x 2 pixels is a
 gradient error of 1e-2, in eager as in fused. So every gradient of the whole network is checked in fp64, where
-nothing flips; fp32 is held to 1e-4 where biases keep every ReLU away from zero; and where ReLUs flip, to the
-error of eager itself over some seeds.
+nothing flips. In fp32 a step is held to 1e-4 where biases keep every channel open or closed, every gradient on its
+own to eager's error where each ReLU opens for half of the pixels with zero in a gap between them, and the whole
+gradient of the network as it comes, where ReLUs flip, to eager's error over some seeds.
 """
 
 import copy
 import functools
-import statistics
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 import fusedres
 from fusedres.bench.saved_activations import image_loss, per_image, saved_bytes
+from fusedres.ops.bn_backward import bn_backward_reduce
 from fusedres.plan import AUTO, SCHEDULES
-from tests.comparison import assert_as_accurate_as_eager, relative_error
+from tests.comparison import relative_error
 
 models = pytest.importorskip("torchvision").models
 
@@ -133,10 +134,63 @@ def without_flips(model: nn.Module) -> nn.Module:
 @rungs
 def test_a_step_in_fp32_where_no_relu_flips(name, schedule):
     model = without_flips(network(name, 0))
-    eager, exact = step(model, 0), step(model, 0, torch.float64)
-    ours = step(fused(model, schedule), 0)
-    assert_same_step(ours, eager, 1e-4)
-    assert_as_accurate_as_eager(whole(ours.gradients), whole(eager.gradients), whole(exact.gradients))
+    assert_same_step(step(fused(model, schedule), 0), step(model, 0), 1e-4)
+
+
+def widest_gap(z: Tensor) -> Tensor:
+    """Per channel of (N, C, H, W), the middle of the widest gap in the middle half of its values."""
+    values = z.transpose(0, 1).flatten(1).sort().values
+    quarter = values.shape[1] // 4
+    middle = values[:, quarter:-quarter]
+    width, left = middle.diff().max(1)
+    return middle.gather(1, left.unsqueeze(1)).squeeze(1) + width / 2
+
+
+def with_gaps(model: nn.Module, x: Tensor) -> nn.Module:
+    """Moves betas so that, for these images, zero lies in a gap of what each ReLU receives, half of it open."""
+
+    def centre(norms: Iterator[nn.BatchNorm2d], _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        zero = widest_gap(inputs[0])
+        next(norms).bias.sub_(zero)
+        return inputs[0] - zero.view(1, -1, 1, 1)
+
+    model = model.double()
+    hooks = []
+    for name, relu in model.named_modules():
+        if isinstance(relu, nn.ReLU):  # A block has one for all of its batch norms, called in their order.
+            owner = model.get_submodule(name.rpartition(".")[0])
+            norms = iter([child for child in owner.children() if isinstance(child, nn.BatchNorm2d)])
+            hooks.append(relu.register_forward_pre_hook(functools.partial(centre, norms)))
+    with torch.no_grad():
+        model(x.double())
+    for hook in hooks:
+        hook.remove()
+    return model.float()
+
+
+def relu_inputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """What each ReLU of an eager model receives, in fp64."""
+    received: list[Tensor] = []
+    model = copy.deepcopy(model).to(x.dtype)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):  # in place, so what it received must be copied
+            module.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0].detach().double().clone()))
+    with torch.no_grad():
+        model(x)
+    return received
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_with_gaps_every_channel_is_mixed_and_nothing_is_within_rounding_of_zero(name):
+    """The premise of the comparison of every gradient on its own; without gaps ResNet-50 flips 20 ReLUs here."""
+    x, _ = images(BATCH, PX, 0)
+    model = with_gaps(network(name, 0), x)
+    received = relu_inputs(model, x.double())
+    assert len(received) == {"resnet18": 17, "resnet50": 49}[name]
+    for rounded, exact in zip(relu_inputs(model, x), received, strict=True):
+        open_ = (exact > 0).double().mean((0, 2, 3))
+        assert float((open_ - 0.5).abs().max()) < 0.3
+        assert float((rounded - exact).abs().max()) < float(exact.abs().min()) / 4
 
 
 def rms(values: list[float]) -> float:
@@ -144,12 +198,12 @@ def rms(values: list[float]) -> float:
 
 
 def ratios_to_eager(
-    name: str, schedules: Sequence[str], seeds: Sequence[int], average: Callable[[list[float]], float]
+    name: str, schedules: Sequence[str], seeds: Sequence[int], prepare: Callable[[nn.Module, Tensor], nn.Module]
 ) -> dict[str, dict[str, float]]:
-    """Per schedule: errors against fp64 over eager's, averaged over seeds, of the network and per parameter."""
+    """Per schedule: RMS over seeds of errors against fp64, over eager's, of the whole network and per parameter."""
     errors: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:
-        model = network(name, seed)
+        model = prepare(network(name, seed), images(BATCH, PX, seed)[0])
         exact = step(model, seed, torch.float64)
         for kind in ("eager", *schedules):
             done = step(model if kind == "eager" else fused(model, kind), seed)
@@ -161,7 +215,7 @@ def ratios_to_eager(
                 errors.setdefault(kind, {}).setdefault(key, []).append(relative_error(*pair))
     eager = errors.pop("eager")
     ratios = {
-        kind: {key: average(values) / average(eager[key]) for key, values in tensors.items()}
+        kind: {key: rms(values) / rms(eager[key]) for key, values in tensors.items()}
         for kind, tensors in errors.items()
     }
     for kind, of in ratios.items():
@@ -180,20 +234,47 @@ def too_large(ratios: dict[str, dict[str, float]], prefix: str = "") -> list[str
     ]
 
 
-def test_gradients_of_resnet18_are_as_close_to_fp64_as_eagers():
-    """In a minority of seeds one ReLU flips (in eager in some, in fused in others); the median has none."""
-    assert not too_large(ratios_to_eager("resnet18", [AUTO, *SCHEDULES], (1, 2, 4), statistics.median))
+def as_it_comes(model: nn.Module, _: Tensor) -> nn.Module:
+    return model
+
+
+# One by one only without flips: with them eager itself, held to a fused network, exceeds 1.5 in one of 161 parameters
+# in a sixth of draws of 8 seeds. With gaps the log of a seed's ratio has a deviation of 0.06: 1.5 is six of them away.
+@pytest.mark.parametrize(
+    ("name", "schedules", "seeds"),
+    [
+        pytest.param("resnet18", (AUTO, *SCHEDULES), (0, 1), id="resnet18"),
+        pytest.param("resnet50", (AUTO, "moments"), (0,), id="resnet50"),
+        pytest.param("resnet50", (AUTO, *SCHEDULES), (1, 2, 3), id="resnet50-all", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_one_by_one_are_as_close_to_fp64_as_eagers(name, schedules, seeds):
+    assert not too_large(ratios_to_eager(name, schedules, seeds, with_gaps))
+
+
+# One channel of small variance can hold 85 % of a seed's error: the log of a seed's ratio has a deviation of 0.2, and of
+# 32 seeds of ResNet-50 one exceeds 1.5 in block_end and one in stats, but of 4000 draws of 8 of them none exceeds 1.32.
+@pytest.mark.parametrize(
+    ("name", "seeds"), [("resnet18", range(3)), pytest.param("resnet50", range(8), marks=pytest.mark.slow)]
+)
+def test_gradients_together_are_as_close_to_fp64_as_eagers_where_channels_are_open_or_closed(name, seeds):
+    ratios = ratios_to_eager(name, (AUTO, *SCHEDULES), seeds, lambda model, _: without_flips(model))
+    assert not too_large(ratios, "all gradients")
 
 
 def test_gradients_of_resnet50_together_are_as_close_to_fp64_as_eagers():
     """Some ReLUs flip in every seed, in eager as in fused: errors of 2e-2 either way, compared as RMS."""
-    assert not too_large(ratios_to_eager("resnet50", [AUTO, "moments"], (0, 1, 2), rms), "all ")
+    assert not too_large(ratios_to_eager("resnet50", [AUTO, "moments"], (0, 1, 2), as_it_comes), "all ")
 
 
-@pytest.mark.slow
-def test_gradients_of_resnet50_one_by_one_are_as_close_to_fp64_as_eagers():
-    """Flips in the last blocks are rare enough to need more seeds."""
-    assert not too_large(ratios_to_eager("resnet50", [AUTO, *SCHEDULES], range(8), rms))
+def test_sums_of_batch_norms_gradient_rounded_to_bfloat16_are_caught(monkeypatch):
+    """With flips they are not: over three seeds of ResNet-50 as it comes this fault does not move the ratios."""
+
+    def rounded(*operands: Any) -> tuple[Tensor, ...]:
+        return tuple(total.bfloat16().to(total.dtype) for total in bn_backward_reduce(*operands))
+
+    monkeypatch.setattr("fusedres.ops.conv_input_grad.bn_backward_reduce", rounded)
+    assert len(too_large(ratios_to_eager("resnet18", ["stats"], (0,), with_gaps))) > 50
 
 
 def losses(model: nn.Module, lr: float, dtype: torch.dtype = torch.float32, steps: int = 20) -> list[float]:

@@ -1,7 +1,8 @@
 """One torch.autograd.Function per fused pattern: they call ops and keep tensors, and hold no arithmetic."""
 
+from .add_act import AddAct
 from .bn_add_act import BNAddAct
 from .conv_chain import ConvChain
 from .stem_pool import StemPool
 
-__all__ = ["BNAddAct", "ConvChain", "StemPool"]
+__all__ = ["AddAct", "BNAddAct", "ConvChain", "StemPool"]

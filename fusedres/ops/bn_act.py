@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from .contract import check_activation, check_vector, per_channel, statistics_dtype
+from .contract import channels_last, check_activation, check_vector, per_channel, statistics_dtype
 from .op import Op
 from .relu_mask import pack_relu_mask
+from .rows import empty_mask, empty_rows, launch_rows, storable
 
 
 def _check(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None) -> None:
@@ -75,6 +76,47 @@ def _bn_act(
 
 
 bn_act = Op(_bn_act)
+
+
+@bn_act.triton
+def _bn_act_triton(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    act: str | None = "relu",
+    bit_mask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if not storable(y, residual):
+        return NotImplemented
+    _check(y, scale, shift, residual, act)
+    z = empty_rows(y, output_dtype(y, residual, residual_scale))
+    return launch_bn_act(y, (scale, shift), residual, (residual_scale, residual_shift), z, act, bit_mask)
+
+
+def launch_bn_act(
+    y: Tensor, numbers: tuple[Tensor | None, Tensor | None], residual: Tensor | None,
+    residual_numbers: tuple[Tensor | None, Tensor | None], z: Tensor, act: str | None, bit_mask: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Fill ``z`` and, if asked for, its bit mask; ``numbers`` are a scale and a shift each, or None."""
+    from ..kernels.bn_act import bn_act_kernel
+
+    mask = empty_mask(z) if bit_mask else None
+    arguments = {
+        "y_ptr": channels_last(y), "scale_ptr": numbers[0], "shift_ptr": numbers[1],
+        "residual_ptr": None if residual is None else channels_last(residual),
+        "residual_scale_ptr": residual_numbers[0], "residual_shift_ptr": residual_numbers[1],
+        "z_ptr": z, "mask_ptr": mask, "RELU": act == "relu",
+    }  # fmt: skip
+    reads = ("y_ptr", "scale_ptr", "shift_ptr", "residual_ptr", "residual_scale_ptr", "residual_shift_ptr")
+    per_value = (
+        2 * (numbers[0] is not None) + (residual is not None) + 2 * (residual_numbers[0] is not None) + (act == "relu")
+    )
+    launch_rows(bn_act_kernel, z, arguments, reads=reads, writes=("z_ptr", "mask_ptr"), flops=per_value * z.numel())
+    return z, mask
 
 
 @bn_act.native

@@ -1,11 +1,16 @@
 """The backward pass of batch norm: its two sums, the coefficients they make, and the gradient they give."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..launch import launch
+from ..plan.tiles import PartialTile
 from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
-from .relu_mask import relu_backward
+from .relu_mask import laid_out, relu_backward
+from .rows import empty_rows, launch_reduction, launch_rows, reduction_parts, storable
 
 
 def masked(dy: OutputGrad) -> Tensor:
@@ -31,6 +36,46 @@ def _bn_backward_reduce(g: OutputGrad, y: Tensor, norm: Normaliser) -> tuple[Ten
 
 
 bn_backward_reduce = Op(_bn_backward_reduce)
+
+
+@bn_backward_reduce.triton
+def _bn_backward_reduce_triton(g: OutputGrad, y: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
+    sums = _reduced(g, y, norm, coefficients=False)
+    return sums if sums is NotImplemented else sums[:2]
+
+
+def _reduced(g: OutputGrad, y: Tensor, norm: Normaliser, *, coefficients: bool) -> Any:
+    """sum(g), sum(g * y_hat) and, if asked for, q and r of `bn_backward_coefficients` (else None), by the kernels."""
+    if not storable(g.g, y):
+        return NotImplemented
+    from ..kernels.bn_backward import bn_backward_finish_kernel, bn_backward_reduce_kernel
+
+    parts, channels = reduction_parts(y), y.shape[1]
+    sums, products = torch.empty((2, parts, channels), dtype=torch.float32, device=y.device)
+    arguments = {
+        "g_ptr": channels_last(g.g), "mask_ptr": laid_out(g.mask), "y_ptr": channels_last(y), "mean_ptr": norm.mean,
+        "part_g_ptr": sums, "part_gd_ptr": products,
+    }  # fmt: skip
+    launch_reduction(
+        bn_backward_reduce_kernel, y, arguments, reads=("g_ptr", "mask_ptr", "y_ptr", "mean_ptr"),
+        writes=("part_g_ptr", "part_gd_ptr"), flops=(4 + (g.mask is not None)) * y.numel(),
+    )  # fmt: skip
+    tile = PartialTile()
+    results = torch.empty((4 if coefficients else 2, channels), dtype=torch.float32, device=y.device)
+    names = ("sum_g_ptr", "sum_gy_ptr", "q_ptr", "r_ptr")
+    written: dict[str, Tensor | None] = {**dict.fromkeys(names), **dict(zip(names, results, strict=False))}
+    read = {
+        "part_g_ptr": sums, "part_gd_ptr": products, "invstd_ptr": norm.invstd,
+        "scale_ptr": norm.scale if coefficients else None,
+    }  # fmt: skip
+    numbers = {
+        "parts": parts, "rows": pixels(y), "C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    launch(
+        bn_backward_finish_kernel, (-(-channels // tile.block_c),), {**read, **written, **numbers},
+        reads=tuple(read), writes=names, flops=2 * parts * channels, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return tuple(written.values())
 
 
 def bn_backward_coefficients(
@@ -70,6 +115,28 @@ def _bn_backward_apply(dy: OutputGrad) -> Tensor:
 bn_backward_apply = Op(_bn_backward_apply)
 
 
+@bn_backward_apply.triton
+def _bn_backward_apply_triton(dy: OutputGrad) -> Tensor:
+    if dy.p is None:
+        return masked(dy)
+    if not storable(dy.g, dy.y):
+        return NotImplemented
+    from ..kernels.bn_backward import bn_backward_apply_kernel
+
+    out = empty_rows(dy.g)
+    whole = dy.q is not None and dy.r is not None and dy.y is not None
+    y_part = {"y_ptr": laid_out(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
+    arguments = {
+        "g_ptr": channels_last(dy.g), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
+        **(y_part if whole else dict.fromkeys(y_part)),
+    }  # fmt: skip
+    launch_rows(
+        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=tuple(arguments), writes=("dy_ptr",),
+        flops=(1 + (dy.mask is not None) + 4 * whole) * out.numel(),
+    )  # fmt: skip
+    return out
+
+
 def _bn_backward(
     g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,6 +158,17 @@ def _bn_backward(
 
 
 bn_backward = Op(_bn_backward)
+
+
+@bn_backward.triton
+def _bn_backward_triton(
+    g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    reduced = _reduced(g, y, norm, coefficients=batch_stats)
+    if reduced is NotImplemented:
+        return NotImplemented
+    dbeta, dgamma, q, r = reduced
+    return bn_backward_apply(g._replace(y=y, p=norm.scale, q=q, r=r, mean=norm.mean)), dgamma, dbeta
 
 
 @bn_backward.native

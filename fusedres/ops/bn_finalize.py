@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..launch import launch
+from ..plan.tiles import PartialTile
 from .contract import Normaliser, Partials, check_vector
 from .op import Op
+from .rows import storable
 
 
 def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,6 +60,44 @@ def _bn_finalize(
 
 
 bn_finalize = Op(_bn_finalize)
+
+
+@bn_finalize.triton
+def _bn_finalize_triton(
+    partials: Partials,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> Normaliser:
+    parts, channels = partials.mean.shape
+    check_norm_vectors(channels, gamma, beta, running_mean, running_var, bias)
+    if not storable(*partials, gamma, beta, running_mean, running_var, bias):
+        return NotImplemented
+    if not all(running is None or running.is_contiguous() for running in (running_mean, running_var)):
+        return NotImplemented
+    from ..kernels.bn_finalize import bn_finalize_kernel
+
+    tile = PartialTile()
+    norm = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=partials.mean.device))
+    read = {
+        "count_ptr": partials.counts, "part_mean_ptr": partials.mean, "part_m2_ptr": partials.m2,
+        "gamma_ptr": gamma, "beta_ptr": beta, "bias_ptr": None if running_mean is None else bias,
+    }  # fmt: skip
+    arguments = {name: None if tensor is None else tensor.contiguous() for name, tensor in read.items()}
+    running = {"running_mean_ptr": running_mean, "running_var_ptr": running_var}
+    written = {"mean_ptr": norm.mean, "invstd_ptr": norm.invstd, "scale_ptr": norm.scale, "shift_ptr": norm.shift}
+    numbers = {"parts": parts, "C": channels, "eps": float(eps), "momentum": float(momentum)}
+    blocks = {"BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c}
+    launch(
+        bn_finalize_kernel, (-(-channels // tile.block_c),), {**arguments, **running, **written, **numbers, **blocks},
+        reads=(*read, *running), writes=(*written, *running), flops=8 * parts * channels, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return norm
 
 
 def check_norm_vectors(

@@ -42,6 +42,8 @@ def _bn_forward(
 
 
 bn_forward = Op(_bn_forward)
+# Its three ops have kernels of their own.
+bn_forward.triton(_bn_forward)
 
 
 @bn_forward.native

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .contract import Partials, check_activation, pixels, statistics_dtype
+from .contract import Partials, channels_last, check_activation, pixels, statistics_dtype
 from .op import Op
+from .rows import launch_reduction, reduction_parts, storable
 
 
 def _bn_statistics(y: Tensor) -> Partials:
@@ -14,7 +15,7 @@ def _bn_statistics(y: Tensor) -> Partials:
         y: (N, C, H, W).
 
     Returns:
-        `Partials` with T = 1.
+        `Partials`: one of all pixels here, one of each part of them from the kernel.
     """
     check_activation("y", y)
     dtype = statistics_dtype(y.dtype)
@@ -28,6 +29,24 @@ def _one_partial(y: Tensor, mean: Tensor, m2: Tensor) -> Partials:
 
 
 bn_statistics = Op(_bn_statistics)
+
+
+@bn_statistics.triton
+def _bn_statistics_triton(y: Tensor) -> Partials:
+    if not storable(y):
+        return NotImplemented
+    check_activation("y", y)
+    from ..kernels.bn_statistics import bn_statistics_kernel
+
+    parts, channels = reduction_parts(y), y.shape[1]
+    mean, m2 = torch.empty((2, parts, channels), dtype=torch.float32, device=y.device)
+    partials = Partials(torch.empty(parts, dtype=torch.float32, device=y.device), mean, m2)
+    arguments = {
+        "y_ptr": channels_last(y), "count_ptr": partials.counts, "mean_ptr": partials.mean, "m2_ptr": partials.m2,
+    }  # fmt: skip
+    writes = ("count_ptr", "mean_ptr", "m2_ptr")
+    launch_reduction(bn_statistics_kernel, y, arguments, reads=("y_ptr",), writes=writes, flops=4 * y.numel())
+    return partials
 
 
 @bn_statistics.native

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from .contract import channels_last
 from .op import Op
+from .rows import empty_rows, launch_rows, storable
 
 
 def pack_relu_mask(z: Tensor) -> Tensor:
@@ -43,6 +45,26 @@ def _relu_backward(g: Tensor, mask: Tensor, *, scratch: bool = False) -> Tensor:
 
 
 relu_backward = Op(_relu_backward)
+
+
+@relu_backward.triton
+def _relu_backward_triton(g: Tensor, mask: Tensor, *, scratch: bool = False) -> Tensor:
+    if not storable(g):
+        return NotImplemented
+    from ..kernels.relu_mask import relu_backward_kernel
+
+    out = empty_rows(g)
+    arguments = {"g_ptr": channels_last(g), "mask_ptr": laid_out(mask), "out_ptr": out}
+    reads, writes = ("g_ptr", "mask_ptr"), ("out_ptr",)
+    launch_rows(relu_backward_kernel, g, arguments, reads=reads, writes=writes, flops=g.numel())
+    return out
+
+
+def laid_out(tensor: Tensor | None) -> Tensor | None:
+    """An activation or a bit mask with a pixel's channels side by side, as kernels go through it."""
+    if tensor is None:
+        return None
+    return tensor.contiguous() if tensor.dtype == torch.uint8 else channels_last(tensor)
 
 
 @relu_backward.native

@@ -1,5 +1,7 @@
 """The end of the stem: normalise, rectify and max-pool in one pass, and its way back."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
@@ -8,6 +10,7 @@ from .bn_act import bn_act
 from .bn_backward import masked
 from .contract import OutputGrad, PoolGeometry, channels_last, check_activation, check_vector
 from .op import Op
+from .rows import empty_rows, launch_rows, storable
 
 NO_GRADIENT = 255  # index of a window whose maximum the ReLU set to zero
 
@@ -34,6 +37,47 @@ def _stem_pool(
 
 
 stem_pool = Op(_stem_pool)
+
+
+@stem_pool.triton
+def _stem_pool_triton(
+    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True
+) -> tuple[Tensor, Tensor]:
+    if not (compact and storable(y)):
+        return NotImplemented
+    _check(y, scale, shift, pool)
+    from ..kernels.stem_pool import stem_pool_kernel
+
+    n, channels, h, w = y.shape
+    size = (n, channels, *pool.output_size(h, w))
+    z, index = empty_rows(y, size=size), empty_rows(y, torch.uint8, size)
+    tensors = {"y_ptr": channels_last(y), "scale_ptr": scale, "shift_ptr": shift, "z_ptr": z, "index_ptr": index}
+    covered = n * channels * y.element_size()
+    for side, out, kernel, stride, padding in zip((h, w), size[2:], *pool, strict=True):
+        covered *= _covered(side, out, kernel, stride, padding)
+    launch_rows(
+        stem_pool_kernel, z, {**tensors, **_window(y, z, pool)}, reads=("y_ptr", "scale_ptr", "shift_ptr"),
+        writes=("z_ptr", "index_ptr"), partial={"y_ptr": covered}, flops=4 * math.prod(pool.kernel) * z.numel(),
+    )  # fmt: skip
+    return z, index
+
+
+def _covered(side: int, windows: int, kernel: int, stride: int, padding: int) -> int:
+    """How many of ``side`` pixels lie in one of the windows."""
+    end = (windows - 1) * stride - padding + kernel
+    if stride <= kernel:
+        return min(side, end)
+    return windows * kernel - padding - max(0, end - side)
+
+
+def _window(full: Tensor, pooled: Tensor, pool: PoolGeometry) -> dict[str, int]:
+    """The sizes and steps that both kernels are told."""
+    sizes = {"H": full.shape[2], "W": full.shape[3], "P": pooled.shape[2], "Q": pooled.shape[3]}
+    names = (("R", "S"), ("STRIDE_H", "STRIDE_W"), ("PAD_H", "PAD_W"))
+    steps = {
+        name: value for pair, values in zip(names, pool, strict=True) for name, value in zip(pair, values, strict=True)
+    }
+    return {**sizes, **steps}
 
 
 @stem_pool.native
@@ -107,3 +151,20 @@ def _stem_pool_backward(dz: OutputGrad, index: Tensor, size: tuple[int, ...], po
 
 
 stem_pool_backward = Op(_stem_pool_backward)
+
+
+@stem_pool_backward.triton
+def _stem_pool_backward_triton(dz: OutputGrad, index: Tensor, size: tuple[int, ...], pool: PoolGeometry) -> Tensor:
+    check_activation("dz", dz.g, size[1])
+    if index.dtype != torch.uint8 or dz.mask is not None or not storable(dz.g):
+        return NotImplemented
+    from ..kernels.stem_pool import stem_pool_backward_kernel
+
+    g = empty_rows(dz.g, size=size)
+    tensors = {"dz_ptr": channels_last(dz.g), "index_ptr": channels_last(index), "g_ptr": g}
+    windows = math.prod(-(-kernel // stride) for kernel, stride in zip(pool.kernel, pool.stride, strict=True))
+    launch_rows(
+        stem_pool_backward_kernel, g, {**tensors, **_window(g, dz.g, pool)}, reads=("dz_ptr", "index_ptr"),
+        writes=("g_ptr",), flops=windows * g.numel(),
+    )  # fmt: skip
+    return g

@@ -16,6 +16,10 @@ class NotExecutable(VgpuError):
         super().__init__(f"not executable on the CPU: {what}")
 
 
+class OutOfResources(VgpuError):
+    """A block that the target can not hold."""
+
+
 class OutOfBounds(VgpuError):
     """An access outside every argument, or outside the block's shared memory."""
 

@@ -114,7 +114,6 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
-@functools.cache
 def _machine() -> Any:
     # The conversion to bf16 that some processors have takes denormal numbers for zero.
     features = [f for f in llvm.get_host_cpu_features().flatten().split(",") if "bf16" not in f and "avx10" not in f]
@@ -132,6 +131,7 @@ class HostKernel:
         path = _kept(f"{module.text} {llvm.llvm_version_info} {_cpu()}", ".o", lambda path: _build(module.text, path))
         empty = llvm.parse_assembly("")
         empty.triple = llvm.get_default_triple()
+        # The engine owns the machine that it is given, so each needs one of its own.
         self._engine = llvm.create_mcjit_compiler(empty, _machine())
         self._engine.add_object_file(llvm.ObjectFileRef.from_path(str(path)))
         self._engine.finalize_object()
@@ -143,7 +143,7 @@ def _build(text: str, path: Path) -> None:
     module = llvm.parse_assembly(text)
     module.triple = llvm.get_default_triple()
     module.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    builder = llvm.create_pass_builder(_machine(), options)
+    machine = _machine()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     builder.getModulePassManager().run(module, builder)
-    path.write_bytes(_machine().emit_object(module))
+    path.write_bytes(machine.emit_object(module))

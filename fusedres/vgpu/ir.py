@@ -7,8 +7,11 @@ runtime; the target's intrinsics and inline assembly become small functions, bui
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+import numpy
 
 from .errors import NotExecutable
 
@@ -64,21 +67,22 @@ class Body:
 
     def meet(self, operation: str, *members: tuple[str, str]) -> None:
         """All lanes of the warp bring ``members`` to ``operation`` and return what it gives each of them."""
+        self.give(self.met(operation, self.returns, *members))
+
+    def met(self, operation: str, returns: str, *members: tuple[str, str]) -> str:
+        """What ``operation``, to which all lanes of the warp bring ``members``, gives this one."""
         widened = [
             ("i32", self.value(f"zext i1 {value} to i32")) if type_ == "i1" else (type_, value)
             for type_, value in members
         ]
         block = "{ " + ", ".join(type_ for type_, _ in widened) + " }" if widened else "{ i32 }"
         given = self.value(f"alloca {block}, align 32")
-        result = "null" if self.returns == "void" else self.value(f"alloca {self.returns}, align 32")
+        result = "null" if returns == "void" else self.value(f"alloca {returns}, align 32")
         for index, (type_, value) in enumerate(widened):
             member = self.value(f"getelementptr {block}, ptr {given}, i32 0, i32 {index}")
             self.line(f"store {type_} {value}, ptr {member}, align {min(4, size_of(type_))}")
         self.join(operation, given, result)
-        if self.returns == "void":
-            self.give()
-        else:
-            self.give(self.value(f"load {self.returns}, ptr {result}, align 4"))
+        return "" if returns == "void" else self.value(f"load {returns}, ptr {result}, align 4")
 
     def join(self, operation: str, given: str, result: str) -> None:
         """Meet with the block of memory ``given``, and take the result in the block ``result``."""
@@ -145,6 +149,8 @@ class Dialect(NamedTuple):
     prefix: str
     intrinsics: Sequence[tuple[str, IntrinsicRule]]
     asm: AsmRule | None
+    # What the vendor's library of functions asks the compiler about the target, and the answers.
+    reflected: Mapping[str, int]
 
 
 class Site(NamedTuple):
@@ -170,7 +176,9 @@ _CONSTANT = re.compile(
     r"\b(?P<op>getelementptr|ptrtoint)(?: inbounds| nuw| nusw)* \((?P<inside>(?:addrspace\(\d+\)|[^()])*)\)"
 )
 _ARGUMENT = re.compile(rf"\s*({_TYPE})\s+((?:[a-z]\w*(?:\([^)]*\))? )*)(\S.*?)\s*$")
-GLOBAL, SHARED = "1", "3"
+_STRING = re.compile(r'^(@[\w.]+) = .*\bconstant \[\d+ x i8\] c"(\w+)\\00"')
+_REFLECT = re.compile(r"call i32 @__nvvm_reflect\(ptr (?:\w+ )*(@[\w.]+)\)")
+GLOBAL, SHARED, CONSTANT = "1", "3", "4"
 
 
 class Module(NamedTuple):
@@ -190,6 +198,7 @@ class Rewriter:
         self._functions: dict[object, tuple[str, str]] = {}
         self._sites: list[Site] = []
         self._lines_of_locations: dict[str, int] = {}
+        self._strings: dict[str, str] = {}
 
     def declare(self, returns: str, symbol: str, parameters: Sequence[str]) -> None:
         self._declared[symbol] = f"declare {returns} @{symbol}({', '.join(parameters)})\n"
@@ -211,6 +220,8 @@ class Rewriter:
                 out += [_host_syntax(line), *self._function(body, signatures), "}"]
             elif line.startswith("declare ") and f"@llvm.{self._dialect.prefix}." not in line:
                 out.append(_host_syntax(line))
+            elif string := _STRING.match(line):
+                self._strings[string[1]] = string[2]
             elif line.startswith("@") and not re.match(r"@global_smem = .*external", line):
                 raise NotExecutable(f"the global {line.split(' ')[0]}")
         parameters = self._kernel_parameters(llir, name)
@@ -255,6 +266,7 @@ class Rewriter:
     def _instruction(
         self, line: str, signatures: dict[str, tuple[str, tuple[str, ...]]], scratch: dict[str, str]
     ) -> list[str]:
+        line = _REFLECT.sub(self._reflection, line)
         asm = _ASM.search(line)
         if asm is None and re.search(r"\basm\b", line):
             raise NotExecutable(f"inline assembly: {line.strip()}")
@@ -268,15 +280,23 @@ class Rewriter:
             function = self._intrinsic(name[1], signatures[name[1]], line)
             return [_host_syntax(line.replace(f"@{name[1]}(", f"@{function}("))]
         load, store = _LOAD.match(line), _STORE.match(line)
+        if load is not None and load["space"] == CONSTANT:
+            return [_host_syntax(line)]
         if load is not None:
             return [self._announce("read", load, line), _host_syntax(line)]
         if store is not None and store["space"] == SHARED:
             return self._shared_store(store, line, scratch)
         if store is not None:
             return [self._announce("write", store, line), _host_syntax(line)]
-        if re.search(r"\b(load|store)\b.*addrspace", line):
+        if re.match(rf"\s*(?:{_NAME} = load|store) ", line):
             raise NotExecutable(f"the access {line.strip()}")
         return [_host_syntax(line)]
+
+    def _reflection(self, call: re.Match[str]) -> str:
+        question = self._strings.get(call[1], call[1])
+        if question not in self._dialect.reflected:
+            raise NotExecutable(f"the compiler's answer to {question}")
+        return f"add i32 0, {self._dialect.reflected[question]}"
 
     def _announce(self, verb: str, access: re.Match[str], line: str) -> str:
         memory = {GLOBAL: "global", SHARED: "shared"}.get(access["space"])
@@ -305,8 +325,8 @@ class Rewriter:
             match = re.fullmatch(pattern, short)
             if match is None:
                 continue
-            # Two barriers are two places: warps that wait at different ones have diverged.
-            key = (name, self._site(line)) if "barrier" in name else name
+            # Two barriers are two places: warps that wait at different ones have diverged. So are two accesses.
+            key = (name, self._site(line)) if re.search("barrier|buffer", name) else name
             return self._define(key, *signature, functools.partial(rule, match=match))
         raise NotExecutable(f"the intrinsic {name}")
 
@@ -394,24 +414,51 @@ def _no_attributes(text: str) -> str:
     return re.sub(r" (?:#\d+|local_unnamed_addr|unnamed_addr)", "", text)
 
 
+# The bits of special numbers, and how the host's LLVM spells bits of that many: a float is spelt as a double.
 _SPECIAL = {
-    "half": {"inf": "0xH7C00", "-inf": "0xHFC00", "nan": "0xH7E00"},
-    "bfloat": {"inf": "0xR7F80", "-inf": "0xRFF80", "nan": "0xR7FC0"},
-    "float": {"inf": "0x7FF0000000000000", "-inf": "0xFFF0000000000000", "nan": "0x7FF8000000000000"},
+    "half": {"inf": "0x7C00", "-inf": "0xFC00", "nan": "0x7E00"},
+    "bfloat": {"inf": "0x7F80", "-inf": "0xFF80", "nan": "0x7FC0"},
+    "float": {"inf": "0x7F800000", "-inf": "0xFF800000", "nan": "0x7FC00000"},
     "double": {"inf": "0x7FF0000000000000", "-inf": "0xFFF0000000000000", "nan": "0x7FF8000000000000"},
 }
+_NUMBER = re.compile(
+    r"(?<=[ (<])"
+    r"(?:(?P<bits>f0x[0-9A-F]+)"
+    r"|(?P<decimal>-?\d+\.\d+e[+-]\d+)"
+    r"|(?P<sign>[+-]?)(?P<word>inf|[qs]?nan)(?:\(0x[0-9A-F]+\))?)"
+    r"(?=[,)> ]|$)"
+)
+
+
+def _spelt(type_: str, bits: str) -> str:
+    """A floating-point number given by its bits."""
+    if type_ == "float":
+        return _as_double(*struct.unpack(">f", bytes.fromhex(bits.removeprefix("0x"))))
+    return bits.replace("0x", {"half": "0xH", "bfloat": "0xR"}.get(type_, "0x"))
+
+
+def _as_double(number: float) -> str:
+    return "0x" + struct.pack(">d", number).hex().upper()
+
+
+def _number(match: re.Match[str]) -> str:
+    """A number that the host's LLVM does not read, spelt anew. Its type is the last that was named before it."""
+    named = re.findall(r"\b(half|bfloat|float|double)\b", match.string[: match.start()])
+    if not named:
+        return match[0]
+    if match["decimal"]:
+        # Not rounded to the type, which the host asks for: newer compilers write the shortest digits that say which.
+        return _as_double(float(numpy.float32(match["decimal"]))) if named[-1] == "float" else match[0]
+    if match["bits"]:
+        return _spelt(named[-1], match["bits"].removeprefix("f"))
+    return _spelt(named[-1], _SPECIAL[named[-1]]["nan" if "nan" in match["word"] else match["sign"].strip("+") + "inf"])
 
 
 def _host_syntax(line: str) -> str:
-    """One line as the host's LLVM reads it: no GPU attributes, one address space, older spelling of infinities."""
+    """One line as the host's LLVM reads it: no GPU attributes, one address space, older spelling of numbers."""
     line = _no_space(_no_attributes(line))
     line = re.sub(r"\b(?:ptx_kernel|amdgpu_kernel|inreg|tail|musttail|noalias) (?=\S)", "", line)
-    line = re.sub(
-        r"\b(half|bfloat|float|double) ([+-]?)(inf|qnan|snan|nan)\b(?:\(0x[0-9A-Fa-f]+\))?",
-        lambda m: f"{m[1]} {_SPECIAL[m[1]]['nan' if 'nan' in m[3] else m[2].replace('+', '') + 'inf']}",
-        line,
-    )
-    return line
+    return _NUMBER.sub(_number, line)
 
 
 def _entry(name: str, parameters: Sequence[str]) -> str:

@@ -17,8 +17,11 @@ INTRINSICS: list[tuple[str, IntrinsicRule]] = [
     (r"fence\.proxy\.async(\.shared_cta)?|wgmma\.fence\.sync\.aligned", nothing),
     (r"shfl\.sync\.(bfly|idx|up|down)\.(?:i32|f32)", meeting(r"vgpu_shuffle_\1")),
     (r"vote\.ballot\.sync", meeting("vgpu_ballot")),
+    (r"redux\.sync\.(add|and|or|xor|min|max|umin|umax)", meeting(r"vgpu_redux_\1")),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.b16(?:\.p3)?", meeting(r"vgpu_ldmatrix_x\1")),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.trans\.b16(?:\.p3)?", meeting(r"vgpu_ldmatrix_x\1_trans")),
+    (r"stmatrix\.sync\.aligned\.m8n8\.x([124])\.b16(?:\.p3)?", meeting(r"vgpu_stmatrix_x\1")),
+    (r"stmatrix\.sync\.aligned\.m8n8\.x([124])\.trans\.b16(?:\.p3)?", meeting(r"vgpu_stmatrix_x\1_trans")),
     (r"cp\.async\.commit\.group", runtime("vgpu_copy_commit")),
     (r"cp\.async\.wait\.group", runtime("vgpu_copy_wait")),
     (r"cp\.async\.wait\.all", runtime("vgpu_copy_wait_all")),
@@ -29,6 +32,7 @@ INTRINSICS: list[tuple[str, IntrinsicRule]] = [
     (r"sqrt\.(?:approx|rn)(?:\.ftz)?\.f", runtime("sqrtf")),
     (r"rsqrt\.approx(?:\.ftz)?\.f", runtime("vgpu_rsqrt")),
     (r"rcp\.(?:approx|rn)(?:\.ftz)?\.f", arithmetic("fdiv float 1.0, %p0")),
+    (r"fma\.rn(?:\.ftz)?\.f", runtime("fmaf")),
     (r"div\.(?:full|approx|rn)(?:\.ftz)?(?:\.f)?", arithmetic("fdiv float %p0, %p1")),
 ]
 
@@ -133,6 +137,8 @@ def statement(body: Body, call: AsmCall) -> None:
         _move(body, last, registers)
     elif last.opcode.startswith("createpolicy."):
         body.give("0")
+    elif last.opcode == "fence.proxy.async.shared::cta":
+        body.give()
     else:
         raise NotExecutable(f"the PTX statement {call.template!r}")
 
@@ -268,4 +274,7 @@ def _move(body: Body, move: Statement, registers: _Registers) -> None:
     body.give(value if type_ == body.returns else body.value(f"bitcast {type_} {value} to {body.returns}"))
 
 
-NVIDIA = Dialect("nvvm", INTRINSICS, statement)
+# As Triton's options have it: denormal numbers count as zero in libdevice, and square roots are approximate.
+REFLECTED = {"__CUDA_FTZ": 1, "__CUDA_PREC_SQRT": 0}
+
+NVIDIA = Dialect("nvvm", INTRINSICS, statement, REFLECTED)

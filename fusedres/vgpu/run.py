@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..offline import Specialisation, compile_for, specialise
+from ..offline import Specialisation, compile_for, specialise, target_named
 from . import errors, host
 from .amd import AMD
 from .ir import SLOT, Rewriter
@@ -134,18 +134,20 @@ def run(
             others: shuffled with this seed.
         uninitialised: names of tensors that hold nothing yet: they are poisoned, and reading a byte of them that
             this launch has not written is an error.
-        count: whether to count traffic and to look for races between blocks.
+        count: whether to count traffic, and to look for races between blocks in all tensors. Without it races are
+            found in the uninitialised ones only.
         workers: threads of the host that run blocks side by side; all cores by default.
         **constexprs: the kernel's compile-time arguments.
 
     Returns:
-        What the launch did, in numbers.
+        What the launch did, in numbers; all of them 0 if it was not to be counted.
 
     Raises:
         Unavailable: this machine lacks a compiler, llvmlite or a known Triton.
         ValueError, TypeError: the target is not executed here, or the arguments are not the kernel's.
-        VgpuError: what the kernel did wrong: `OutOfBounds`, `Misaligned`, `NeverWritten`, `Race`, `Divergence`, or
-            `NotExecutable` if it uses an operation that is not known here.
+        VgpuError: what the kernel did wrong: `OutOfBounds`, `Misaligned`, `NeverWritten`, `Race`, `Divergence`;
+            `OutOfResources` if the target can not hold a block, `NotExecutable` if the kernel uses an operation that is
+            not known here. The tensors are then as they were before.
     """
     if target not in DIALECTS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -165,7 +167,7 @@ def run(
             raise _error(kernel.__name__, launch.failure, executable, memory)
         del keep
         memory.copy_back()
-        return _counters(launch, memory, traffic)
+        return _counters(launch, memory, traffic) if count else Counters()
 
 
 def _bound(kernel: Any, args: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -224,13 +226,17 @@ def _executable(
     kernel: Any, specialisation: Specialisation, target: str, num_warps: int, num_stages: int
 ) -> _Executable:
     compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
-    return executable_from(compiled.asm["llir"], compiled.metadata.name, target, compiled.metadata.shared)
+    name, shared_bytes = compiled.metadata.name, compiled.metadata.shared
+    limit = target_named(target).shared_bytes
+    if shared_bytes > limit:
+        raise errors.OutOfResources(f"{name}: {shared_bytes} bytes of shared memory, and {target} has {limit}")
+    return executable_from(compiled.asm["llir"], name, target, shared_bytes)
 
 
 def executable_from(llir: str, name: str, target: str, shared_bytes: int) -> _Executable:
     """The host's version of a module of ``target``."""
     module = Rewriter(DIALECTS[target]).rewrite(llir, name)
-    return _Executable(host.HostKernel(module), shared_bytes, 32)
+    return _Executable(host.HostKernel(module), shared_bytes, target_named(target).warp_size)
 
 
 class _Span(NamedTuple):
@@ -258,14 +264,15 @@ class _Memory:
         for span in self.spans:
             size = span.end - span.begin
             base = self._library.vgpu_guarded(ctypes.c_int64(size), ctypes.c_int64(span.begin % 64))
-            fresh = any(name in uninitialised for name in span.names)
+            fresh = all(name in uninitialised for name in span.names)
             if fresh:
                 ctypes.memset(base, 0xFF, size)
             else:
                 ctypes.memmove(base, span.begin, size)
-            readers, writers = (numpy.zeros(size if count else 0, numpy.uint32) for _ in range(2))
+            shadowed = count or fresh
+            readers, writers = (numpy.zeros(size if shadowed else 0, numpy.uint32) for _ in range(2))
             self.shadows.append((readers, writers))
-            shadow = (readers.ctypes.data, writers.ctypes.data) if count else (None, None)
+            shadow = (readers.ctypes.data, writers.ctypes.data) if shadowed else (None, None)
             self.regions.append(_Region(base, size, *shadow, int(fresh)))
         self.table = (_Region * max(len(self.regions), 1))(*self.regions)
 
@@ -338,6 +345,8 @@ _KINDS: dict[int, tuple[type[errors.VgpuError], str]] = {
     8: (errors.Race, "shared memory was overwritten while an asynchronous multiplication read it"),
     9: (errors.Misaligned, "an address that is not a multiple of {size}: {place}"),
     10: (errors.NotExecutable, "{text}"),
+    11: (errors.NeverWritten, "reads shared memory that nothing had been written to"),
+    12: (errors.NeverWritten, "ends without having waited for an asynchronous multiplication"),
 }
 
 
@@ -370,15 +379,20 @@ def compare_orders(
     """
     arguments = _bound(kernel, args, {k: v for k, v in keywords.items() if k in kernel.arg_names})
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    before = {name: _bytes_around(tensor).clone() for name, tensor in tensors.items()}
     first: dict[str, Tensor] = {}
     counters = Counters()
     for order in orders:
         for name, tensor in tensors.items():
-            tensor.copy_(before[name])
+            _bytes_around(tensor).copy_(before[name])
         counters = run(kernel, grid, *args, warp_order=order, **keywords)
         for name, tensor in tensors.items():
-            bits = tensor.clone().view(torch.uint8) if tensor.dim() else tensor.clone().reshape(1).view(torch.uint8)
-            if not torch.equal(first.setdefault(name, bits), bits):
+            bits = _bytes_around(tensor)
+            if not torch.equal(first.setdefault(name, bits.clone()), bits):
                 raise errors.Race(f"{kernel.__name__}: {name} differs between warp orders {orders[0]} and {order}")
     return counters
+
+
+def _bytes_around(tensor: Tensor) -> Tensor:
+    """All of the memory that a tensor is a view of."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

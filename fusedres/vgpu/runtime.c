@@ -43,7 +43,7 @@ typedef struct {
 
 enum {
   OUT_OF_BOUNDS = 1, NEVER_WRITTEN, BLOCK_RACE, SHARED_OUT_OF_BOUNDS, SHARED_RACE, IN_FLIGHT, DIVERGENT, OVERWRITTEN,
-  MISALIGNED, UNSUPPORTED,
+  MISALIGNED, UNSUPPORTED, SHARED_NEVER_WRITTEN, NOT_WAITED_FOR,
 };
 
 typedef struct {
@@ -102,12 +102,10 @@ typedef struct {
   int count, room, group;
 } warp;
 
-// Shared memory, per byte: which warp touched it last and in which epoch (epochs are parted by barriers).
-typedef struct {
-  uint32_t writer, reader;  // epoch << 8 | warp + 1; a reader of 0xff stands for several warps
-} touch;
-
-enum { SEVERAL = 0xff, FLYING = 0xfe };
+// Marks of shared memory, per byte: epoch << 8 | warp + 1 of the last writer and reader. Barriers part epochs, and each
+// block begins a new one. A reader's SEVERAL stands for several warps. FLYING is later than every epoch.
+enum { SEVERAL = 0xff };
+static const uint32_t FLYING = 0xffffffff;
 
 // How bytes come to shared memory: at once, as a copy under way, as a copy that was waited for.
 enum { ARRIVED, TAKING_OFF, LANDING };
@@ -119,8 +117,8 @@ typedef struct worker {
   void *host;
   int block[3], block_id, last_region;
   char *shared;
-  touch *touches;
-  uint32_t epoch;
+  uint32_t *writers, *readers;  // the marks of shared memory
+  uint32_t epoch, born;         // now, and when the block began
   traffic *traffic;
   counters counters;
 } worker;
@@ -175,10 +173,12 @@ static int settle(lane *last) {
   lane *lanes = &me->lanes[w * size];
   flush_log(w);
   for (int i = 1; i < size; i++)
-    if (lanes[i].state != lanes[0].state || (lanes[i].state == MEETING && lanes[i].op != lanes[0].op)) {
+    if (lanes[i].state != lanes[0].state || (lanes[i].state == MEETING && lanes[i].op != lanes[0].op) ||
+        (lanes[i].state == WAITING && lanes[i].barrier_site != lanes[0].barrier_site)) {
       record(DIVERGENT, lanes[i].state == WAITING ? lanes[i].barrier_site : -1, 0, w, 0);
       return 0;
     }
+  if (lanes[0].state == DONE && me->warps[w].count) record(NOT_WAITED_FOR, -1, 0, w, 0);
   if (lanes[0].state != MEETING) return 0;
   call *calls[MAX_WARP];
   for (int i = 0; i < size; i++) calls[i] = &lanes[i].call, lanes[i].state = RUNNING;
@@ -222,6 +222,8 @@ static void lane_main(void) {
 int vgpu_thread(void) { return index_of(me->current); }
 int vgpu_block(int axis) { return me->block[axis]; }
 int vgpu_blocks(int axis) { return me->launch->grid[axis]; }
+// AMD passes the numbers of blocks along each axis, and other things that no kernel of Triton's asks for, in memory.
+const void *vgpu_implicit_arguments(void) { return me->launch->grid; }
 char *vgpu_shared(void) { return me->shared; }
 int vgpu_lane(void) { return index_of(me->current) % me->launch->warp_size; }
 
@@ -257,18 +259,51 @@ static region *checked(const char *address, int bytes, int align, int site) {
   return &me->launch->regions[r];
 }
 
+// Two blocks may come to a byte at the same time, on two cores. Each leaves its mark before it looks for that of the
+// other, both by an exchange that no later load overtakes, so that at least one of them sees the other.
+static void mark_reader(_Atomic uint32_t *reader, uint32_t self) {
+  uint32_t before = atomic_load_explicit(reader, memory_order_relaxed);
+  if (before == self || before == MANY) return;
+  if (before || (before = atomic_exchange(reader, self))) {
+    if (before != self) atomic_exchange(reader, MANY);
+  }
+}
+
 static void touch_read(const char *address, int bytes, int align, int site) {
   region *r = checked(address, bytes, align, site);
   if (!r->readers) return;
   uint32_t self = me->block_id + 1, *readers = r->readers + (address - r->base),
            *writers = r->writers + (address - r->base);
+  int fresh = r->fresh, unmarked = 0, odd = 0;
+  for (int i = 0; i < bytes; i++) unmarked |= readers[i] != self && readers[i] != MANY;
+  if (unmarked)
+    for (int i = 0; i < bytes; i++) mark_reader((_Atomic uint32_t *)&readers[i], self);
+  atomic_signal_fence(memory_order_seq_cst);
+  for (int i = 0; i < bytes; i++) odd |= writers[i] != self && (writers[i] || fresh);
+  if (!odd) return;
   for (int i = 0; i < bytes; i++) {
-    if (writers[i] != self) {
-      if (writers[i]) fail(BLOCK_RACE, site, address + i, (int)writers[i] - 1);
-      if (r->fresh) fail(NEVER_WRITTEN, site, address + i, 0);
-    }
-    readers[i] = readers[i] == 0 || readers[i] == self ? self : MANY;
+    if (writers[i] && writers[i] != self) fail(BLOCK_RACE, site, address + i, (int)writers[i] - 1);
+    if (!writers[i] && fresh) fail(NEVER_WRITTEN, site, address + i, 0);
   }
+}
+
+static void touch_written(const char *address, int bytes, int align, int site) {
+  region *r = checked(address, bytes, align, site);
+  if (!r->readers) return;
+  uint32_t self = me->block_id + 1, *readers = r->readers + (address - r->base),
+           *writers = r->writers + (address - r->base);
+  int unmarked = 0, odd = 0;
+  for (int i = 0; i < bytes; i++) unmarked |= writers[i] != self;
+  if (unmarked)
+    for (int i = 0; i < bytes; i++) {
+      uint32_t before = atomic_exchange((_Atomic uint32_t *)&writers[i], self);
+      if (before && before != self) fail(BLOCK_RACE, site, address + i, (int)before - 1);
+    }
+  for (int i = 0; i < bytes; i++) odd |= readers[i] && readers[i] != self;
+  if (!odd) return;
+  for (int i = 0; i < bytes; i++)
+    if (readers[i] && readers[i] != self)
+      fail(BLOCK_RACE, site, address + i, readers[i] == MANY ? -1 : (int)readers[i] - 1);
 }
 
 void vgpu_global_read(const char *address, int bytes, int align, int site) {
@@ -277,18 +312,25 @@ void vgpu_global_read(const char *address, int bytes, int align, int site) {
 }
 
 void vgpu_global_write(const char *address, int bytes, int align, int site) {
-  region *r = checked(address, bytes, align, site);
-  if (r->readers) {
-    uint32_t self = me->block_id + 1, *readers = r->readers + (address - r->base),
-             *writers = r->writers + (address - r->base);
-    for (int i = 0; i < bytes; i++) {
-      if (writers[i] && writers[i] != self) fail(BLOCK_RACE, site, address + i, (int)writers[i] - 1);
-      if (readers[i] && readers[i] != self)
-        fail(BLOCK_RACE, site, address + i, readers[i] == MANY ? -1 : (int)readers[i] - 1);
-      writers[i] = self;
-    }
-  }
+  touch_written(address, bytes, align, site);
   log_access(address, bytes, site, 0);
+}
+
+// AMD's buffers: an offset beyond the end is no access at all. Triton makes all of them as long as offsets reach, and
+// sends a lane that is masked off to the one offset just behind them; any other offset out there is a mistake.
+enum { BUFFER_BYTES = 0x7ffffffe };
+static const uint32_t MASKED_OFF = 0x80000000u;
+
+const char *vgpu_make_buffer(const char *base, int stride, int64_t bytes) {
+  if (stride || bytes != BUFFER_BYTES) vgpu_refuse("a buffer with a stride, or of another size than 2**31 - 2 bytes");
+  return base;
+}
+
+const char *vgpu_in_buffer(const char *base, uint32_t offset, uint32_t scalar_offset, int bytes, int site) {
+  uint64_t at = (uint64_t)offset + scalar_offset;
+  if (at + bytes <= BUFFER_BYTES) return base + at;
+  if (offset != MASKED_OFF) fail(OUT_OF_BOUNDS, site, base + (int32_t)(offset + scalar_offset), bytes);
+  return 0;
 }
 
 // A lane whose predicate is off takes part in a warp's access without an address.
@@ -296,40 +338,52 @@ void vgpu_idle(int site) { log_access(0, 0, site, 0); }
 
 // ------------------------------------------------------------------------------------------------------ memory, shared
 
-static touch *touched(const char *address, int bytes, int align, int site) {
+static int64_t shared_place(const char *address, int bytes, int align, int site) {
   if (address < me->shared || address + bytes > me->shared + me->launch->shared_bytes)
     fail(SHARED_OUT_OF_BOUNDS, site, address, bytes);
   if ((uintptr_t)address & (align - 1)) fail(MISALIGNED, site, address, align);
-  return &me->touches[address - me->shared];
+  return address - me->shared;
 }
 
+static int warp_there(uint32_t mark) { return (mark & 0xff) == SEVERAL ? -1 : (int)(mark & 0xff) - 1; }
+
+// The loops without a way out are for the vector units; only if one of their bytes is odd is it looked for.
 static void shared_reading(const char *address, int bytes, int align, int site) {
-  touch *t = touched(address, bytes, align, site);
-  int w = warp_of(me->current);
-  uint32_t self = me->epoch << 8 | (uint32_t)(w + 1);
+  int64_t place = shared_place(address, bytes, align, site);
+  uint32_t *writers = me->writers + place, *readers = me->readers + place, now = me->epoch << 8, born = me->born << 8;
+  uint32_t self = now | (uint32_t)(warp_of(me->current) + 1);
+  int odd = 0;
   for (int i = 0; i < bytes; i++) {
-    if (t[i].writer != self) {
-      if ((t[i].writer & 0xff) == FLYING) fail(IN_FLIGHT, site, address + i, w);
-      if (t[i].writer >> 8 == me->epoch) fail(SHARED_RACE, site, address + i, (int)(t[i].writer & 0xff) - 1);
-    }
-    t[i].reader = t[i].reader == self || t[i].reader >> 8 != me->epoch ? self : me->epoch << 8 | SEVERAL;
+    odd |= (writers[i] != self) & (writers[i] - born >= now - born);
+    readers[i] = readers[i] == self || readers[i] < now ? self : now | SEVERAL;
+  }
+  if (!odd) return;
+  for (int i = 0; i < bytes; i++) {
+    if (writers[i] == self) continue;
+    if (writers[i] == FLYING) fail(IN_FLIGHT, site, address + i, 0);
+    if (writers[i] < born) fail(SHARED_NEVER_WRITTEN, site, address + i, 0);
+    if (writers[i] >= now) fail(SHARED_RACE, site, address + i, warp_there(writers[i]));
   }
 }
 
 // `source` is null when the bytes are not there yet. Two warps may write the same bytes to the same place.
 static void shared_writing(const char *address, const char *source, int bytes, int align, int site, int how) {
-  touch *t = touched(address, bytes, align, site);
-  uint32_t self = me->epoch << 8 | (uint32_t)(warp_of(me->current) + 1);
+  int64_t place = shared_place(address, bytes, align, site);
+  uint32_t *writers = me->writers + place, *readers = me->readers + place, now = me->epoch << 8;
+  uint32_t self = now | (uint32_t)(warp_of(me->current) + 1), left = how == TAKING_OFF ? FLYING : self;
+  int odd = 0;
   for (int i = 0; i < bytes; i++) {
-    int same = source && source[i] == address[i];
-    if (t[i].writer != self && how != LANDING) {
-      if ((t[i].writer & 0xff) == FLYING) fail(IN_FLIGHT, site, address + i, 0);
-      if (t[i].writer >> 8 == me->epoch && !same) fail(SHARED_RACE, site, address + i, (int)(t[i].writer & 0xff) - 1);
-    }
-    if (t[i].reader >> 8 == me->epoch && t[i].reader != self && !same)
-      fail(SHARED_RACE, site, address + i, (t[i].reader & 0xff) == SEVERAL ? -1 : (int)(t[i].reader & 0xff) - 1);
-    t[i].writer = how == TAKING_OFF ? me->epoch << 8 | FLYING : self;
+    odd |= (writers[i] != self) & (writers[i] >= now) & (how != LANDING);
+    odd |= (readers[i] != self) & (readers[i] >= now);
   }
+  for (int i = 0; odd && i < bytes; i++) {
+    if (how != LANDING && writers[i] == FLYING) fail(IN_FLIGHT, site, address + i, 0);
+    if (source && source[i] == address[i]) continue;
+    if (how != LANDING && writers[i] != self && writers[i] >= now)
+      fail(SHARED_RACE, site, address + i, warp_there(writers[i]));
+    if (readers[i] != self && readers[i] >= now) fail(SHARED_RACE, site, address + i, warp_there(readers[i]));
+  }
+  for (int i = 0; i < bytes; i++) writers[i] = left;
 }
 
 void vgpu_shared_read(const char *address, int bytes, int align, int site) {
@@ -388,9 +442,9 @@ void vgpu_copy_wait_all(void) {
 
 void vgpu_matrix_read(const char *address, int bytes) { shared_reading(address, bytes, 1, -1); }
 
-void vgpu_rows_read(const char *const *rows, int count, int bytes) {
+// Rows of a small matrix, accessed together.
+static void count_rows(const char *const *rows, int count, int bytes) {
   int passes = 0;
-  for (int i = 0; i < count; i++) shared_reading(rows[i], bytes, bytes, -1);
   uint8_t deep[32] = {0};
   for (int i = 0; i < count; i++)
     for (int b = 0; b < bytes; b += 4) {
@@ -399,6 +453,19 @@ void vgpu_rows_read(const char *const *rows, int count, int bytes) {
       if (!again && ++deep[bank] > passes) passes = deep[bank];
     }
   me->counters.shared_passes += passes, me->counters.ideal_shared_passes += 1;
+}
+
+void vgpu_rows_read(const char *const *rows, int count, int bytes) {
+  for (int i = 0; i < count; i++) shared_reading(rows[i], bytes, bytes, -1);
+  count_rows(rows, count, bytes);
+}
+
+void vgpu_rows_write(char *const *rows, const char (*data)[16], int count) {
+  for (int i = 0; i < count; i++) {
+    shared_writing(rows[i], data[i], 16, 16, -1, ARRIVED);
+    memcpy(rows[i], data[i], 16);
+  }
+  count_rows((const char *const *)rows, count, 16);
 }
 
 void vgpu_count_tensor(int64_t macs) { me->counters.tensor_ops++, me->counters.tensor_macs += macs; }
@@ -425,6 +492,7 @@ void vgpu_pending_wait(int outstanding) {
     pending_mma p = w->pending[i];
     if (p.group >= w->group - outstanding)
       w->pending[kept++] = p;
+    // Until here it may have been reading: as reads of now they are seen by whoever writes before the next barrier.
     else if (vgpu_operands_digest(p.has_a ? &p.a : 0, &p.b) != p.seen)
       fail(OVERWRITTEN, -1, 0, 0);
   }
@@ -516,25 +584,50 @@ static void prepare_lane(lane *l) {
 
 // Blocks of one launch come after one another in the shadow of shared memory too.
 static void next_epoch(void) {
-  if (++me->epoch >= 1u << 24) {
-    memset(me->touches, 0, SHARED_BYTES * sizeof *me->touches);
-    me->epoch = 1;
+  if (++me->epoch >= (1u << 24) - 1) {
+    // The marks of a block that is under way are lost, once in millions of barriers.
+    memset(me->writers, 0, SHARED_BYTES * sizeof *me->writers);
+    memset(me->readers, 0, SHARED_BYTES * sizeof *me->readers);
+    me->epoch = 1, me->born = 0;
   }
 }
 
-static void run_block(unsigned *seed) {
+// What lanes had not waited for when their block ended: the next block begins with nothing under way.
+static void forget_copies(void) {
+  for (int i = 0; i < me->launch->threads; i++) {
+    lane *l = &me->lanes[i];
+    for (int c = 0; c < l->copying; c++)
+      memset(&me->writers[l->copies[c].destination - me->shared], 0, l->copies[c].bytes * sizeof *me->writers);
+    l->copying = 0;
+  }
+}
+
+// The order in which warps run up to the next barrier, a function of the launch's order, the block, and the barrier.
+static void order_warps(int *order, int warps, int round) {
+  int chosen = me->launch->order;
+  for (int i = 0; i < warps; i++) order[i] = chosen == 1 ? warps - 1 - i : i;
+  if (chosen < 2) return;
+  uint64_t state = ((uint64_t)chosen << 40 ^ (uint64_t)me->block_id << 16 ^ (uint64_t)round) * 0x9e3779b97f4a7c15u;
+  for (int i = warps - 1; i > 0; i--) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    int j = (int)((state >> 33) % (uint64_t)(i + 1)), swapped = order[i];
+    order[i] = order[j], order[j] = swapped;
+  }
+}
+
+static void run_block(void) {
   launch *run = me->launch;
   int warps = run->threads / run->warp_size;
   next_epoch();
-  for (int i = 0; i < run->shared_bytes; i++)
-    if ((me->touches[i].writer & 0xff) == FLYING) me->touches[i].writer = 0;
+  me->born = me->epoch;
   memset(me->shared, 0xff, run->shared_bytes);
   for (int i = 0; i < run->threads; i++) prepare_lane(&me->lanes[i]);
   for (int w = 0; w < warps; w++) me->warps[w].count = me->warps[w].group = 0;
-  for (;;) {
-    int first = run->order > 1 ? rand_r(seed) % warps : 0, waiting = 0;
+  for (int round = 0;; round++) {
+    int order[MAX_LANES / 32], waiting = 0;
+    order_warps(order, warps, round);
     for (int i = 0; i < warps; i++) {
-      int w = run->order == 1 ? warps - 1 - i : (i + first) % warps;
+      int w = order[i];
       me->current = &me->lanes[w * run->warp_size];
       vgpu_switch(&me->host, me->current->stack_pointer);
       if (atomic_load(&run->stopped)) return;
@@ -565,7 +658,8 @@ static worker *new_worker(void) {
     return 0;
   }
   w->shared = (char *)(((uintptr_t)low + SHARED_BYTES - 1) & ~(uintptr_t)(SHARED_BYTES - 1));
-  w->touches = calloc(SHARED_BYTES, sizeof *w->touches);
+  w->writers = calloc(SHARED_BYTES, sizeof *w->writers);
+  w->readers = calloc(SHARED_BYTES, sizeof *w->readers);
   return w;
 }
 
@@ -601,7 +695,6 @@ static void *work(void *argument) {
   me->traffic = calloc(run->region_count + 1, sizeof *me->traffic);
   memset(&me->counters, 0, sizeof me->counters);
   long blocks = (long)run->grid[0] * run->grid[1] * run->grid[2];
-  unsigned seed = run->order;
   for (;;) {
     long b = atomic_fetch_add(&run->next_block, 1);
     if (b >= blocks || atomic_load(&run->stopped)) break;
@@ -609,7 +702,8 @@ static void *work(void *argument) {
     me->block_id = (int)b;
     me->block[0] = b % run->grid[0], me->block[1] = b / run->grid[0] % run->grid[1];
     me->block[2] = b / run->grid[0] / run->grid[1];
-    run_block(&seed);
+    run_block();
+    forget_copies();
   }
   pthread_mutex_lock(&run->lock);
   for (int r = 0; r < run->region_count; r++) {

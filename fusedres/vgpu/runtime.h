@@ -24,6 +24,7 @@ int vgpu_warp(void);
 void vgpu_refuse(const char *what);
 void vgpu_matrix_read(const char *address, int bytes);
 void vgpu_rows_read(const char *const *rows, int count, int bytes);
+void vgpu_rows_write(char *const *rows, const char (*data)[16], int count);
 void vgpu_count_tensor(int64_t macs);
 void vgpu_pending_add(const operand *a, const operand *b, uint64_t seen);
 void vgpu_pending_commit(void);

@@ -80,6 +80,29 @@ void vgpu_ballot(call **lanes, int size) {
   for (int l = 0; l < size; l++) *(u32 *)lanes[l]->out = votes;
 }
 
+typedef struct {
+  u32 value, mask;
+} redux;
+
+#define REDUX(name, type, result)                                                         \
+  void vgpu_redux_##name(call **lanes, int size) {                                        \
+    type a = (type)((const redux *)lanes[0]->in)->value;                                  \
+    for (int l = 1; l < size; l++) {                                                      \
+      type b = (type)((const redux *)lanes[l]->in)->value;                                \
+      a = (result);                                                                       \
+    }                                                                                     \
+    for (int l = 0; l < size; l++) *(u32 *)lanes[l]->out = (u32)a;                        \
+  }
+
+REDUX(add, u32, a + b)
+REDUX(and, u32, a & b)
+REDUX(or, u32, a | b)
+REDUX(xor, u32, a ^ b)
+REDUX(min, int32_t, a < b ? a : b)
+REDUX(max, int32_t, a > b ? a : b)
+REDUX(umin, u32, a < b ? a : b)
+REDUX(umax, u32, a > b ? a : b)
+
 void vgpu_first_lane(call **lanes, int size) {
   u32 value = *(const u32 *)lanes[0]->in;
   for (int l = 0; l < size; l++) *(u32 *)lanes[l]->out = value;
@@ -242,6 +265,31 @@ LOAD_MATRICES(1)
 LOAD_MATRICES(2)
 LOAD_MATRICES(4)
 
+// What a lane brings to a store of matrices: the address of a row, and its share of each of `count` matrices.
+static void store_matrices(call **lanes, int count, int transposed) {
+  for (int m = 0; m < count; m++) {
+    char *rows[8], data[8][16];
+    for (int i = 0; i < 8; i++) memcpy(&rows[i], lanes[8 * m + i]->in, sizeof rows[i]);
+    for (int l = 0; l < 32; l++) {
+      u16 pair[2];
+      memcpy(pair, (const char *)lanes[l]->in + sizeof(char *) + 4 * m, 4);
+      for (int h = 0; h < 2; h++) {
+        int row = l >> 2, column = 2 * (l & 3) + h;
+        memcpy(transposed ? &data[column][2 * row] : &data[row][2 * column], &pair[h], 2);
+      }
+    }
+    vgpu_rows_write(rows, (const char(*)[16])data, 8);
+  }
+}
+
+#define STORE_MATRICES(count)                                                                                   \
+  void vgpu_stmatrix_x##count(call **lanes, int size) { (void)size, store_matrices(lanes, count, 0); }          \
+  void vgpu_stmatrix_x##count##_trans(call **lanes, int size) { (void)size, store_matrices(lanes, count, 1); }
+
+STORE_MATRICES(1)
+STORE_MATRICES(2)
+STORE_MATRICES(4)
+
 // Where a matrix descriptor puts the 16 bytes that begin at row `major` and 16-byte piece `piece` of its contiguous
 // dimension. Strides are in units of 16 bytes; bits 62 and 63 name the swizzle (128, 64 or 32 bytes, or none).
 static const char *piece_address(uint64_t descriptor, int transposed, int major, int piece) {
@@ -260,14 +308,14 @@ static const char *piece_address(uint64_t descriptor, int transposed, int major,
 }
 
 // Reads an operand into rows of its contiguous dimension: [rows][depth], or [depth][rows] when transposed.
-static uint64_t gather(const operand *o, char *to, int checked) {
+static uint64_t gather(const operand *o, char *to) {
   int lines = o->transposed ? o->depth : o->rows, bytes = (o->transposed ? o->rows : o->depth) * o->bytes;
   int first_line = o->transposed ? 0 : o->first_row, first_piece = o->transposed ? o->first_row * o->bytes / 16 : 0;
   uint64_t digest = 0xcbf29ce484222325u;
   for (int line = 0; line < lines; line++)
     for (int piece = 0; piece < bytes / 16; piece++) {
       const char *from = piece_address(o->descriptor, o->transposed, first_line + line, first_piece + piece);
-      if (checked) vgpu_matrix_read(from, 16);
+      vgpu_matrix_read(from, 16);
       uint64_t words[2];
       memcpy(words, from, 16);
       memcpy(to + line * bytes + piece * 16, words, 16);
@@ -278,7 +326,7 @@ static uint64_t gather(const operand *o, char *to, int checked) {
 
 uint64_t vgpu_operands_digest(const operand *a, const operand *b) {
   char scratch[256 * 16 * 2];
-  return (a ? gather(a, scratch, 0) : 0) * 31 + gather(b, scratch, 0);
+  return (a ? gather(a, scratch) : 0) * 31 + gather(b, scratch);
 }
 
 enum { BF16, F16, TF32 };
@@ -317,12 +365,12 @@ void vgpu_wgmma(call **lanes, int size) {
           for (int h = 0; h < 2; h++) a[row * 16 + 2 * (l & 3) + h + 8 * (i >> 1)] = element(word, h, w->type);
       }
   } else {
-    seen = gather(&left, raw, 1);
+    seen = gather(&left, raw);
     for (int r = 0; r < 16; r++)
       for (int k = 0; k < depth; k++)
         a[r * depth + k] = element(raw, w->a_transposed ? k * 16 + r : r * depth + k, w->type);
   }
-  seen = seen * 31 + gather(&right, raw, 1);
+  seen = seen * 31 + gather(&right, raw);
   for (int k = 0; k < depth; k++)
     for (int c = 0; c < n; c++) b[k * n + c] = element(raw, w->b_transposed ? k * n + c : c * depth + k, w->type);
   for (int l = 0; l < 32; l++)

@@ -1,0 +1,73 @@
+"""What the launches of kernels that pass over rows of pixels have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import launch
+from ..plan.tiles import RowTile, alignment, reduction_tile, row_tile
+from .contract import pixels
+
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def storable(*tensors: Tensor | None) -> bool:
+    """Whether kernels take tensors of these dtypes: all but fp64, in which only the algebra is checked."""
+    return all(tensor is None or tensor.dtype in STORAGE for tensor in tensors)
+
+
+def empty_rows(like: Tensor, dtype: torch.dtype | None = None, size: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised channels_last tensor on the device of ``like``, of its size and dtype by default."""
+    return torch.empty(
+        size or like.shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def empty_mask(like: Tensor) -> Tensor:
+    """An uninitialised bit mask (`pack_relu_mask`) for an (N, C, H, W) tensor."""
+    n, c, h, w = like.shape
+    return torch.empty((n, h, w, -(-c // 8)), dtype=torch.uint8, device=like.device)
+
+
+def launch_rows(
+    kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str],
+    flops: int = 0, partial: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W), tile by tile."""
+    rows, channels = pixels(over), over.shape[1]
+    tile = row_tile(rows, channels, over.element_size())
+    _launch(kernel, tile, tile.blocks(rows, channels), over, arguments, reads, writes, flops, partial)
+
+
+def launch_reduction(
+    kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str],
+    flops: int = 0,
+) -> None:  # fmt: skip
+    """A reduction by ``kernel`` over the pixels of ``over``, cut as `reduction_parts` says."""
+    rows, channels = pixels(over), over.shape[1]
+    tile = reduction_tile(rows, channels)
+    parts, per_part = tile.parts(rows, channels)
+    arguments = {**arguments, "rows_per_part": per_part}
+    _launch(kernel, tile, parts * tile.pieces(channels), over, arguments, reads, writes, flops, None)
+
+
+def reduction_parts(over: Tensor) -> int:
+    """How many partial sums `launch_reduction` makes over this tensor."""
+    rows, channels = pixels(over), over.shape[1]
+    return reduction_tile(rows, channels).parts(rows, channels)[0]
+
+
+def _launch(
+    kernel: Any, tile: RowTile, blocks: int, over: Tensor, arguments: dict[str, Any], reads: Sequence[str],
+    writes: Sequence[str], flops: int, partial: dict[str, int] | None,
+) -> None:  # fmt: skip
+    shape = {
+        "rows": pixels(over), "C": over.shape[1], "C_MULTIPLE": alignment(over.shape[1]),
+        "BLOCK_ROWS": tile.block_rows, "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    launch(
+        kernel, (blocks,), {**arguments, **shape}, reads=reads, writes=writes, partial=partial, flops=flops,
+        num_warps=tile.num_warps,
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""How kernels that pass over rows of pixels cut them: pure functions of shape and dtype, and a way to pin a choice."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+# Pieces of a row, where one of them divides the channels. Otherwise a tile holds whole rows, which lie one after the
+# other in memory: lanes may be idle, but no access begins in the middle of a sector.
+PIECES = (128, 64)
+WIDEST_ROW = 2048
+# Programs that share a reduction: several for every multiprocessor of the largest GPUs, few enough partial sums.
+PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A tile of ``block_rows`` rows by ``block_c`` channels, both powers of two, worked on by ``num_warps`` warps."""
+
+    block_rows: int
+    block_c: int
+    num_warps: int = 4
+
+    def blocks(self, rows: int, channels: int) -> int:
+        """Tiles that cover a (rows, channels) tensor."""
+        return -(-rows // self.block_rows) * self.pieces(channels)
+
+    def pieces(self, channels: int) -> int:
+        """Tiles side by side that cover a row."""
+        return -(-channels // self.block_c)
+
+    def parts(self, rows: int, channels: int) -> tuple[int, int]:
+        """For a reduction over the rows: into how many parts they are cut (at least one), and the rows of each."""
+        wanted = max(1, min(-(-rows // self.block_rows), PROGRAMS // self.pieces(channels)))
+        per_part = max(1, -(-rows // wanted // self.block_rows)) * self.block_rows
+        return max(1, -(-rows // per_part)), per_part
+
+
+@dataclass(frozen=True)
+class PartialTile:
+    """How (parts, channels) partial sums are combined: ``block_parts`` at a time, ``block_c`` channels a program."""
+
+    block_parts: int = 128
+    block_c: int = 16
+    num_warps: int = 4
+
+
+def row_tiles(rows: int, channels: int, itemsize: int) -> tuple[RowTile, ...]:
+    """Tiles for one pass over a (rows, channels) tensor of ``itemsize`` bytes an element, the default first.
+
+    Each thread of the default holds four 16-byte vectors of a tensor, so that enough loads are under way to hide
+    memory's latency at a few warps per scheduler; a small tensor is cut finer.
+    """
+    return _tiles(rows, channels, 64 // itemsize)
+
+
+def reduction_tiles(rows: int, channels: int) -> tuple[RowTile, ...]:
+    """Tiles for a reduction over the rows of a (rows, channels) tensor, the default first: 16 sums to a thread."""
+    return _tiles(rows, channels, 16)
+
+
+def _tiles(rows: int, channels: int, per_thread: int) -> tuple[RowTile, ...]:
+    row = max(8, min(_power_above(channels), WIDEST_ROW))
+    block_c = next((piece for piece in PIECES if channels % piece == 0), row)
+    default = RowTile(max(1, min(4 * 32 * per_thread // block_c, _power_above(rows))), block_c)
+    others = [
+        replace(default, block_rows=2 * default.block_rows, num_warps=8),
+        replace(default, block_rows=max(1, default.block_rows // 2)),
+    ]
+    return tuple(dict.fromkeys([default, *others]))
+
+
+def _power_above(number: int) -> int:
+    """The smallest power of two that is not below ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def alignment(channels: int) -> int:
+    """The largest power of two up to 16 that divides a number of channels: what a kernel may assume of addresses."""
+    return math.gcd(channels, 16)
+
+
+_pinned: list[RowTile] = []
+
+
+@contextmanager
+def pinned(tile: RowTile) -> Iterator[None]:
+    """Run every kernel over rows with this tile inside the ``with`` block, whatever the shape."""
+    _pinned.append(tile)
+    try:
+        yield
+    finally:
+        _pinned.pop()
+
+
+def row_tile(rows: int, channels: int, itemsize: int) -> RowTile:
+    """The pinned tile, or the default of `row_tiles`."""
+    return _pinned[-1] if _pinned else row_tiles(rows, channels, itemsize)[0]
+
+
+def reduction_tile(rows: int, channels: int) -> RowTile:
+    """The pinned tile, or the default of `reduction_tiles`."""
+    return _pinned[-1] if _pinned else reduction_tiles(rows, channels)[0]

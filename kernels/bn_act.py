@@ -1,0 +1,64 @@
+"""Normalise, add the shortcut, rectify: one pass over a convolution's output that was written to memory.
+
+Every operand is optional but y: without a scale the kernel adds and rectifies alone.
+"""
+
+import triton
+import triton.language as tl
+
+from .relu_mask import packed
+
+
+@triton.jit(do_not_specialize=["rows"])
+def bn_act_kernel(
+    y_ptr,  # (rows, C) raw convolution output, storage dtype
+    scale_ptr,  # (C,) fp32, gamma * invstd; None: y is added as it is
+    shift_ptr,  # (C,) fp32, beta - mean * scale; None together with the scale
+    residual_ptr,  # (rows, C) storage dtype, or None
+    residual_scale_ptr,  # (C,) fp32 where the residual is a raw projection, else None
+    residual_shift_ptr,  # (C,) fp32, or None
+    z_ptr,  # (rows, C) out
+    mask_ptr,  # (rows, ceil(C / 8)) uint8 out, bits of z > 0; None: not wanted
+    rows,
+    C,
+    RELU: tl.constexpr,
+    C_MULTIPLE: tl.constexpr,  # a power of two that divides C
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = C // C_MULTIPLE * C_MULTIPLE
+    pieces = tl.cdiv(C, BLOCK_C)
+    i_row, i_c = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    # rows * C can pass 2**31 (stem of a large batch), so a tile's first row has a 64-bit offset.
+    first = i_row.to(tl.int64) * BLOCK_ROWS
+    o_row = tl.arange(0, BLOCK_ROWS)
+    m_row, m_c = o_row < rows - first, o_c < C
+    m = m_row[:, None] & m_c[None, :]
+    # Where dtypes differ, the widest says how many neighbours a thread gets: one 16-byte access of each operand.
+    VECTOR: tl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
+    o = tl.max_contiguous(o_row[:, None] * C + o_c[None, :], (1, VECTOR))
+
+    z = tl.load(y_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + o_c, mask=m_c, other=0.0)
+        shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)
+        z = z * scale[None, :] + shift[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+        if residual_scale_ptr is not None:
+            scale = tl.load(residual_scale_ptr + o_c, mask=m_c, other=0.0)
+            shift = tl.load(residual_shift_ptr + o_c, mask=m_c, other=0.0)
+            residual = residual * scale[None, :] + shift[None, :]
+        z += residual
+    if RELU:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    z = z.to(z_ptr.dtype.element_ty)
+    tl.store(z_ptr + first * C + o, z, mask=m)
+    if mask_ptr is not None:
+        bytes_ = tl.cdiv(C, 8)
+        o_byte = i_c * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+        o = o_row[:, None] * bytes_ + o_byte[None, :]
+        # Rows outside the tensor are not zero: the shift is added there too.
+        m = m_row[:, None] & (o_byte < bytes_)[None, :]
+        tl.store(mask_ptr + first * bytes_ + o, packed(z, BLOCK_ROWS, BLOCK_C), mask=m)

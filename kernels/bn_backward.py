@@ -1,0 +1,122 @@
+"""The backward pass of batch norm: two sums per channel, what follows from them, and the gradient at its input."""
+
+import triton
+import triton.language as tl
+
+from .relu_mask import load_masked
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+def bn_backward_reduce_kernel(
+    g_ptr,  # (rows, C) gradient behind the normalisation, storage dtype
+    mask_ptr,  # bits or rectified output (`load_masked`), or None
+    y_ptr,  # (rows, C) raw convolution output
+    mean_ptr,  # (C,) fp32
+    part_g_ptr,  # (parts, C) fp32 out, sum(g)
+    part_gd_ptr,  # (parts, C) fp32 out, sum(g * (y - mean))
+    rows,
+    C,
+    rows_per_part,  # a multiple of BLOCK_ROWS
+    C_MULTIPLE: tl.constexpr,  # a power of two that divides C
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = C // C_MULTIPLE * C_MULTIPLE
+    pieces = tl.cdiv(C, BLOCK_C)
+    i_part, i_c = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o = o_row[:, None] * C + o_c[None, :]
+    first = i_part.to(tl.int64) * rows_per_part
+    count = tl.minimum(rows_per_part, rows - first).to(tl.int32)
+
+    mean = tl.load(mean_ptr + o_c, mask=m_c, other=0.0)
+    sum_g = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    sum_gd = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_ROWS):
+        m_row = o_row < count - start
+        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, C, BLOCK_ROWS, BLOCK_C)
+        m = m_row[:, None] & m_c[None, :]
+        y = tl.load(y_ptr + (first + start) * C + o, mask=m, other=0.0).to(tl.float32)
+        sum_g += g
+        # g is zero outside the tensor.
+        sum_gd += g * (y - mean[None, :])
+    o_out = i_part * C + o_c
+    tl.store(part_g_ptr + o_out, tl.sum(sum_g, axis=0), mask=m_c)
+    tl.store(part_gd_ptr + o_out, tl.sum(sum_gd, axis=0), mask=m_c)
+
+
+@triton.jit(do_not_specialize=["parts", "rows"])
+def bn_backward_finish_kernel(
+    part_g_ptr,  # (parts, C) fp32
+    part_gd_ptr,  # (parts, C) fp32
+    invstd_ptr,  # (C,) fp32
+    scale_ptr,  # (C,) fp32, gamma * invstd
+    sum_g_ptr,  # (C,) fp32 out, the gradient of beta
+    sum_gy_ptr,  # (C,) fp32 out, sum(g * y_hat), the gradient of gamma
+    q_ptr,  # (C,) fp32 out, -scale * invstd * sum_gy / rows; None: q and r are not wanted
+    r_ptr,  # (C,) fp32 out, -scale * sum_g / rows
+    parts,
+    rows,
+    C,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_part = tl.arange(0, BLOCK_PARTS)
+    sum_g = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
+    sum_gd = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        o = (start + o_part)[:, None] * C + o_c[None, :]
+        m = (o_part < parts - start)[:, None] & m_c[None, :]
+        sum_g += tl.load(part_g_ptr + o, mask=m, other=0.0)
+        sum_gd += tl.load(part_gd_ptr + o, mask=m, other=0.0)
+    invstd = tl.load(invstd_ptr + o_c, mask=m_c, other=0.0)
+    total_g = tl.sum(sum_g, axis=0)
+    total_gy = tl.sum(sum_gd, axis=0) * invstd
+    tl.store(sum_g_ptr + o_c, total_g, mask=m_c)
+    tl.store(sum_gy_ptr + o_c, total_gy, mask=m_c)
+    if q_ptr is not None:
+        factor = -tl.load(scale_ptr + o_c, mask=m_c, other=0.0) / rows
+        tl.store(q_ptr + o_c, factor * invstd * total_gy, mask=m_c)
+        tl.store(r_ptr + o_c, factor * total_g, mask=m_c)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def bn_backward_apply_kernel(
+    g_ptr,  # (rows, C) gradient behind the normalisation
+    mask_ptr,  # bits or rectified output (`load_masked`), or None
+    y_ptr,  # (rows, C) raw convolution output; None together with q
+    p_ptr,  # (C,) fp32
+    q_ptr,  # (C,) fp32, or None
+    r_ptr,  # (C,) fp32; None together with q
+    mean_ptr,  # (C,) fp32, or None: zero
+    dy_ptr,  # (rows, C) out: p * g + q * (y - mean) + r
+    rows,
+    C,
+    C_MULTIPLE: tl.constexpr,  # a power of two that divides C
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = C // C_MULTIPLE * C_MULTIPLE
+    pieces = tl.cdiv(C, BLOCK_C)
+    i_row, i_c = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = i_row.to(tl.int64) * BLOCK_ROWS
+    o_row = tl.arange(0, BLOCK_ROWS)
+    m_row, m_c = o_row < rows - first, o_c < C
+    m = m_row[:, None] & m_c[None, :]
+    o = o_row[:, None] * C + o_c[None, :]
+
+    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, C, BLOCK_ROWS, BLOCK_C)
+    dy *= tl.load(p_ptr + o_c, mask=m_c, other=0.0)[None, :]
+    if q_ptr is not None:
+        y = tl.load(y_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+        if mean_ptr is not None:
+            y -= tl.load(mean_ptr + o_c, mask=m_c, other=0.0)[None, :]
+        q = tl.load(q_ptr + o_c, mask=m_c, other=0.0)
+        r = tl.load(r_ptr + o_c, mask=m_c, other=0.0)
+        dy += y * q[None, :] + r[None, :]
+    tl.store(dy_ptr + first * C + o, dy.to(dy_ptr.dtype.element_ty), mask=m)

@@ -1,0 +1,134 @@
+"""Ops whose kernels are compiled for a GPU and executed on the CPU, in two warp orders, with what they move counted."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedres
+from fusedres import vgpu
+from fusedres.launch import Launch, Trace
+from tests.comparison import STORAGE
+from tests.vgpu_support import skip_module_without_vgpu
+
+skip_module_without_vgpu()
+
+Size = tuple[int, int, int, int]  # N, C, H, W
+
+SIZES: dict[str, Size] = {
+    "a stage of ResNet-50": (2, 64, 14, 14),
+    "a row is several pieces": (1, 256, 7, 7),
+    "a narrow network": (4, 16, 8, 8),
+    "whole rows of 96": (1, 96, 6, 6),
+    "a third of the lanes idle": (1, 160, 5, 5),
+    "rows narrower than a warp's access": (2, 8, 9, 5),
+    "16 divides C, 32 does not": (1, 48, 10, 3),
+    "8 divides C": (2, 40, 7, 7),
+    "4 divides C": (1, 28, 6, 5),
+    "2 divides C": (1, 10, 9, 9),
+    "odd C": (2, 33, 5, 5),
+    "one channel": (2, 1, 5, 7),
+    "one pixel": (1, 64, 1, 1),
+    "one value": (1, 1, 1, 1),
+    "many tiles of rows, the last one short": (3, 64, 23, 29),
+    "the widest tile": (1, 1030, 3, 2),
+    "pixels fewer than a tile's rows": (2, 2048, 1, 1),
+}
+MEASURABLE = {name: size for name, size in SIZES.items() if size[0] * size[2] * size[3] > 1}
+EVERY = [(target, dtype) for target in vgpu.TARGETS for dtype in STORAGE]
+
+# Read once per program from the cache, in whichever pieces the tile's layout makes of them.
+PER_CHANNEL = {
+    "scale_ptr", "shift_ptr", "residual_scale_ptr", "residual_shift_ptr", "mean_ptr", "p_ptr", "q_ptr", "r_ptr",
+}  # fmt: skip
+
+
+def covering(cases: Iterable[Any], offset: int = 0) -> list[Any]:
+    """Parameters (case, target, dtype): one target and dtype for each case in turn, all other combinations slow."""
+    parameters = []
+    for index, case in enumerate(cases):
+        # 4 and the 9 combinations share no divisor: all of them have their turn.
+        turn = (4 * index + offset) % len(EVERY)
+        for place, (target, dtype) in enumerate(EVERY):
+            marks = () if place == turn else (pytest.mark.slow,)
+            name = f"{case}-{target}-{dtype}".replace("torch.", "")
+            parameters.append(pytest.param(case, target, dtype, marks=marks, id=name))
+    return parameters
+
+
+def executed(target: str, op: Callable[[], Any], updated: Sequence[Tensor] = ()) -> tuple[Any, Trace]:
+    """What ``op`` gives on the kernels of a target, and the account of its launches.
+
+    It runs once per warp order, and the results have to agree in every bit; so have the tensors ``updated`` in place,
+    which are put back in between.
+    """
+    before = [tensor.clone() for tensor in updated]
+    results, bits = [], []
+    trace: Trace
+    for order in (0, 1):
+        for tensor, value in zip(updated, before, strict=True):
+            tensor.copy_(value)
+        ordered = functools.partial(vgpu.run, warp_order=order)
+        with patch("fusedres.vgpu.run", ordered), fusedres.backend(f"vgpu:{target}"), fusedres.record() as trace:
+            results.append(op())
+        bits.append([_bits(tensor) for tensor in (*_tensors(results[-1]), *updated)])
+    for first, last in zip(*bits, strict=True):
+        assert torch.equal(first, last), "the result depends on the order of warps"
+    assert trace.launches, "no kernel was launched"
+    for launch in trace.launches:
+        check_traffic(launch)
+    return results[-1], trace
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple):
+        for part in result:
+            yield from _tensors(part)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A copy in which NaN equals itself."""
+    return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
+def check_traffic(launch: Launch) -> None:
+    """What was declared is what moved; and warps ask for few sectors that they do not need."""
+    counters = launch.counters
+    assert counters is not None
+    for declared, counted in (
+        (launch.bytes_read, counters.bytes_read),
+        (launch.bytes_written, counters.bytes_written),
+    ):
+        assert abs(counted - declared) <= 0.02 * declared, f"{launch.name}: {declared} bytes declared, {counted} moved"
+    tiled = [traffic for name, traffic in counters.arguments.items() if name not in PER_CHANNEL]
+    sectors, ideal = sum(traffic.sectors for traffic in tiled), sum(traffic.ideal_sectors for traffic in tiled)
+    allowed = sector_allowance(launch)
+    assert sectors <= allowed * ideal, f"{launch.name}: {sectors} sectors, {allowed} x {ideal} allowed"
+
+
+def sector_allowance(launch: Launch) -> float:
+    """5 % beyond the ideal where rows begin with a sector or lie one after the other.
+
+    An access that ends inside of a row that is not whole sectors touches one more, and a window that takes every other
+    pixel of such rows two for one.
+    """
+    aligned = "C" in launch.specialisation.aligned
+    multiple = dict(launch.specialisation.constants).get("C_MULTIPLE", 16 if aligned else 1)
+    if launch.name.startswith("stem_pool") and multiple < 16:
+        return 2.5
+    return 1.5 if multiple < 4 else 1.05
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def activation(size: Size, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+    """Normal numbers, channels_last."""
+    return channels_last((torch.randn(size) + mean).to(dtype))

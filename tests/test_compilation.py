@@ -1,0 +1,257 @@
+"""fusedres.compilation: binaries recorded from models, compiled in parallel, and reported."""
+
+import csv
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+import torch
+from torch import nn
+
+from fusedres import compilation
+from fusedres.binaries import read_figures
+from fusedres.compilation import (
+    CompileOptions,
+    Model,
+    Outcome,
+    compile_all,
+    recorded_binaries,
+    run,
+    table,
+    write_csv,
+)
+from fusedres.launch import launch
+from fusedres.offline import TARGETS, Unavailable, compile_for
+from fusedres.ops.bn_finalize import bn_finalize
+from tests.small_kernels import copy, copy_kernel, hoard, hoard_kernel, matmul
+
+
+class Copies(nn.Module):
+    """Copies its input with the small kernel, in training and in inference."""
+
+    def __init__(self, kernel=copy_kernel):
+        super().__init__()
+        self.kernel = kernel
+        self.norm = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        if self.kernel is hoard_kernel:
+            arguments = {"x_ptr": x.float(), "y_ptr": x.float(), "BLOCK": 16384}
+        else:
+            arguments = {"x_ptr": x, "y_ptr": x, "rows": x.shape[0], "C": 64, "BLOCK_ROWS": 32, "BLOCK_C": 64}
+        launch(self.kernel, (1,), arguments, reads=["x_ptr"], writes=["y_ptr"], num_warps=1)
+        return self.conv(x)
+
+
+@pytest.fixture
+def models(monkeypatch):
+    known = {
+        "copies": Model(Copies, 8),
+        "twin": Model(Copies, 8),
+        "hoards": Model(lambda: Copies(hoard_kernel), 8),
+        "silent": Model(lambda: nn.Conv2d(3, 3, 1), 8),
+    }
+    monkeypatch.setattr(compilation, "MODELS", known)
+
+
+def test_recording_gives_each_binary_once_with_its_models(models):
+    users = recorded_binaries(["copies", "twin", "silent"], ["bf16", "fp32"])
+    # Per dtype: the rows of a batch, and those of one image, which are a constant 1.
+    assert len(users) == 4
+    assert list(users.values()) == [["copies", "twin"]] * 4
+    assert {binary.kernel for binary in users} == {copy_kernel}
+    types = [dict(binary.specialisation.signature) for binary in users]
+    assert {(type_["x_ptr"], type_["rows"]) for type_ in types} == {
+        (pointer, rows) for pointer in ("*bf16", "*fp32") for rows in ("i32", "constexpr")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "norms"), [("resnet18", 20), ("resnet50", 53), ("resnext50_32x4d", 53), ("cifar_resnet20", 18)]
+)
+def test_listed_models_launch_on_every_schedule(name, norms, monkeypatch):
+    """One launch is planted for each batch norm of the blocks and of torchvision's stems."""
+
+    def planted(*_, **__):
+        x = torch.empty(2, 64, device="meta")
+        arguments = {"x_ptr": x, "y_ptr": x, "rows": len(planted_in), "C": 64, "BLOCK_ROWS": 32, "BLOCK_C": 64}
+        launch(copy_kernel, (1,), arguments, reads=["x_ptr"], writes=["y_ptr"])
+        planted_in.append(name)
+        return NotImplemented
+
+    planted_in = []
+    monkeypatch.setattr(bn_finalize, "_triton", planted)
+    monkeypatch.setattr(compilation, "TRAINING_BATCH", 16)
+    users = recorded_binaries([name], ["bf16"])
+    assert len(planted_in) == norms * 5
+    kinds = [binary for binary in users if binary.kernel is copy_kernel]
+    assert len(kinds) == 3  # a row count of 1, one that 16 divides, any other
+    assert all(users[binary] == [name] for binary in kinds)
+
+
+def test_batch_norm_stays_in_fp32_as_under_autocast(monkeypatch):
+    seen = []
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            seen.append((x.dtype, self[0].weight.dtype, self[1].weight.dtype, x.is_meta))
+            return super().forward(x)
+
+    monkeypatch.setitem(compilation.MODELS, "net", Model(lambda: Net(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), 8))
+    recorded_binaries(["net"], ["bf16"])
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, torch.float32, True)}
+
+
+def test_parallel_is_serial():
+    binaries = [copy(), matmul(block=(64, 64, 32)), copy(torch.float32)]
+    targets = ["sm_80", "gfx942"]
+    serial = list(compile_all(binaries, targets, jobs=1))
+    assert list(compile_all(binaries, targets, jobs=2)) == serial
+    assert [(outcome.binary, outcome.target) for outcome in serial] == [(b, t) for b in binaries for t in targets]
+    for outcome in serial:
+        compiled = compile_for(outcome.binary.kernel, outcome.binary.specialisation, outcome.target)
+        assert outcome.figures == read_figures(compiled, outcome.target)
+        assert outcome.faults == []
+
+
+def test_without_reading_only_the_cache_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (outcome,) = compile_all([copy()], ["sm_80"], read=False)
+    assert outcome == Outcome(copy(), "sm_80")
+    assert outcome.faults == []
+    assert len(list(tmp_path.rglob("*.cubin"))) == 1
+    assert not list(tmp_path.rglob("figures-*"))
+
+
+def test_one_that_does_not_compile_is_an_outcome_among_others():
+    wrong = matmul(torch.float32, precision="tf32")  # which gfx90a has not
+    first, second = compile_all([wrong, copy()], ["gfx90a"], jobs=2)
+    assert first.figures is None
+    (fault,) = first.faults
+    assert fault.startswith("does not compile: CompilationError")
+    assert second.faults == []
+
+
+def test_a_compiler_that_crashes_is_an_outcome_too(monkeypatch):
+    def crash(kernel, specialisation, target, **options):
+        if target == "sm_90":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compile_for(kernel, specialisation, target, **options)
+
+    monkeypatch.setattr(compilation, "compile_for", crash)
+    outcomes = list(compile_all([copy()], ["sm_80", "sm_90", "sm_100"], jobs=2))
+    assert [outcome.faults for outcome in outcomes] == [[], ["the compiler crashed"], []]
+
+
+def test_a_crash_while_tasks_are_handed_in_loses_none(monkeypatch):
+    submit = ProcessPoolExecutor.submit
+
+    def broken(pool, task, index, read):
+        if index == 1:
+            raise BrokenProcessPool
+        return submit(pool, task, index, read)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", broken)
+    first, second = compile_all([copy()], ["sm_80", "sm_90"], jobs=1)
+    assert first.figures.access == second.figures.access == 16
+
+
+def test_unknown_target_is_refused_before_anything_is_compiled():
+    with pytest.raises(ValueError, match="target: expected one of sm_80"):
+        compile_all([copy()], ["sm_80", "sm_1"])
+
+
+def test_missing_disassembler_ends_the_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fusedres.binaries._cuobjdump", lambda: "/bin/false")
+    with pytest.raises(Unavailable, match="/bin/false failed with exit status 1"):
+        list(compile_all([copy()], ["sm_80"]))
+
+
+def test_table_has_a_dash_where_a_target_does_not_say():
+    outcomes = list(compile_all([copy(), hoard()], ["sm_80", "gfx942"]))
+    cells = [list(column.cells) for column in table(outcomes).columns]
+    rows = list(zip(*cells, strict=True))
+    assert [row[0] for row in rows] == ["copy_kernel", "", "hoard_kernel", ""]
+    assert rows[0][1] == "bf16 BLOCK_ROWS=32 BLOCK_C=64 warps=4 stages=3"
+    assert [row[2] for row in rows] == ["sm_80", "gfx942"] * 2
+    assert rows[0][4:6] == ("-", "-")
+    assert rows[1][4] != "-"
+    assert rows[1][5:7] == ("0", "0/0")
+    assert [row[-1] for row in rows] == ["kept", "kept", "BROKEN", "kept"]
+
+
+def test_csv_has_every_figure(tmp_path):
+    outcomes = [*compile_all([copy()], ["sm_80"]), Outcome(copy(), "sm_90", None, "does not compile: because")]
+    write_csv(tmp_path / "report.csv", outcomes, {copy(): ["resnet18", "resnet50"]})
+    with (tmp_path / "report.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first["kernel"] == "copy_kernel"
+    assert first["models"] == "resnet18 resnet50"
+    assert first["target"] == "sm_80"
+    assert first["access"] == "16"
+    assert first["scalar_registers"] == ""
+    assert first["faults"] == ""
+    assert second["registers"] == ""
+    assert second["faults"] == "does not compile: because"
+
+
+def test_run_reports_and_keeps_budgets(models, tmp_path, capsys):
+    options = CompileOptions(
+        report=True, models=["copies"], dtypes=["bf16"], targets=["sm_90", "gfx942"], csv=tmp_path / "report.csv"
+    )
+    assert run(options) == 0
+    out = capsys.readouterr().out
+    assert "copy_kernel" in out
+    assert "gfx942" in out
+    assert "2 binaries for each of 2 targets, recorded from copies in bf16" in out
+    assert "FAILED" not in out
+    assert len((tmp_path / "report.csv").read_text().splitlines()) == 1 + 4
+
+
+def test_run_fails_when_a_budget_is_broken(models, capsys):
+    assert run(CompileOptions(report=True, models=["hoards"], dtypes=["fp32"], targets=["sm_80"])) == 1
+    out = capsys.readouterr().out
+    assert "BROKEN" in out
+    assert "FAILED: hoard_kernel [fp32 BLOCK=16384] on sm_80: spills" in out
+
+
+def test_run_without_report_compiles(models, capsys):
+    assert run(CompileOptions(models=["copies"], dtypes=["bf16"], targets=["sm_80"])) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 binaries for each of 1 targets")
+    assert "copy_kernel" not in out
+
+
+def test_run_fails_where_nothing_is_launched(models, capsys):
+    assert run(CompileOptions(models=["silent"])) == 1
+    assert "launch no kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"targets": ["sm_1"]}, f"targets: expected some of {', '.join(TARGETS)}, got 'sm_1'"),
+        ({"models": ["resnet19"]}, "models: expected some of resnet18, resnet50, resnext50_32x4d, cifar_resnet20, got"),
+        ({"dtypes": ["fp64"]}, "dtypes: expected some of bf16, fp16, fp32, got 'fp64'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known(changed, message):
+    with pytest.raises(ValueError, match=message):
+        run(CompileOptions(**changed))
+
+
+@pytest.mark.parametrize(
+    ("report", "path", "message"),
+    [
+        (True, "missing/report.csv", "csv must lie in an existing folder"),
+        (False, "report.csv", "csv: expected together with --report"),
+    ],
+)
+def test_csv_that_can_not_be_written_is_refused_before_compiling(report, path, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "recorded_binaries", None)
+    with pytest.raises(ValueError, match=message):
+        run(CompileOptions(report=report, csv=tmp_path / path))
