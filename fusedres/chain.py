@@ -12,6 +12,7 @@ from .autocast import contraction_dtype, no_autocast
 from .autograd import ConvChain, StemPool
 from .autograd.spec import ChainSpec, ConvBN, LayerSpec, NormSpec, StemSpec
 from .inference import infer_chain, infer_layer
+from .launch import wants_kernels
 from .ops.bn_act import check_act
 from .ops.contract import Geometry, PoolGeometry, check_activation, check_conv_shapes
 from .ops.zero_pad_shortcut import zero_pad_size
@@ -82,14 +83,16 @@ def run_chain(
         with no_autocast(x.device.type):
             return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
 
+    kernels = wants_kernels(x)
+
     def specified(layer: Layer, moments: bool) -> LayerSpec:
-        moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype)
+        moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype, kernels=kernels)
         return LayerSpec(layer.geometry, layer.norm, moments)
 
     last = len(layers) - 1
     spec = ChainSpec(
         layers=tuple(specified(layer, i == last) for i, layer in enumerate(layers)),
-        schedule=chain_schedule(schedule, x.device),
+        schedule=chain_schedule(schedule, kernels=kernels),
         dtype=dtype,
         projection=None if projection is None else specified(projection, True),
         shortcut=shortcut,
@@ -128,7 +131,8 @@ def run_stem(
         with no_autocast(x.device.type):
             u = infer_layer(x.to(dtype), layer, "relu")
         return torch.nn.functional.max_pool2d(u, *pool)
-    spec = StemSpec(LayerSpec(layer.geometry, layer.norm), pool, chain_schedule(schedule, x.device), dtype)
+    chosen = chain_schedule(schedule, kernels=wants_kernels(x))
+    spec = StemSpec(LayerSpec(layer.geometry, layer.norm), pool, chosen, dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)
     return z
 

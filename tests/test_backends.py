@@ -5,9 +5,11 @@ import threading
 import pytest
 import torch
 
-from fusedres import functional
+from fusedres import functional, record, vgpu
 from fusedres.backends import DEFAULT, backend, current, runs_kernels, runs_native
 from fusedres.ops.op import Op
+from tests.comparison import assert_close
+from tests.vgpu_support import needs_vgpu
 
 
 def test_kernels_on_a_gpu_and_the_library_elsewhere_is_the_default():
@@ -68,3 +70,54 @@ def test_backward_runs_on_the_backend_of_its_forward(name, monkeypatch):
         assert current() == other
     assert calls
     assert set(calls) == {name}
+
+
+def test_a_target_that_is_not_executed_is_refused_with_those_that_are():
+    message = "expected vgpu:<target> with one of sm_80, sm_90, gfx1100, got 'vgpu:sm_75'"
+    with pytest.raises(ValueError, match=message), backend("vgpu:sm_75"):
+        pass
+    assert current() == DEFAULT
+
+
+def test_a_machine_that_can_not_execute_kernels_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr("fusedres.vgpu.why_unavailable", lambda: "no llvmlite: pip install fusedres[vgpu]")
+    message = r"backend 'vgpu:sm_90': no llvmlite: pip install fusedres\[vgpu\]"
+    with pytest.raises(vgpu.Unavailable, match=message), backend("vgpu:sm_90"):
+        pass
+    assert current() == DEFAULT
+
+
+def test_kernels_on_a_cpu_tensor_are_refused_without_a_target():
+    with pytest.raises(RuntimeError, match="runs kernels on CUDA and HIP tensors"), backend("triton"):
+        functional.add_act(torch.ones(1, 8, 2, 2), torch.ones(1, 8, 2, 2))
+
+
+@needs_vgpu
+@pytest.mark.parametrize("target", vgpu.TARGETS)
+def test_kernels_run_where_an_op_has_them_and_the_formula_elsewhere(target):
+    x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3)
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    with backend(f"vgpu:{target}"), record() as trace:
+        assert runs_kernels("cpu") and not runs_native()
+        z = functional.conv_bn_act(x, weight, ones, zeros, None, None, training=True)
+    assert trace.by_kernel() == {"bn_statistics_kernel": 1, "bn_finalize_kernel": 1, "bn_act_kernel": 1}
+    with backend("reference"):
+        assert_close(z, functional.conv_bn_act(x, weight, ones, zeros, None, None, training=True), 1e-6)
+
+
+@needs_vgpu
+def test_double_precision_has_no_kernels():
+    x = torch.randn(1, 8, 5, 5, dtype=torch.float64)
+    with backend("vgpu:sm_90"), record() as trace:
+        assert torch.equal(functional.add_act(x, x), torch.relu(2 * x))
+    assert not trace.launches
+
+
+def test_a_dry_run_launches_kernels_only_while_it_is_recorded():
+    pytest.importorskip("triton")
+    x = torch.empty(1, 8, 5, 5, device="meta")
+    with record() as trace:
+        assert functional.add_act(x, x).shape == x.shape
+    assert trace.by_kernel() == {"bn_act_kernel": 1}
+    assert functional.add_act(x, x).shape == x.shape
+    assert len(trace.launches) == 1

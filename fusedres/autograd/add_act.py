@@ -23,9 +23,7 @@ class AddAct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, act: str | None) -> Tensor:
         training = any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, mask = add_act(
-                channels_last(x), channels_last(residual), act=act, bit_mask=training and act == "relu"
-            )
+            z, mask = add_act(channels_last(x), channels_last(residual), act=act, bit_mask=training and act == "relu")
         if training:
             ctx.backend, ctx.dtypes = backends.current(), (x.dtype, residual.dtype)
             ctx.save_for_backward(mask)

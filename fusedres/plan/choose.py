@@ -1,4 +1,4 @@
-"""The schedule of a chain, from what the user asked for, the shapes and the device."""
+"""The schedule of a chain, from what the user asked for, the shapes and whether our kernels run."""
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ def check_schedule(name: str) -> None:
         raise ValueError(f"schedule: expected one of {[AUTO, *SCHEDULES]}, got {name!r}")
 
 
-def chain_schedule(requested: str, device: torch.device) -> Schedule:
-    """The schedule of a chain on this device."""
-    return SCHEDULES.get(requested, LIBRARY)
+def chain_schedule(requested: str, *, kernels: bool) -> Schedule:
+    """The schedule of a chain; ``kernels``: whether ops run theirs, where they have one.
+
+    Convolutions have none yet, so that the rungs above block_end would form on their own what these are to fuse.
+    """
+    return SCHEDULES.get(requested, SCHEDULES["block_end"] if kernels else LIBRARY)
 
 
-def use_moments(requested: str, weight: Tensor, geometry: Geometry, dtype: torch.dtype) -> bool:
+def use_moments(requested: str, weight: Tensor, geometry: Geometry, dtype: torch.dtype, *, kernels: bool) -> bool:
     """Whether a block's last convolution (or its projection) is never written.
 
     The moments of C channels cost C / K of the convolution, forward and backward, and spare the K channels of its
@@ -33,11 +36,12 @@ def use_moments(requested: str, weight: Tensor, geometry: Geometry, dtype: torch
         weight: (K, C/groups, R, S).
         geometry: of the convolution.
         dtype: of the contraction.
+        kernels: whether ops run theirs.
     """
     k, c, r, s = weight.shape
     possible = (r, s) == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
     if requested == AUTO:
-        by_library = weight.device.type == "cpu" and dtype == torch.float32
+        by_library = weight.device.type == "cpu" and not kernels and dtype == torch.float32
         return possible and by_library and 4 * c <= k and c <= AUTO_MOMENTS_CHANNELS
     return possible and SCHEDULES[requested].moments and 2 * c <= k
 

@@ -9,8 +9,6 @@ from fusedres.ops.contract import Geometry
 from fusedres.plan import AUTO, SCHEDULES, chain_schedule, check_schedule, use_moments
 from fusedres.plan.choose import LIBRARY
 
-CPU = torch.device("cpu")
-
 
 def test_each_rung_of_the_ladder_adds_to_the_one_before():
     assert list(SCHEDULES) == ["block_end", "stats", "prologue", "moments"]
@@ -31,12 +29,14 @@ def test_a_schedule_is_immutable():
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
-def test_a_rung_that_was_asked_for_is_what_runs(name):
-    assert chain_schedule(name, CPU) is SCHEDULES[name]
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_rung_that_was_asked_for_is_what_runs(name, kernels):
+    assert chain_schedule(name, kernels=kernels) is SCHEDULES[name]
 
 
-def test_auto_is_the_library_on_a_cpu():
-    assert chain_schedule(AUTO, CPU) is LIBRARY
+def test_auto_is_the_library_where_no_kernels_run():
+    assert chain_schedule(AUTO, kernels=False) is LIBRARY
+    assert chain_schedule(AUTO, kernels=True) is SCHEDULES["block_end"]
 
 
 @pytest.mark.parametrize("name", [AUTO, *SCHEDULES])
@@ -66,12 +66,14 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("weight", "geometry", "rung", "auto", "reason"), MOMENTS, ids=[m[-1] for m in MOMENTS])
-def test_moments_form(weight, geometry, rung, auto, reason):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_moments_form(weight, geometry, rung, auto, reason, kernels):
     weight = torch.zeros(weight)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert use_moments("moments", weight, geometry, dtype) is rung
+        assert use_moments("moments", weight, geometry, dtype, kernels=kernels) is rung
         for name in ("block_end", "stats", "prologue"):
-            assert not use_moments(name, weight, geometry, dtype)
-    assert use_moments(AUTO, weight, geometry, torch.float32) is auto
+            assert not use_moments(name, weight, geometry, dtype, kernels=kernels)
+    assert use_moments(AUTO, weight, geometry, torch.float32, kernels=False) is auto
+    assert not use_moments(AUTO, weight, geometry, torch.float32, kernels=True)
     # The library has no call for the moments of 16-bit tensors.
-    assert not use_moments(AUTO, weight, geometry, torch.bfloat16)
+    assert not use_moments(AUTO, weight, geometry, torch.bfloat16, kernels=False)

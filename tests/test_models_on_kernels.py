@@ -1,0 +1,163 @@
+"""Blocks and a whole network in training, their kernels executed on the CPU, against the formulas."""
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fusedres
+from fusedres import vgpu
+from fusedres.models import cifar_resnet
+from fusedres.plan import SCHEDULES
+from tests.comparison import assert_close, seeded
+from tests.vgpu_support import skip_module_without_vgpu
+
+skip_module_without_vgpu()
+torchvision = pytest.importorskip("torchvision")
+
+from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
+
+seed = pytest.fixture(autouse=True)(seeded)
+each_target = pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=() if name == "sm_90" else pytest.mark.slow) for name in vgpu.TARGETS]
+)
+
+
+def projection(channels: int, out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+
+BLOCKS = {
+    "basic": (lambda: BasicBlock(16, 16), (2, 16, 9, 7)),
+    "basic, projection": (lambda: BasicBlock(16, 24, 2, projection(16, 24, 2)), (2, 16, 9, 7)),
+    "bottleneck": (lambda: Bottleneck(64, 16), (2, 64, 7, 7)),
+    "bottleneck, projection": (lambda: Bottleneck(32, 16, 2, projection(32, 64, 2)), (2, 32, 7, 5)),
+}
+# Batch norms, each three launches forward (a projection's joins the block end on the upper rungs) and three backward.
+LAYERS = {"basic": 2, "basic, projection": 3, "bottleneck": 3, "bottleneck, projection": 4}
+
+
+class Step(NamedTuple):
+    """What a training step computes."""
+
+    z: Tensor
+    dx: Tensor | None
+    grads: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def step(model: nn.Module, x: Tensor, labels: Tensor | None = None) -> Step:
+    x = x.clone().requires_grad_(labels is None)
+    z = model(x)
+    loss = z.float().square().mean() if labels is None else cross_entropy(z, labels)
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Step(z.detach(), x.grad, grads, {name: buffer.clone() for name, buffer in model.named_buffers()})
+
+
+def on_both(model: nn.Module, target: str, *data: Tensor) -> tuple[Step, Step, Any]:
+    """The step on kernels, the same step on the formulas, and the account of the launches."""
+    twin = copy.deepcopy(model)
+    with fusedres.backend(f"vgpu:{target}"), fusedres.record() as trace:
+        ours = step(model, *data)
+    with fusedres.backend("reference"):
+        return ours, step(twin, *data), trace
+
+
+def assert_agree(ours: Step, theirs: Step, tolerance: float) -> None:
+    assert_close(ours.z, theirs.z, tolerance, name="z")
+    if ours.dx is not None and theirs.dx is not None:
+        assert_close(ours.dx, theirs.dx, tolerance, name="dx")
+    for mine, other in ((ours.grads, theirs.grads), (ours.buffers, theirs.buffers)):
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            assert_close(tensor, other[name], tolerance, name=name)
+
+
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_trains_on_kernels(block: str, schedule: str, dtype: torch.dtype) -> None:
+    make, size = BLOCKS[block]
+    model = fusedres.fuse(nn.Sequential(make().to(dtype)), schedule=schedule)
+    x = torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)
+    ours, theirs, trace = on_both(model, "sm_90", x)
+    # Running statistics in bf16 are rounded once by the kernel, and twice by the formula.
+    assert_agree(ours, theirs, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    launches = trace.by_kernel()
+    if schedule in ("auto", "block_end"):
+        names = ("bn_statistics", "bn_finalize", "bn_act", "bn_backward_reduce", "bn_backward_finish")
+        for name in (*names, "bn_backward_apply"):
+            assert launches[f"{name}_kernel"] == LAYERS[block], name
+    else:
+        assert launches["bn_finalize_kernel"] == LAYERS[block]
+
+
+@each_target
+def test_resnet20_trains_on_kernels(target: str) -> None:
+    """The network of `fusedres demo`, one step on images of its size."""
+    model = fusedres.fuse(cifar_resnet(20, in_channels=1))
+    ours, theirs, trace = on_both(model, target, torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,)))
+    assert_agree(ours, theirs, 1e-5)
+    assert trace.by_kernel()["bn_act_kernel"] == 18
+    assert len({launch.binary for launch in trace.launches}) <= 30
+
+
+@each_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_stem_trains_on_kernels(target: str, dtype: torch.dtype) -> None:
+    model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        setattr(model, name, nn.Identity())
+    model.fc = nn.Linear(64, 3)
+    model = fusedres.fuse(model.to(dtype))
+    ours, theirs, trace = on_both(model, target, torch.randn(2, 3, 22, 18).to(dtype), torch.tensor([0, 2]))
+    assert trace.by_kernel()["stem_pool_kernel"] == trace.by_kernel()["stem_pool_backward_kernel"] == 1
+    assert_agree(ours, theirs, 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
+def test_evaluation_on_kernels_needs_no_statistics() -> None:
+    model = fusedres.fuse(nn.Sequential(BasicBlock(16, 16))).eval()
+    x = torch.randn(2, 16, 6, 5)
+    ours, theirs, trace = on_both(model, "sm_90", x)
+    assert_agree(ours, theirs, 1e-5)
+    assert "bn_statistics_kernel" not in trace.by_kernel()
+
+
+def test_the_backward_pass_stays_on_the_kernels_of_the_forward_pass() -> None:
+    model = fusedres.fuse(nn.Sequential(BasicBlock(16, 16)))
+    with fusedres.backend("vgpu:sm_80"):
+        z = model(torch.randn(2, 16, 6, 5))
+    with fusedres.record() as trace:
+        z.sum().backward()
+    assert trace.by_kernel()["bn_backward_reduce_kernel"] == 2
+    assert all(launch.counters is not None for launch in trace.launches)
+
+
+def test_a_dry_run_of_resnet50_at_full_size() -> None:
+    """224 px, batch 256, on the meta device: launches and bytes without computing anything."""
+    with torch.device("meta"):
+        model = torchvision.models.resnet50().to(memory_format=torch.channels_last).bfloat16()
+        x = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16)
+    normalised = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: normalised.append(2 * output.numel()))
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()  # a block whose inner modules have hooks is not fused
+    model = fusedres.fuse(model)
+    with fusedres.record() as trace:
+        model(x).sum().backward()
+    launches = trace.by_kernel()
+    assert launches["bn_finalize_kernel"] == 53  # batch norms
+    assert launches["stem_pool_kernel"] == launches["stem_pool_backward_kernel"] == 1
+    assert all(launch.counters is None for launch in trace.launches)
+    read = sum(launch.read["y_ptr"] for launch in trace.launches if launch.name == "bn_statistics_kernel")
+    written = sum(launch.written["dy_ptr"] for launch in trace.launches if launch.name == "bn_backward_apply_kernel")
+    assert read == written == sum(normalised)
