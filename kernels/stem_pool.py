@@ -48,7 +48,7 @@ def stem_pool_kernel(
     VECTOR: tl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
     best = tl.full((BLOCK_ROWS, BLOCK_C), -float("inf"), tl.float32)
     index = tl.full((BLOCK_ROWS, BLOCK_C), NO_GRADIENT, tl.int32)
-    for tap in tl.range(0, R * S, loop_unroll_factor=9):
+    for tap in tl.range(0, R * S, loop_unroll_factor=3):
         h, w = o_h + tap // S, o_w + tap % S
         m_in = m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         o_in = ((o_n * H + h) * W + w).to(tl.int64)

@@ -33,11 +33,11 @@ def empty_mask(like: Tensor) -> Tensor:
 
 def launch_rows(
     kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str],
-    flops: int = 0, partial: dict[str, int] | None = None,
+    flops: int = 0, partial: dict[str, int] | None = None, vectors: int = 4,
 ) -> None:  # fmt: skip
-    """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W), tile by tile."""
+    """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W), cut as `row_tile` says."""
     rows, channels = pixels(over), over.shape[1]
-    tile = row_tile(rows, channels, over.element_size())
+    tile = row_tile(rows, channels, over.element_size(), vectors)
     _launch(kernel, tile, tile.blocks(rows, channels), over, arguments, reads, writes, flops, partial)
 
 

@@ -58,6 +58,7 @@ def _stem_pool_triton(
     launch_rows(
         stem_pool_kernel, z, {**tensors, **_window(y, z, pool)}, reads=("y_ptr", "scale_ptr", "shift_ptr"),
         writes=("z_ptr", "index_ptr"), partial={"y_ptr": covered}, flops=4 * math.prod(pool.kernel) * z.numel(),
+        vectors=2,
     )  # fmt: skip
     return z, index
 
@@ -165,6 +166,6 @@ def _stem_pool_backward_triton(dz: OutputGrad, index: Tensor, size: tuple[int, .
     windows = math.prod(-(-kernel // stride) for kernel, stride in zip(pool.kernel, pool.stride, strict=True))
     launch_rows(
         stem_pool_backward_kernel, g, {**tensors, **_window(g, dz.g, pool)}, reads=("dz_ptr", "index_ptr"),
-        writes=("g_ptr",), flops=windows * g.numel(),
+        writes=("g_ptr",), flops=windows * g.numel(), vectors=2,
     )  # fmt: skip
     return g

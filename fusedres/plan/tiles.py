@@ -45,13 +45,14 @@ class PartialTile:
     num_warps: int = 4
 
 
-def row_tiles(rows: int, channels: int, itemsize: int) -> tuple[RowTile, ...]:
+def row_tiles(rows: int, channels: int, itemsize: int, vectors: int = 4) -> tuple[RowTile, ...]:
     """Tiles for one pass over a (rows, channels) tensor of ``itemsize`` bytes an element, the default first.
 
-    Each thread of the default holds four 16-byte vectors of a tensor, so that enough loads are under way to hide
-    memory's latency at a few warps per scheduler; a small tensor is cut finer.
+    Each thread of the default holds as many 16-byte ``vectors`` of a tensor: four, so that enough loads are under way
+    to hide memory's latency at a few warps per scheduler; two where a kernel loads several of them for each that it
+    writes. A small tensor is cut finer.
     """
-    return _tiles(rows, channels, 64 // itemsize)
+    return _tiles(rows, channels, vectors * 16 // itemsize)
 
 
 def reduction_tiles(rows: int, channels: int) -> tuple[RowTile, ...]:
@@ -93,9 +94,9 @@ def pinned(tile: RowTile) -> Iterator[None]:
         _pinned.pop()
 
 
-def row_tile(rows: int, channels: int, itemsize: int) -> RowTile:
+def row_tile(rows: int, channels: int, itemsize: int, vectors: int = 4) -> RowTile:
     """The pinned tile, or the default of `row_tiles`."""
-    return _pinned[-1] if _pinned else row_tiles(rows, channels, itemsize)[0]
+    return _pinned[-1] if _pinned else row_tiles(rows, channels, itemsize, vectors)[0]
 
 
 def reduction_tile(rows: int, channels: int) -> RowTile:

@@ -102,7 +102,7 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
     exact_z, _ = eager(y.double(), scale.double(), shift.double(), pool)
     dz = activation(tuple(expected_z.shape), dtype)
     expected_g = stem_pool_backward.reference(OutputGrad(dz.double()), index, size, pool)
-    for tile in row_tiles(expected_z[:, 0].numel(), size[1], dtype.itemsize):
+    for tile in row_tiles(expected_z[:, 0].numel(), size[1], dtype.itemsize, vectors=2):
         with pinned(tile):
             (z, _), _ = executed(target, lambda: stem_pool(y, scale, shift, pool))
             g, _ = executed(target, lambda: stem_pool_backward(OutputGrad(dz), index, size, pool))
