@@ -11,7 +11,7 @@ from . import autocast
 from .autocast import contraction_dtype, no_autocast
 from .autograd import ConvChain, StemPool
 from .autograd.spec import ChainSpec, ConvBN, LayerSpec, NormSpec, StemSpec
-from .inference import infer_chain, infer_layer
+from .inference import infer_chain, infer_stem
 from .launch import wants_kernels
 from .ops.bn_act import check_act
 from .ops.contract import Geometry, PoolGeometry, check_activation, check_conv_shapes
@@ -129,8 +129,7 @@ def run_stem(
     _advance(counters)
     if not _differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
-            u = infer_layer(x.to(dtype), layer, "relu")
-        return torch.nn.functional.max_pool2d(u, *pool)
+            return infer_stem(x.to(dtype), layer, pool)
     chosen = chain_schedule(schedule, kernels=wants_kernels(x))
     spec = StemSpec(LayerSpec(layer.geometry, layer.norm), pool, chosen, dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)

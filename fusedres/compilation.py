@@ -23,7 +23,7 @@ from torch import nn
 from .binaries import Figures, read_figures, violations
 from .launch import Trace, record
 from .models import cifar_resnet
-from .offline import TARGETS, Binary, compile_for, require_triton, target_named
+from .offline import TARGETS, Binary, Target, compile_for, require_triton, target_named
 from .plan import AUTO, SCHEDULES
 from .swap import fuse
 
@@ -58,25 +58,39 @@ MODELS = {
 }
 
 
-def recorded_binaries(models: Sequence[str], dtypes: Sequence[str]) -> dict[Binary, list[str]]:
-    """The binaries that training and inference launch, each with the names of the models that launch it.
+# A binary, and the name of a target that it is compiled for.
+Task = tuple[Binary, str]
+
+
+def recorded_binaries(models: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> dict[Task, list[str]]:
+    """What training and inference launch on each of ``targets``, with the names of the models that launch it.
 
     The models run on the meta device, on every schedule. In 16 bits batch norm's parameters stay in fp32, which is
     what kernels see under autocast.
 
     Raises:
-        ValueError: an unknown model or dtype.
+        ValueError: an unknown model, dtype or target.
     """
     _check_names("models", models, MODELS)
     _check_names("dtypes", dtypes, DTYPES)
-    users: dict[Binary, list[str]] = {}
-    for name, dtype in itertools.product(models, dtypes):
-        for schedule in (AUTO, *SCHEDULES):
-            for launch in _dry_run(MODELS[name], DTYPES[dtype], schedule).launches:
-                launchers = users.setdefault(launch.binary, [])
+    _check_names("targets", targets, TARGETS)
+    users: dict[Task, list[str]] = {}
+    for alike in _alike(targets):
+        for name, dtype, schedule in itertools.product(models, dtypes, (AUTO, *SCHEDULES)):
+            trace = _dry_run(MODELS[name], DTYPES[dtype], schedule, alike[0])
+            for task in itertools.product({launch.binary for launch in trace.launches}, alike):
+                launchers = users.setdefault(task, [])
                 if name not in launchers:
                     launchers.append(name)
     return users
+
+
+def _alike(targets: Sequence[str]) -> list[list[str]]:
+    """The targets, those together that kernels are launched on with the same tiles: all but the name decides."""
+    alike: dict[Target, list[str]] = {}
+    for name in targets:
+        alike.setdefault(TARGETS[name]._replace(arch=""), []).append(name)
+    return list(alike.values())
 
 
 def _check_names(what: str, names: Sequence[str], known: Collection[str]) -> None:
@@ -85,8 +99,8 @@ def _check_names(what: str, names: Sequence[str], known: Collection[str]) -> Non
             raise ValueError(f"{what}: expected some of {', '.join(known)}, got {name!r}")
 
 
-def _dry_run(model: Model, dtype: torch.dtype, schedule: str) -> Trace:
-    """Everything launched by a training step and by inference."""
+def _dry_run(model: Model, dtype: torch.dtype, schedule: str, target: str) -> Trace:
+    """Everything launched by a training step and by inference on ``target``."""
     with torch.device("meta"):
         network = model.build().to(dtype).to(memory_format=torch.channels_last)
         images = torch.empty(TRAINING_BATCH, 3, model.side, model.side, dtype=dtype)
@@ -95,7 +109,7 @@ def _dry_run(model: Model, dtype: torch.dtype, schedule: str) -> Trace:
         if isinstance(module, nn.BatchNorm2d):
             module.float()
     fuse(network, schedule=schedule)
-    with record() as trace:
+    with record(target) as trace:
         network.train()
         network(images).sum().backward()
         network.eval()
@@ -122,17 +136,14 @@ class Outcome:
         return [] if self.figures is None else violations(self.binary, self.target, self.figures)
 
 
-def compile_all(
-    binaries: Sequence[Binary], targets: Sequence[str], *, jobs: int | None = None, read: bool = True
-) -> Iterator[Outcome]:
-    """Compile every binary for every target, in parallel; outcomes come in that order.
+def compile_all(tasks: Sequence[Task], *, jobs: int | None = None, read: bool = True) -> Iterator[Outcome]:
+    """Compile binaries, each for its target, in parallel; outcomes come in the order of ``tasks``.
 
     A binary that does not compile, or whose compiler crashes, has an outcome too. What was compiled before comes from
     Triton's cache, figures included.
 
     Args:
-        binaries: what to compile.
-        targets: names of `offline.TARGETS`.
+        tasks: what to compile, and for which of `offline.TARGETS`.
         jobs: processes; as many as there are cores if not given.
         read: whether to read figures.
 
@@ -141,17 +152,14 @@ def compile_all(
         Unavailable: Triton is missing, or what reads its binaries.
     """
     require_triton()
-    for target in targets:
+    for _, target in tasks:
         target_named(target)
-    return _in_parallel([(binary, target) for binary in binaries for target in targets], jobs or cores(), read)
+    return _in_parallel(tasks, jobs or cores(), read)
 
 
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-Task = tuple[Binary, str]
 
 
 def _in_parallel(tasks: Sequence[Task], jobs: int, read: bool) -> Iterator[Outcome]:
@@ -231,16 +239,16 @@ def run(options: CompileOptions) -> int:
         raise ValueError(f"csv must lie in an existing folder, got {options.csv}")
     console = Console()
     start = time.perf_counter()
-    users = recorded_binaries(options.models, options.dtypes)
+    users = recorded_binaries(options.models, options.dtypes, options.targets)
     if not users:
         console.print("FAILED: these models launch no kernels, so that nothing was compiled")
         return 1
-    binaries = sorted(users, key=lambda binary: (binary.name, binary.variant, binary.num_warps, binary.num_stages))
+    tasks = sorted(users, key=lambda task: _place(*task))
     outcomes = list(
         track(
-            compile_all(binaries, options.targets, jobs=options.jobs, read=options.report),
+            compile_all(tasks, jobs=options.jobs, read=options.report),
             "compiling",
-            total=len(binaries) * len(options.targets),
+            total=len(tasks),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -254,8 +262,7 @@ def run(options: CompileOptions) -> int:
         write_csv(options.csv, outcomes, users)
         console.print(f"written: {options.csv}", soft_wrap=True)
     console.print(
-        f"{len(binaries)} binaries for each of {len(options.targets)} targets, recorded from "
-        f"{', '.join(options.models)} in {', '.join(options.dtypes)}, in {seconds:.1f} s",
+        f"{len(tasks)} binaries for {len(options.targets)} targets, recorded from {', '.join(options.models)} in {', '.join(options.dtypes)}, in {seconds:.1f} s",
         soft_wrap=True,
     )
     failed = [outcome for outcome in outcomes if outcome.faults]
@@ -263,6 +270,11 @@ def run(options: CompileOptions) -> int:
         name = f"{outcome.binary.name} [{outcome.binary.variant}] on {outcome.target}"
         console.print(f"FAILED: {name}: {'; '.join(outcome.faults)}", markup=False, soft_wrap=True)
     return 1 if failed else 0
+
+
+def _place(binary: Binary, target: str) -> tuple[str, str, int, int, int]:
+    """The order of a report: those of one binary together, in the order of `offline.TARGETS`."""
+    return binary.name, binary.variant, binary.num_warps, binary.num_stages, list(TARGETS).index(target)
 
 
 # Heading, field of `Figures` or None for what is put together, of each column of figures.
@@ -309,7 +321,7 @@ def _cell(figures: Figures | None, field: str | None) -> str:
     return "-" if value is None else str(value)
 
 
-def write_csv(path: Path, outcomes: Sequence[Outcome], users: Mapping[Binary, Sequence[str]]) -> None:
+def write_csv(path: Path, outcomes: Sequence[Outcome], users: Mapping[Task, Sequence[str]]) -> None:
     """Every figure of every binary on every target, an empty cell where there is none."""
     names = [field.name for field in fields(Figures)]
     with path.open("w", newline="") as file:
@@ -319,6 +331,6 @@ def write_csv(path: Path, outcomes: Sequence[Outcome], users: Mapping[Binary, Se
             binary = outcome.binary
             figures = asdict(outcome.figures) if outcome.figures is not None else dict.fromkeys(names)
             writer.writerow([
-                binary.name, binary.variant, binary.num_warps, binary.num_stages, " ".join(users[binary]),
+                binary.name, binary.variant, binary.num_warps, binary.num_stages, " ".join(users[binary, outcome.target]),
                 outcome.target, *figures.values(), "; ".join(outcome.faults),
             ])  # fmt: skip

@@ -1,25 +1,31 @@
 """Inference: every convolution with its batch norm, shortcut and ReLU is one call, batch norm folded in once."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
 from .autograd.layer import normaliser_of
+from .launch import wants_kernels
 from .ops import onednn
-from .ops.contract import ConvInput, channels_last
+from .ops.contract import ConvInput, PoolGeometry, channels_last
 from .ops.conv_bn_act import Contraction, conv_bn_act
+from .ops.conv_forward import conv_forward
+from .ops.stem_pool import stem_pool
 from .ops.zero_pad_shortcut import zero_pad_shortcut
 
 if TYPE_CHECKING:
     from .chain import Layer
 
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""weight -> (fingerprint of its layer's tensors, `PackedConv`); an entry dies with its weight."""
+T = TypeVar("T")
+
+_folded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""weight -> (fingerprint of its layer's tensors, what was made of them, by kind); an entry dies with its weight."""
 
 _steps = 0
 
@@ -35,7 +41,7 @@ register_optimizer_step_post_hook(_count_step)
 
 def forget(weight: Tensor) -> None:
     """Drop what is cached for a layer; the next call folds and packs it again."""
-    _packed.pop(weight, None)
+    _folded.pop(weight, None)
 
 
 def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | None = None) -> Tensor:
@@ -67,16 +73,31 @@ def infer_chain(
         residual = x
     elif shortcut == "zero_pad":
         residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
-    elif projection is not None and backends.runs_native():
+    elif projection is not None and backends.runs_native() and not wants_kernels(x):
         residual = infer_layer(source, projection, None)
     elif projection is not None:
         return conv_bn_act(_contraction(u, layers[-1]), second=_contraction(source, projection), act=act)[0]
     return infer_layer(u, layers[-1], act, residual)
 
 
+def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
+    """maxpool(relu(bn(conv(x)))) from running statistics; ``x`` in the dtype of the contraction."""
+    if not wants_kernels(x):
+        return max_pool2d(infer_layer(x, layer, "relu"), *pool)
+    u, weight, geometry, scale, shift = _contraction(channels_last(x), layer)
+    y, _ = conv_forward(u, weight, geometry)
+    return stem_pool(y, scale, shift, pool, indices=False)[0]
+
+
 def _contraction(u: Tensor, layer: "Layer") -> Contraction:
-    norm = normaliser_of(None, layer.tensors.norm, layer.norm, u.dtype)
-    return Contraction(ConvInput(u), layer.tensors.weight.to(u.dtype), layer.geometry, norm.scale, norm.shift)
+    scale, shift = _once(layer, ("numbers", u.dtype), lambda: _numbers(layer, u.dtype))
+    return Contraction(ConvInput(u), layer.tensors.weight.to(u.dtype), layer.geometry, scale, shift)
+
+
+def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What batch norm does to the convolution's output: its scale and shift."""
+    norm = normaliser_of(None, layer.tensors.norm, layer.norm, dtype)
+    return norm.scale.detach(), norm.shift.detach()
 
 
 def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
@@ -87,16 +108,27 @@ def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
     return (_steps, layer.norm.eps, layer.geometry, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
 
 
-def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
+def _once(layer: "Layer", kind: object, make: Callable[[], T]) -> T:
+    """What ``make`` gives, made anew when a tensor of the layer has changed."""
     fingerprint = _fingerprint(layer)
-    if fingerprint is None or layer.tensors.weight.dtype != u.dtype:
+    if fingerprint is None:
+        return make()
+    known = _folded.get(layer.tensors.weight)
+    if known is None or known[0] != fingerprint:
+        known = _folded[layer.tensors.weight] = (fingerprint, {})
+    made: dict[object, T] = known[1]
+    if kind not in made:
+        made[kind] = make()
+    return made[kind]
+
+
+def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
+    if _fingerprint(layer) is None or layer.tensors.weight.dtype != u.dtype:
         return None
-    known = _packed.get(layer.tensors.weight)
-    if known is not None and known[0] == fingerprint:
-        packed: onednn.PackedConv = known[1]
-        return packed
-    _, weight, geometry, scale, shift = _contraction(u, layer)
-    folded = onednn.fold(weight.detach(), scale.detach())
-    packed = onednn.pack(onednn.PackedConv(folded, shift.detach(), geometry), tuple(u.shape))
-    _packed[layer.tensors.weight] = (fingerprint, packed)
-    return packed
+
+    def packed() -> onednn.PackedConv:
+        _, weight, geometry, scale, shift = _contraction(u, layer)
+        folded = onednn.fold(weight.detach(), scale.detach())
+        return onednn.pack(onednn.PackedConv(folded, shift.detach(), geometry), tuple(u.shape))
+
+    return _once(layer, "packed", packed)

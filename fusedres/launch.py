@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .offline import Binary, Specialisation, specialise
+from .offline import TARGETS, Binary, Specialisation, Target, specialise, target_named
 
 if TYPE_CHECKING:
     from .vgpu import Counters
 
+DRY_RUN_TARGET = "sm_90"
 # CUDA's limits, which are the smallest of the vendors'.
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -64,8 +66,9 @@ class Launch:
 
 @dataclass(eq=False)  # two that hold the same launches are still two
 class Trace:
-    """The launches of a `record` block, in order."""
+    """The launches of a `record` block, in order; ``target`` is the GPU of a dry run."""
 
+    target: str = DRY_RUN_TARGET
     launches: list[Launch] = field(default_factory=list)
 
     @property
@@ -90,12 +93,19 @@ _traces: list[Trace] = []
 
 
 @contextmanager
-def record() -> Iterator[Trace]:
+def record(target: str = DRY_RUN_TARGET) -> Iterator[Trace]:
     """Keep an account of every kernel launched inside the ``with`` block, on any thread.
 
     Tensors on the meta device make a dry run: ops that have a kernel record its launch and compute nothing.
+
+    Args:
+        target: the GPU whose launches a dry run makes, a name of `offline.TARGETS`: tiles depend on it.
+
+    Raises:
+        ValueError: no such target.
     """
-    trace = Trace()
+    target_named(target)
+    trace = Trace(target)
     _traces.append(trace)
     try:
         yield trace
@@ -108,6 +118,24 @@ def wants_kernels(tensor: Tensor) -> bool:
     if tensor.is_meta:
         return bool(_traces) and backends.current() in ("auto", "triton")
     return backends.runs_kernels(tensor.device.type)
+
+
+def target_of(tensor: Tensor) -> Target:
+    """The GPU that a kernel launched on ``tensor`` is compiled for; on the meta device, that of the dry run."""
+    if tensor.is_cuda:
+        return _device_target(tensor.get_device())
+    if tensor.is_meta and _traces:
+        return TARGETS[_traces[-1].target]
+    return TARGETS[backends.vgpu_target() or DRY_RUN_TARGET]
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    shared = int(properties.shared_memory_per_block_optin)
+    if torch.version.hip is not None:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, shared)
+    return Target("cuda", 10 * properties.major + properties.minor, 32, shared)
 
 
 def launch(

@@ -11,6 +11,40 @@ def _lerp(start, end, weight):
 
 
 @triton.jit(do_not_specialize=["parts"])
+def bn_combine_kernel(
+    count_ptr,  # (parts,) fp32
+    mean_ptr,  # (parts, C) fp32
+    m2_ptr,  # (parts, C) fp32
+    out_count_ptr,  # (ceil(parts / BLOCK_PARTS),) fp32 out
+    out_mean_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
+    out_m2_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
+    parts,
+    C,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """As many parts as a block holds become one, so that thousands of tiles are not combined by a few programs."""
+    i_part, i_c = tl.program_id(0), tl.program_id(1)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_part = i_part * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
+    m_part, m_c = o_part < parts, o_c < C
+    m = m_part[:, None] & m_c[None, :]
+    o = o_part.to(tl.int64)[:, None] * C + o_c[None, :]
+    n = tl.load(count_ptr + o_part, mask=m_part, other=0.0)
+    means = tl.load(mean_ptr + o, mask=m, other=0.0)
+    origin = tl.load(mean_ptr + i_part.to(tl.int64) * BLOCK_PARTS * C + o_c, mask=m_c, other=0.0)
+    count = tl.sum(n, axis=0)
+    mean = origin + tl.sum(tl.where(m, n[:, None] * (means - origin[None, :]), 0.0), axis=0) / count
+    d = means - mean[None, :]
+    m2 = tl.sum(tl.load(m2_ptr + o, mask=m, other=0.0) + tl.where(m, n[:, None] * d * d, 0.0), axis=0)
+    o_out = i_part * C + o_c
+    tl.store(out_mean_ptr + o_out, mean, mask=m_c)
+    tl.store(out_m2_ptr + o_out, m2, mask=m_c)
+    if i_c == 0:
+        tl.store(out_count_ptr + i_part, count)
+
+
+@triton.jit(do_not_specialize=["parts"])
 def bn_finalize_kernel(
     count_ptr,  # (parts,) fp32, values behind each partial mean
     part_mean_ptr,  # (parts, C) fp32

@@ -4,6 +4,33 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def store_tile_statistics(
+    y,  # (BLOCK_ROWS, BLOCK_C) tile as stored, storage dtype
+    m_row,  # (BLOCK_ROWS,) rows inside the tensor
+    m_c,  # (BLOCK_C,) channels inside the tensor
+    count,  # rows inside the tensor
+    i_part,  # this tile's place among the parts
+    o_c,  # (BLOCK_C,) channels
+    C,
+    count_ptr,  # (parts,) fp32 out; written where is_first
+    mean_ptr,  # (parts, C) fp32 out
+    m2_ptr,  # (parts, C) fp32 out
+    is_first,  # whether this is the first tile along the channels
+):
+    """Mean and squared deviations of one tile, in two passes over registers."""
+    m = m_row[:, None] & m_c[None, :]
+    count = count.to(tl.float32)
+    y = tl.where(m, y.to(tl.float32), 0.0)
+    mean = tl.sum(y, axis=0) / count
+    d = tl.where(m, y - mean[None, :], 0.0)
+    o = i_part.to(tl.int64) * C + o_c
+    tl.store(mean_ptr + o, mean, mask=m_c)
+    tl.store(m2_ptr + o, tl.sum(d * d, axis=0), mask=m_c)
+    if is_first:
+        tl.store(count_ptr + i_part, count)
+
+
 @triton.jit(do_not_specialize=["rows", "rows_per_part"])
 def bn_statistics_kernel(
     y_ptr,  # (rows, C) storage dtype

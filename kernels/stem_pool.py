@@ -15,7 +15,7 @@ def stem_pool_kernel(
     scale_ptr,  # (C,) fp32
     shift_ptr,  # (C,) fp32
     z_ptr,  # (rows, C) out, rows = N * P * Q
-    index_ptr,  # (rows, C) uint8 out: tap r * S + s of the maximum, or NO_GRADIENT
+    index_ptr,  # (rows, C) uint8 out: tap r * S + s of the maximum, or NO_GRADIENT; None: not wanted
     rows,
     C,
     H,
@@ -61,11 +61,11 @@ def stem_pool_kernel(
         best = tl.where(better, u, best)
         index = tl.where(better, tap, index)
     z = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    index = tl.where(z > 0, index, NO_GRADIENT)
     o = tl.max_contiguous(o_row.to(tl.int64)[:, None] * C + o_c[None, :], (1, VECTOR))
     m = m_row[:, None] & m_c[None, :]
     tl.store(z_ptr + o, z.to(z_ptr.dtype.element_ty), mask=m)
-    tl.store(index_ptr + o, index.to(tl.uint8), mask=m)
+    if index_ptr is not None:
+        tl.store(index_ptr + o, tl.where(z > 0, index, NO_GRADIENT).to(tl.uint8), mask=m)
 
 
 @triton.jit(do_not_specialize=["rows", "H", "W", "P", "Q"])

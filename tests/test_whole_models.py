@@ -11,8 +11,9 @@ gradient of the network as it comes, where ReLUs flip, to eager's error over som
 
 import copy
 import functools
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 
 import fusedres
 from fusedres.bench.saved_activations import image_loss, per_image, saved_bytes
-from fusedres.ops.bn_backward import bn_backward_reduce
 from fusedres.plan import AUTO, SCHEDULES
 from tests.comparison import relative_error
 
@@ -180,11 +180,19 @@ def relu_inputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return received
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_with_gaps_every_channel_is_mixed_and_nothing_is_within_rounding_of_zero(name):
-    """The premise of the comparison of every gradient on its own; without gaps ResNet-50 flips 20 ReLUs here."""
-    x, _ = images(BATCH, PX, 0)
-    model = with_gaps(network(name, 0), x)
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("resnet18", 0),
+        ("resnet18", 1),
+        ("resnet50", 0),
+        *(pytest.param("resnet50", seed, marks=pytest.mark.slow) for seed in (1, 2, 3)),
+    ],
+)
+def test_with_gaps_every_channel_is_mixed_and_nothing_is_within_rounding_of_zero(name, seed):
+    """The premise of the comparison of every gradient on its own; without gaps ResNet-50 flips 20 ReLUs at seed 0."""
+    x, _ = images(BATCH, PX, seed)
+    model = with_gaps(network(name, seed), x)
     received = relu_inputs(model, x.double())
     assert len(received) == {"resnet18": 17, "resnet50": 49}[name]
     for rounded, exact in zip(relu_inputs(model, x), received, strict=True):
@@ -238,8 +246,9 @@ def as_it_comes(model: nn.Module, _: Tensor) -> nn.Module:
     return model
 
 
-# One by one only without flips: with them eager itself, held to a fused network, exceeds 1.5 in one of 161 parameters
-# in a sixth of draws of 8 seeds. With gaps the log of a seed's ratio has a deviation of 0.06: 1.5 is six of them away.
+# One by one only without flips: with them, RMS over 8 of 32 seeds, a schedule of ResNet-50 exceeds 1.5 in some of the
+# 161 parameters in 20 to 31 % of draws, and eager, held to that schedule, in 9 to 58 %. With gaps the log of one seed's
+# ratio has a deviation of 0.06, and the largest of 12 seeds, all parameters and all schedules is 1.22.
 @pytest.mark.parametrize(
     ("name", "schedules", "seeds"),
     [
@@ -252,8 +261,10 @@ def test_gradients_one_by_one_are_as_close_to_fp64_as_eagers(name, schedules, se
     assert not too_large(ratios_to_eager(name, schedules, seeds, with_gaps))
 
 
-# One channel of small variance can hold 85 % of a seed's error: the log of a seed's ratio has a deviation of 0.2, and of
-# 32 seeds of ResNet-50 one exceeds 1.5 in block_end and one in stats, but of 4000 draws of 8 of them none exceeds 1.32.
+# Not one by one: moving an open channel moves nothing behind the next 1x1 convolution and batch norm, so that the exact
+# gradient of its beta is 0. And over some seeds: one channel of small variance can hold half of a seed's squared error,
+# the log of a seed's ratio has a deviation of 0.2, and the largest of 32 seeds of ResNet-50 and all schedules is 1.74;
+# of 2000 draws of 8 of them it is 1.32.
 @pytest.mark.parametrize(
     ("name", "seeds"), [("resnet18", range(3)), pytest.param("resnet50", range(8), marks=pytest.mark.slow)]
 )
@@ -267,14 +278,35 @@ def test_gradients_of_resnet50_together_are_as_close_to_fp64_as_eagers():
     assert not too_large(ratios_to_eager("resnet50", [AUTO, "moments"], (0, 1, 2), as_it_comes), "all ")
 
 
-def test_sums_of_batch_norms_gradient_rounded_to_bfloat16_are_caught(monkeypatch):
-    """With flips they are not: over three seeds of ResNet-50 as it comes this fault does not move the ratios."""
+def tf32(t: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(t)
+    return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent)
 
-    def rounded(*operands: Any) -> tuple[Tensor, ...]:
-        return tuple(total.bfloat16().to(total.dtype) for total in bn_backward_reduce(*operands))
 
-    monkeypatch.setattr("fusedres.ops.conv_input_grad.bn_backward_reduce", rounded)
-    assert len(too_large(ratios_to_eager("resnet18", ["stats"], (0,), with_gaps))) > 50
+def bfloat16(t: Tensor) -> Tensor:
+    return t.bfloat16().to(t.dtype)
+
+
+# With flips neither can be told from none: over three seeds of ResNet-50 as it comes they do not move the ratios.
+@pytest.mark.parametrize(
+    ("op", "rounded"),
+    [
+        pytest.param(
+            "fusedres.ops.conv_input_grad.bn_backward_reduce",
+            lambda sums: tuple(map(bfloat16, sums)),
+            id="sums of batch norm's gradient in bfloat16",
+        ),
+        pytest.param(
+            "fusedres.autograd.layer.conv_backward",
+            lambda grads: (grads[0], tf32(grads[1])),
+            id="input gradients in TF32",
+        ),
+    ],
+)
+def test_planted_rounding_is_caught_in_most_gradients(op, rounded, monkeypatch):
+    exact = pkgutil.resolve_name(op)
+    monkeypatch.setattr(op, lambda *operands, **options: rounded(exact(*operands, **options)))
+    assert len(too_large(ratios_to_eager("resnet18", ["stats"], (0,), with_gaps))) > 31
 
 
 def losses(model: nn.Module, lr: float, dtype: torch.dtype = torch.float32, steps: int = 20) -> list[float]:

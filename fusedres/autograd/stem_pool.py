@@ -73,6 +73,7 @@ def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
     compact = spec.schedule.bit_masks
     z, index = stem_pool(branch.y, branch.norm.scale, branch.norm.shift, spec.pool, compact=compact)
     if any(ctx.needs_input_grad):
+        assert index is not None
         ctx.spec, ctx.backend, ctx.input_dtype = spec, backends.current(), x.dtype
         ctx.size = tuple(branch.y.shape)
         early = None

@@ -9,6 +9,9 @@ from .contract import Normaliser, Partials, check_vector
 from .op import Op
 from .rows import storable
 
+# More than these (a convolution's tiles, of which there are thousands) a single program would take too long over.
+MOST_PARTS = 512
+
 
 def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
     """(count, mean, m2) of all partials together, after Chan, Golub and LeVeque (1979).
@@ -83,6 +86,9 @@ def _bn_finalize_triton(
     from ..kernels.bn_finalize import bn_finalize_kernel
 
     tile = PartialTile()
+    if parts > MOST_PARTS:
+        partials = _combined(partials, tile)
+        parts = len(partials.counts)
     norm = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=partials.mean.device))
     read = {
         "count_ptr": partials.counts, "part_mean_ptr": partials.mean, "part_m2_ptr": partials.m2,
@@ -98,6 +104,24 @@ def _bn_finalize_triton(
         reads=(*read, *running), writes=(*written, *running), flops=8 * parts * channels, num_warps=tile.num_warps,
     )  # fmt: skip
     return norm
+
+
+def _combined(partials: Partials, tile: PartialTile) -> Partials:
+    """``tile.block_parts`` parts made one each, by the kernel."""
+    from ..kernels.bn_finalize import bn_combine_kernel
+
+    parts, channels = partials.mean.shape
+    fewer = -(-parts // tile.block_parts)
+    mean, m2 = torch.empty((2, fewer, channels), dtype=torch.float32, device=partials.mean.device)
+    combined = Partials(torch.empty_like(partials.counts[:fewer]), mean, m2)
+    read = {"count_ptr": partials.counts, "mean_ptr": partials.mean, "m2_ptr": partials.m2}
+    written = {f"out_{name}": tensor for name, tensor in zip(read, combined, strict=True)}
+    launch(
+        bn_combine_kernel, (fewer, -(-channels // tile.block_c)),
+        {**read, **written, "parts": parts, "C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c},
+        reads=tuple(read), writes=tuple(written), flops=8 * parts * channels, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return combined
 
 
 def check_norm_vectors(

@@ -4,12 +4,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..launch import launch
+from ..plan.tiles import alignment
 from . import onednn
 from .bn_act import check_act, normalised_sum, output_dtype
-from .contract import ConvInput, Geometry, check_conv, check_vector, per_channel
-from .conv_forward import accumulated, formed
+from .contract import ConvInput, Geometry, channels_last, check_conv, check_vector, per_channel
+from .contractions import Contracted, contracted, touched, why_no_kernel
+from .conv_forward import accumulated, conv_forward, formed
 from .op import Op
-from .relu_mask import pack_relu_mask
+from .relu_mask import laid_out, pack_relu_mask
+from .rows import empty_mask, empty_rows, storable
 
 
 class Contraction(NamedTuple):
@@ -81,6 +85,79 @@ def _conv_bn_act(
 
 
 conv_bn_act = Op(_conv_bn_act)
+
+
+@conv_bn_act.triton
+def _conv_bn_act_triton(
+    main: Contraction,
+    *,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    second: Contraction | None = None,
+    act: str | None = "relu",
+    bit_mask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    _check(main, residual, second, act)
+    if why_no_kernel(main.u, main.weight, main.geometry) is not None or not storable(residual):
+        return NotImplemented
+    if second is not None and not _joins(second):
+        residual, _ = conv_forward(second.u, second.weight, second.geometry)
+        residual_scale, residual_shift, second = second.scale, second.shift, None
+    from ..kernels.conv_bn_act import conv_bn_act_kernel
+
+    conv = contracted(main.u, main.weight, main.geometry)
+    if bit_mask and conv.shape.groups > 1 and conv.tile.groups_per_tile * conv.shape.k % 8:
+        return NotImplemented
+    z = empty_rows(main.u.tensor, output_dtype(main.weight, residual, residual_scale), conv.size)
+    mask = empty_mask(z) if bit_mask else None
+    beside = {
+        "scale_ptr": main.scale, "shift_ptr": main.shift, "residual_ptr": laid_out(residual),
+        "residual_scale_ptr": residual_scale, "residual_shift_ptr": residual_shift,
+    }  # fmt: skip
+    projected, sizes, read, flops = _projection(second, conv)
+    reads = ("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", *beside, *projected)
+    written = {"z_ptr": z, "mask_ptr": mask, "count_ptr": None, "mean_ptr": None, "m2_ptr": None}
+    launch(
+        conv_bn_act_kernel, (conv.blocks,),
+        {**conv.arguments, **beside, **projected, **sizes, **written, "RELU": act == "relu"},
+        reads=reads, writes=tuple(written), partial={"x_ptr": conv.read, "second_x_ptr": read},
+        flops=conv.flops + flops + 4 * z.numel(), num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
+    )  # fmt: skip
+    return z, mask
+
+
+def _joins(second: Contraction) -> bool:
+    """Whether the kernel contracts this projection too: 1x1, any stride, as every network's is."""
+    _, padding, _, groups = second.geometry
+    return second.weight.shape[2:] == (1, 1) and padding == (0, 0) and groups == 1
+
+
+def _projection(
+    second: Contraction | None, conv: Contracted
+) -> tuple[dict[str, Tensor | None], dict[str, int], int, int]:
+    """Tensors and sizes of the second contraction, the bytes it reads of its input, its FLOPs."""
+    names = (
+        "second_x_ptr", "second_w_ptr", "second_x_scale_ptr", "second_x_shift_ptr", "second_scale_ptr",
+        "second_shift_ptr",
+    )  # fmt: skip
+    if second is None:
+        sizes = {"second_C": 1, "second_H": 1, "second_W": 1, "second_stride_h": 1, "second_stride_w": 1}
+        return dict.fromkeys(names), {**sizes, "SECOND_EVEN_C": True, "SECOND_C_MULTIPLE": 1}, 0, 0
+    x = channels_last(second.u.tensor)
+    n, c, h, w = x.shape
+    values = (
+        x, channels_last(second.weight), second.u.scale, second.u.shift, second.scale, second.shift,
+    )  # fmt: skip
+    stride = second.geometry.stride
+    described = {
+        "second_C": c, "second_H": h, "second_W": w, "second_stride_h": stride[0], "second_stride_w": stride[1],
+        "SECOND_EVEN_C": c % conv.tile.block_c == 0, "SECOND_C_MULTIPLE": alignment(c),
+    }  # fmt: skip
+    read = (
+        n * c * x.element_size() * touched(h, conv.size[2], 1, stride[0], 0) * touched(w, conv.size[3], 1, stride[1], 0)
+    )
+    return dict(zip(names, values, strict=True)), described, read, 2 * conv.shape.pixels * second.weight.numel()
 
 
 @conv_bn_act.native

@@ -3,10 +3,14 @@
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from .. import backends
+from ..launch import launch
 from .bn_act import bn_act
 from .bn_statistics import bn_statistics
 from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, statistics_dtype
+from .contractions import contracted, empty_partials, why_no_kernel
 from .op import Op
+from .rows import empty_rows
 
 
 def formed(u: ConvInput) -> Tensor:
@@ -45,6 +49,32 @@ def _conv_forward(
 
 
 conv_forward = Op(_conv_forward)
+
+
+@conv_forward.triton
+def _conv_forward_triton(
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False
+) -> tuple[Tensor, Partials | None]:
+    check_conv(u.tensor, weight, geometry, name="u")
+    # With nothing joined to it a convolution moves no fewer bytes than the library's.
+    if backends.runs_native() and u.scale is None and not statistics:
+        return NotImplemented
+    if why_no_kernel(u, weight, geometry) is not None:
+        return NotImplemented
+    from ..kernels.conv_forward import conv_forward_kernel
+
+    conv = contracted(u, weight, geometry)
+    y = empty_rows(u.tensor, size=conv.size)
+    partials = empty_partials(conv, y.device) if statistics else None
+    counts, mean, m2 = partials or (None, None, None)
+    launch(
+        conv_forward_kernel, (conv.blocks,),
+        {**conv.arguments, "y_ptr": y, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2},
+        reads=("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr"), writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
+        partial={"x_ptr": conv.read}, flops=conv.flops + 4 * y.numel() * statistics,
+        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
+    )  # fmt: skip
+    return y, partials
 
 
 @conv_forward.native

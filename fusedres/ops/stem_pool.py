@@ -9,6 +9,7 @@ from torch.nn.functional import max_pool2d
 from .bn_act import bn_act
 from .bn_backward import masked
 from .contract import OutputGrad, PoolGeometry, channels_last, check_activation, check_vector
+from .contractions import touched
 from .op import Op
 from .rows import empty_rows, launch_rows, storable
 
@@ -16,8 +17,8 @@ NO_GRADIENT = 255  # index of a window whose maximum the ReLU set to zero
 
 
 def _stem_pool(
-    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True
-) -> tuple[Tensor, Tensor]:
+    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True, indices: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """z = maxpool(relu(y * scale + shift)) and where each maximum stood in its window.
 
     Args:
@@ -25,13 +26,17 @@ def _stem_pool(
         scale, shift: (C,) in the statistics dtype.
         pool: window of at most 255 pixels, its stride, its padding (with minus infinity).
         compact: one byte per index, the ReLU's mask in it; else the library's eight bytes and no mask.
+        indices: whether to return them at all: inference needs none.
 
     Returns:
-        z (N, C, P, Q) and index (N, C, P, Q). Compact, it is uint8: tap r * S + s of the first maximum in window
-        order, or 255 where the maximum is not positive, so that no gradient passes the ReLU. Else int64: h * W + w.
+        z (N, C, P, Q) and index (N, C, P, Q) or None. Compact, an index is uint8: tap r * S + s of the first maximum in
+        window order, or 255 where the maximum is not positive, so that no gradient passes the ReLU. Else int64:
+        h * W + w.
     """
     _check(y, scale, shift, pool)
     u, _ = bn_act(y, scale, shift)
+    if not indices:
+        return max_pool2d(u, *pool), None
     z, position = max_pool2d(u, *pool, return_indices=True)
     return z, _compacted(z, position, y.shape[3], pool) if compact else position
 
@@ -41,34 +46,27 @@ stem_pool = Op(_stem_pool)
 
 @stem_pool.triton
 def _stem_pool_triton(
-    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True
-) -> tuple[Tensor, Tensor]:
-    if not (compact and storable(y)):
+    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True, indices: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    if not (storable(y) and (compact or not indices)):
         return NotImplemented
     _check(y, scale, shift, pool)
     from ..kernels.stem_pool import stem_pool_kernel
 
     n, channels, h, w = y.shape
     size = (n, channels, *pool.output_size(h, w))
-    z, index = empty_rows(y, size=size), empty_rows(y, torch.uint8, size)
+    z = empty_rows(y, size=size)
+    index = empty_rows(y, torch.uint8, size) if indices else None
     tensors = {"y_ptr": channels_last(y), "scale_ptr": scale, "shift_ptr": shift, "z_ptr": z, "index_ptr": index}
     covered = n * channels * y.element_size()
     for side, out, kernel, stride, padding in zip((h, w), size[2:], *pool, strict=True):
-        covered *= _covered(side, out, kernel, stride, padding)
+        covered *= touched(side, out, kernel, stride, padding)
     launch_rows(
         stem_pool_kernel, z, {**tensors, **_window(y, z, pool)}, reads=("y_ptr", "scale_ptr", "shift_ptr"),
         writes=("z_ptr", "index_ptr"), partial={"y_ptr": covered}, flops=4 * math.prod(pool.kernel) * z.numel(),
         vectors=2,
     )  # fmt: skip
     return z, index
-
-
-def _covered(side: int, windows: int, kernel: int, stride: int, padding: int) -> int:
-    """How many of ``side`` pixels lie in one of the windows."""
-    end = (windows - 1) * stride - padding + kernel
-    if stride <= kernel:
-        return min(side, end)
-    return windows * kernel - padding - max(0, end - side)
 
 
 def _window(full: Tensor, pooled: Tensor, pool: PoolGeometry) -> dict[str, int]:
@@ -83,11 +81,13 @@ def _window(full: Tensor, pooled: Tensor, pool: PoolGeometry) -> dict[str, int]:
 
 @stem_pool.native
 def _stem_pool_native(
-    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True
-) -> tuple[Tensor, Tensor]:
+    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True, indices: bool = True
+) -> tuple[Tensor, Tensor | None]:
     _check(y, scale, shift, pool)
     # The ReLU is monotonic, so it may follow the maximum, over a fraction of the pixels.
     u, _ = bn_act(y, scale, shift, act=None)
+    if not indices:
+        return max_pool2d(u, *pool).relu_(), None
     z, position = max_pool2d(u, *pool, return_indices=True)
     z.relu_()
     return z, _compacted(z, position, y.shape[3], pool) if compact else position

@@ -169,8 +169,8 @@ _LOAD = re.compile(
     rf"^\s*{_NAME} = load (?P<type>{_TYPE}), ptr addrspace\((?P<space>\d+)\) (?P<pointer>{_NAME}), align (?P<align>\d+)"
 )
 _STORE = re.compile(
-    rf"^\s*store (?P<type>{_TYPE}) (?P<value>.+), ptr addrspace\((?P<space>\d+)\) (?P<pointer>{_NAME}), "
-    r"align (?P<align>\d+)"
+    rf"^\s*store (?!volatile |atomic )(?P<type>{_TYPE}) (?P<value>.+), "
+    rf"ptr addrspace\((?P<space>\d+)\) (?P<pointer>{_NAME}), align (?P<align>\d+)"
 )
 _CONSTANT = re.compile(
     r"\b(?P<op>getelementptr|ptrtoint)(?: inbounds| nuw| nusw)* \((?P<inside>(?:addrspace\(\d+\)|[^()])*)\)"

@@ -22,6 +22,7 @@ from .nvidia import NVIDIA
 
 DIALECTS = {"sm_80": NVIDIA, "sm_90": NVIDIA, "gfx1100": AMD}
 TARGETS = tuple(DIALECTS)
+MAX_THREADS = 1024  # of a block, on every target; the runtime has room for no more
 
 
 @dataclass
@@ -225,11 +226,16 @@ class _Executable(NamedTuple):
 def _executable(
     kernel: Any, specialisation: Specialisation, target: str, num_warps: int, num_stages: int
 ) -> _Executable:
+    name, spec = kernel.__name__, target_named(target)
+    threads = num_warps * spec.warp_size
+    if threads > MAX_THREADS:
+        raise errors.OutOfResources(f"{name}: {threads} threads in a block, and {target} has {MAX_THREADS}")
     compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
     name, shared_bytes = compiled.metadata.name, compiled.metadata.shared
-    limit = target_named(target).shared_bytes
-    if shared_bytes > limit:
-        raise errors.OutOfResources(f"{name}: {shared_bytes} bytes of shared memory, and {target} has {limit}")
+    if shared_bytes > spec.shared_bytes:
+        raise errors.OutOfResources(
+            f"{name}: {shared_bytes} bytes of shared memory, and {target} has {spec.shared_bytes}"
+        )
     return executable_from(compiled.asm["llir"], name, target, shared_bytes)
 
 
@@ -264,6 +270,8 @@ class _Memory:
         for span in self.spans:
             size = span.end - span.begin
             base = self._library.vgpu_guarded(ctypes.c_int64(size), ctypes.c_int64(span.begin % 64))
+            if base is None:
+                raise MemoryError(f"no memory for a copy of {'/'.join(span.names)}, {size} bytes")
             fresh = all(name in uninitialised for name in span.names)
             if fresh:
                 ctypes.memset(base, 0xFF, size)

@@ -17,6 +17,8 @@ NVIDIA = ("sm_80", "sm_90")
 each_target = pytest.mark.parametrize("target", vgpu.TARGETS)
 each_nvidia = pytest.mark.parametrize("target", NVIDIA)
 
+BARRIER = r"^ .*call void @llvm\.(?:nvvm\.barrier|amdgcn\.s\.barrier)[^\n]*"
+
 Edit = Callable[[str], str]
 
 
@@ -54,3 +56,16 @@ def substituted(pattern: str, replacement: str, which: int | None = None) -> Edi
         return llir
 
     return edit
+
+
+def count_of(pattern: str, run: Callable[[], object], plant: Plant) -> int:
+    """How often the pattern occurs in what the compiler made of the kernel that ``run`` runs."""
+    found = []
+
+    def look(llir: str) -> str:
+        found.append(len(re.findall(pattern, llir, re.M)))
+        return llir + "\n"
+
+    plant(look)
+    run()
+    return found[0]

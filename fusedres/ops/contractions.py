@@ -1,0 +1,99 @@
+"""What the launches of forward convolutions have in common: whether there is a kernel, its tile, its arguments."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import target_of
+from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise
+from ..plan.tiles import alignment
+from .contract import ConvInput, Geometry, Partials, channels_last
+from .rows import storable
+
+# Fewer channels than an access is wide: depth runs along the rows of the window, which are single runs of memory.
+FLAT_CHANNELS = 7
+LARGEST_OFFSET = 2**31
+
+
+class Contracted(NamedTuple):
+    """A convolution that a kernel is launched for."""
+
+    shape: ConvShape
+    tile: ConvTile
+    size: tuple[int, int, int, int]  # (N, K, P, Q) of the output
+    arguments: dict[str, Any]
+    read: int  # bytes of the input that lie in some window
+    flops: int
+
+    @property
+    def blocks(self) -> int:
+        return self.tile.tiles(self.shape) * self.tile.pieces(self.shape)
+
+
+def why_no_kernel(u: ConvInput, weight: Tensor, geometry: Geometry) -> str | None:
+    """Why a convolution runs on the library and not on our kernels, or None."""
+    shape = conv_shape(u, weight, geometry)
+    if not storable(u.tensor, weight):
+        return f"{u.tensor.dtype} has no kernels"
+    if depthwise(shape):
+        return "depthwise: too few channels of a group for tensor cores"
+    if max(shape.r, shape.s) > 31:
+        return f"a window of {shape.r} x {shape.s} pixels: kernels take at most 31"
+    row = u.tensor.shape[3] * u.tensor.shape[1]
+    if shape.r * geometry.dilation[0] * row >= LARGEST_OFFSET:
+        return "a window of more than 2**31 values"
+    return None
+
+
+def conv_shape(u: ConvInput, weight: Tensor, geometry: Geometry) -> ConvShape:
+    """What tiles depend on."""
+    n, _, h, w = u.tensor.shape
+    k, c, r, s = weight.shape
+    p, q = geometry.output_size(h, w, (r, s))
+    flat = c <= FLAT_CHANNELS and geometry.groups == 1 and geometry.dilation[1] == 1 and u.scale is None
+    return ConvShape(n * p * q, c, k // geometry.groups, geometry.groups, r, s, weight.element_size(), flat)
+
+
+def contracted(u: ConvInput, weight: Tensor, geometry: Geometry) -> Contracted:
+    """The convolution as both kernels are told of it."""
+    x, weight = channels_last(u.tensor), channels_last(weight)
+    n, channels, h, w = x.shape
+    shape = conv_shape(u, weight, geometry)
+    p, q = geometry.output_size(h, w, (shape.r, shape.s))
+    target = target_of(x)
+    tile = conv_tile(shape, target)
+    stride, padding, dilation, groups = geometry
+    arguments = {
+        "x_ptr": x, "w_ptr": weight, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
+        "pixels": shape.pixels, "groups": groups, "C": shape.c, "K": shape.k, "H": h, "W": w, "P": p, "Q": q,
+        "stride_h": stride[0], "stride_w": stride[1], "pad_h": padding[0], "pad_w": padding[1],
+        "dilation_h": dilation[0], "dilation_w": dilation[1], "R": shape.r, "S": shape.s,
+        "PADDED": padding != (0, 0), "FLAT": shape.flat, "GROUPS_PER_TILE": tile.groups_per_tile,
+        "EVEN_C": groups % tile.groups_per_tile == 0 and tile.groups_per_tile * shape.c % tile.block_c == 0,
+        "TF32": target.backend == "cuda" and bool(torch.backends.cudnn.allow_tf32),
+        "C_MULTIPLE": alignment(shape.c), "K_MULTIPLE": alignment(shape.k),
+        "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    read = n * channels * x.element_size()
+    for side, windows, kernel, *steps in zip(
+        (h, w), (p, q), (shape.r, shape.s), stride, padding, dilation, strict=True
+    ):
+        read *= touched(side, windows, kernel, *steps)
+    flops = 2 * shape.pixels * weight.numel()
+    return Contracted(shape, tile, (n, shape.k * groups, p, q), arguments, read, flops)
+
+
+@functools.cache
+def touched(side: int, windows: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """How many of ``side`` pixels lie in one of the windows."""
+    places = (i * stride - padding + j * dilation for i in range(windows) for j in range(kernel))
+    return len({place for place in places if 0 <= place < side})
+
+
+def empty_partials(of: Contracted, device: torch.device) -> Partials:
+    """Room for the statistics of every tile."""
+    tiles, channels = of.tile.tiles(of.shape), of.size[1]
+    mean, m2 = torch.empty((2, tiles, channels), dtype=torch.float32, device=device)
+    return Partials(torch.empty(tiles, dtype=torch.float32, device=device), mean, m2)

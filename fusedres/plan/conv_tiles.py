@@ -1,0 +1,122 @@
+"""How convolutions are cut into tiles: a pure function of shape, dtype and target; and a way to pin a choice."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..offline import Target
+
+# Below this many tiles a GPU has multiprocessors without one, and smaller tiles are worth their extra loads.
+ENOUGH_TILES = 256
+MOST_STAGES = 4
+# The narrowest side of a tile that tensor cores multiply on every target.
+NARROWEST = 16
+
+
+class ConvShape(NamedTuple):
+    """What the choice depends on: output pixels, channels of a group, groups, window, bytes of an element."""
+
+    pixels: int
+    c: int
+    k: int
+    groups: int
+    r: int
+    s: int
+    itemsize: int
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """``block_pixels`` x ``block_k`` outputs a program, ``block_c`` deep a step, ``num_stages`` steps under way.
+
+    ``groups_per_tile``: narrow groups are contracted several at a time, as a block-diagonal matrix.
+    """
+
+    block_pixels: int
+    block_k: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    groups_per_tile: int = 1
+
+    def pieces(self, shape: ConvShape) -> int:
+        """Tiles side by side that cover a pixel's channels."""
+        per_group = -(-self.groups_per_tile * shape.k // self.block_k)
+        return -(-shape.groups // self.groups_per_tile) * per_group
+
+    def tiles(self, shape: ConvShape) -> int:
+        """Tiles along the pixels."""
+        return -(-shape.pixels // self.block_pixels)
+
+    def stage_bytes(self, itemsize: int) -> int:
+        """Shared memory of one step's operands."""
+        return (self.block_pixels + self.block_k) * self.block_c * itemsize
+
+
+def depthwise(shape: ConvShape) -> bool:
+    """Whether a group has too few channels for tensor cores to gain by packing groups side by side."""
+    return shape.groups > 1 and shape.c * shape.k < 4
+
+
+def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
+    """Tiles for a convolution, the default first; the others are what tuning tries.
+
+    As large as the outputs allow, since a tile of m x n outputs loads (m + n) / (m n) operands for each
+    multiplication, unless that leaves a large GPU idle. The depth of the pipeline is what shared memory has room for
+    beside a second tile on the same multiprocessor.
+    """
+    packed = 1
+    while packed < shape.groups and min(packed * shape.c, packed * shape.k) < 32:
+        packed *= 2
+    depth = packed * shape.c if not shape.flat else shape.r * shape.s * shape.c
+    block_k = max(NARROWEST, min(_power_above(packed * shape.k), 128))
+    widest_step = 128 // shape.itemsize  # a row of operands is a line of the cache
+    block_c = max(NARROWEST, min(_power_above(depth), widest_step))
+    if depth % block_c and depth % (block_c // 2) == 0 and block_c > 2 * NARROWEST:
+        block_c //= 2
+    if shape.flat:
+        block_c = 32
+    sizes = [(128, block_k), (64, block_k)]
+    if block_k == 128:
+        sizes.append((64, 64))
+    ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
+    default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
+    others = list(ordered)
+    if block_k == 128 and packed * shape.k >= 256 and target.shared_bytes >= 200 * 1024:
+        others.append(_tile((128, 256), block_c, packed, shape, target))
+    return tuple(dict.fromkeys([default, *others]))
+
+
+def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, target: Target) -> ConvTile:
+    # 128 x 128 fp32 accumulators and a prologue's operand spill in the registers of 4 warps.
+    outputs = size[0] * size[1]
+    tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 else 4, 2, packed)
+    room = target.shared_bytes // 2 if outputs <= 128 * 128 else target.shared_bytes
+    stages = max(2, min(MOST_STAGES, room // tile.stage_bytes(shape.itemsize)))
+    while stages > 1 and stages * tile.stage_bytes(shape.itemsize) > target.shared_bytes:
+        stages -= 1
+    return replace(tile, num_stages=stages)
+
+
+def _power_above(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+_pinned: list[ConvTile] = []
+
+
+@contextmanager
+def pinned(tile: ConvTile) -> Iterator[None]:
+    """Run every forward convolution with this tile inside the ``with`` block, whatever the shape."""
+    _pinned.append(tile)
+    try:
+        yield
+    finally:
+        _pinned.pop()
+
+
+def conv_tile(shape: ConvShape, target: Target) -> ConvTile:
+    """The pinned tile, or the default of `conv_tiles`."""
+    return _pinned[-1] if _pinned else conv_tiles(shape, target)[0]

@@ -1,0 +1,124 @@
+"""The true single pass: convolve, normalise, add the shortcut, rectify; the raw output never exists.
+
+The shortcut is a tensor in memory, as it is or normalised, or the projection of one: a second contraction.
+"""
+
+import triton
+import triton.language as tl
+
+from .bn_statistics import store_tile_statistics
+from .contraction import SIZES, contract, tile_of
+from .relu_mask import packed
+
+
+@triton.jit(do_not_specialize=[*SIZES, "second_H", "second_W", "second_stride_h", "second_stride_w"])
+def conv_bn_act_kernel(
+    x_ptr,  # (N, H, W, groups * C) activations, storage dtype
+    w_ptr,  # (groups * K, R, S, C) weights, storage dtype
+    x_scale_ptr,  # (groups * C,) fp32: relu(x * scale + shift) is what is convolved; None: x itself
+    x_shift_ptr,  # (groups * C,) fp32, or None
+    scale_ptr,  # (groups * K,) fp32, of the output
+    shift_ptr,  # (groups * K,) fp32
+    residual_ptr,  # (pixels, groups * K) storage dtype, or None
+    residual_scale_ptr,  # (groups * K,) fp32 where the residual is a raw projection, else None
+    residual_shift_ptr,  # (groups * K,) fp32, or None
+    second_x_ptr,  # (N, second_H, second_W, second_C): what the projection consumes, or None
+    second_w_ptr,  # (groups * K, second_C) its 1x1 weights
+    second_x_scale_ptr,  # (second_C,) fp32 of its prologue, or None
+    second_x_shift_ptr,  # (second_C,) fp32, or None
+    second_scale_ptr,  # (groups * K,) fp32, of its output
+    second_shift_ptr,  # (groups * K,) fp32
+    z_ptr,  # (pixels, groups * K) out
+    mask_ptr,  # (pixels, ceil(groups * K / 8)) uint8 out, bits of z > 0; None: not wanted
+    count_ptr,  # (tiles,) fp32 out, pixels of each tile; None: no statistics of z
+    mean_ptr,  # (tiles, groups * K) fp32 out
+    m2_ptr,  # (tiles, groups * K) fp32 out
+    pixels,  # N * P * Q
+    groups,
+    C,  # input channels of a group
+    K,  # output channels of a group
+    H,
+    W,
+    P,
+    Q,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    second_C,
+    second_H,
+    second_W,
+    second_stride_h,
+    second_stride_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,  # whether a window can reach beyond the input
+    FLAT: tl.constexpr,  # see `contract`
+    GROUPS_PER_TILE: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    SECOND_EVEN_C: tl.constexpr,
+    RELU: tl.constexpr,
+    TF32: tl.constexpr,
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C, K and second_C
+    K_MULTIPLE: tl.constexpr,
+    SECOND_C_MULTIPLE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    i_pixel, i_k, i_group, o_k = tile_of(groups, K, GROUPS_PER_TILE, BLOCK_K)
+    o_row = tl.arange(0, BLOCK_PIXELS)
+    # Rows beyond the output read the last pixel's window: no mask in the loop, and nobody stores what they give.
+    o_pixel = tl.minimum(i_pixel * BLOCK_PIXELS + o_row, pixels - 1)
+    acc = contract(
+        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h, stride_w,
+        pad_h, pad_w, dilation_h, dilation_w, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, TF32,
+        BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+
+    first = i_pixel.to(tl.int64) * BLOCK_PIXELS
+    o_out = i_group * K + o_k
+    m_row = o_row < pixels - first
+    m_out = (o_k < GROUPS_PER_TILE * K) & (o_out < groups * K)
+    scale = tl.load(scale_ptr + o_out, mask=m_out, other=0.0)
+    shift = tl.load(shift_ptr + o_out, mask=m_out, other=0.0)
+    z = acc * scale[None, :] + shift[None, :]
+    if second_x_ptr is not None:
+        second_C = second_C // SECOND_C_MULTIPLE * SECOND_C_MULTIPLE
+        acc = contract(
+            second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, o_pixel, 0, o_out, 1, second_C,
+            groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1,
+            1, 1, False, False, 1, SECOND_EVEN_C, TF32, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+        )  # fmt: skip
+        scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)
+        shift = tl.load(second_shift_ptr + o_out, mask=m_out, other=0.0)
+        z += acc * scale[None, :] + shift[None, :]
+    o = o_row[:, None] * (groups * K) + o_out[None, :]
+    m = m_row[:, None] & m_out[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + first * (groups * K) + o, mask=m, other=0.0).to(tl.float32)
+        if residual_scale_ptr is not None:
+            scale = tl.load(residual_scale_ptr + o_out, mask=m_out, other=0.0)
+            shift = tl.load(residual_shift_ptr + o_out, mask=m_out, other=0.0)
+            residual = residual * scale[None, :] + shift[None, :]
+        z += residual
+    if RELU:
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    z = z.to(z_ptr.dtype.element_ty)
+    tl.store(z_ptr + first * (groups * K) + o, z, mask=m)
+    if mask_ptr is not None:
+        # A byte's channels have to lie in one tile: 8 divides its bounds, or it is the only one along the channels.
+        bytes_ = tl.cdiv(groups * K, 8)
+        o_byte = i_k % tl.cdiv(GROUPS_PER_TILE * K, BLOCK_K) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+        m = m_row[:, None] & (o_byte * 8 < GROUPS_PER_TILE * K)[None, :]
+        o_byte += i_group * K // 8
+        m &= (o_byte < bytes_)[None, :]
+        inside = tl.where(m_out[None, :], z, 0.0)
+        o = o_row[:, None] * bytes_ + o_byte[None, :]
+        tl.store(mask_ptr + first * bytes_ + o, packed(inside, BLOCK_PIXELS, BLOCK_K), mask=m)
+    if mean_ptr is not None:
+        count = tl.minimum(pixels - first, BLOCK_PIXELS)
+        store_tile_statistics(z, m_row, m_out, count, i_pixel, o_out, groups * K, count_ptr, mean_ptr, m2_ptr, i_k == 0)

@@ -1,0 +1,67 @@
+"""A convolution that writes its raw output, and measures it for batch norm while it is at hand."""
+
+import triton
+import triton.language as tl
+
+from .bn_statistics import store_tile_statistics
+from .contraction import SIZES, contract, tile_of
+
+
+@triton.jit(do_not_specialize=SIZES)
+def conv_forward_kernel(
+    x_ptr,  # (N, H, W, groups * C) activations, storage dtype
+    w_ptr,  # (groups * K, R, S, C) weights, storage dtype
+    x_scale_ptr,  # (groups * C,) fp32: relu(x * scale + shift) is what is convolved; None: x itself
+    x_shift_ptr,  # (groups * C,) fp32, or None
+    y_ptr,  # (pixels, groups * K) out, storage dtype
+    count_ptr,  # (tiles,) fp32 out, pixels of each tile; None: no statistics
+    mean_ptr,  # (tiles, groups * K) fp32 out
+    m2_ptr,  # (tiles, groups * K) fp32 out, sum of (y - mean)^2 of y as stored
+    pixels,  # N * P * Q
+    groups,
+    C,  # input channels of a group
+    K,  # output channels of a group
+    H,
+    W,
+    P,
+    Q,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,  # whether a window can reach beyond the input
+    FLAT: tl.constexpr,  # see `contract`
+    GROUPS_PER_TILE: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    TF32: tl.constexpr,
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K
+    K_MULTIPLE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    i_pixel, i_k, i_group, o_k = tile_of(groups, K, GROUPS_PER_TILE, BLOCK_K)
+    o_row = tl.arange(0, BLOCK_PIXELS)
+    # Rows beyond the output read the last pixel's window: no mask in the loop, and nobody stores what they give.
+    o_pixel = tl.minimum(i_pixel * BLOCK_PIXELS + o_row, pixels - 1)
+    acc = contract(
+        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h, stride_w,
+        pad_h, pad_w, dilation_h, dilation_w, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, TF32,
+        BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+
+    y = acc.to(y_ptr.dtype.element_ty)
+    first = i_pixel.to(tl.int64) * BLOCK_PIXELS
+    o_out = i_group * K + o_k
+    m_row = o_row < pixels - first
+    m_out = (o_k < GROUPS_PER_TILE * K) & (o_out < groups * K)
+    o = o_row[:, None] * (groups * K) + o_out[None, :]
+    tl.store(y_ptr + first * (groups * K) + o, y, mask=m_row[:, None] & m_out[None, :])
+    if mean_ptr is not None:
+        count = tl.minimum(pixels - first, BLOCK_PIXELS)
+        store_tile_statistics(y, m_row, m_out, count, i_pixel, o_out, groups * K, count_ptr, mean_ptr, m2_ptr, i_k == 0)
