@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..launch import launch, target_of
+from ..plan.tiles import alignment, moments_tile
 from . import onednn
 from .contract import (
     ConvInput,
@@ -19,6 +21,7 @@ from .contract import (
 from .conv_forward import formed
 from .conv_weight_grad import weight_grad
 from .op import Op
+from .rows import storable
 
 # Rows are taken in pieces of 1 MiB of fp32, which stay in a core's second-level cache between the passes over them.
 _PIECE = 1 << 18
@@ -63,6 +66,48 @@ def _input_moments(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
 
 
 input_moments = Op(_input_moments)
+
+
+@input_moments.triton
+def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
+    check_activation("u", u.tensor)
+    if not storable(u.tensor):
+        return NotImplemented
+    from ..kernels.input_moments import input_moments_finish_kernel, input_moments_kernel
+
+    x = channels_last(u.tensor)
+    n, channels, h, w = x.shape
+    p, q = Geometry(stride).output_size(h, w, (1, 1))
+    count = n * p * q
+    tile = moments_tile(count, channels)
+    pairs = tile.pairs(channels)
+    row, mean = torch.empty((2, channels), dtype=torch.float32, device=x.device)
+    sums = torch.empty((tile.parts, channels), dtype=torch.float32, device=x.device)
+    gram = torch.empty((tile.parts, pairs, tile.block_c, tile.block_c), dtype=torch.float32, device=x.device)
+    m2 = torch.empty((channels, channels), dtype=torch.float32, device=x.device)
+    read = {"x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
+    partial = {"row_ptr": row, "sum_ptr": sums, "gram_ptr": gram}
+    precision = target_of(x).backend == "cuda" and bool(torch.backends.cudnn.allow_tf32)
+    launch(
+        input_moments_kernel, (tile.parts * pairs,),
+        {
+            **read, **partial, "pixels": count, "pixels_per_part": tile.per_part(count), "C": channels, "H": h, "W": w,
+            "P": p, "Q": q, "stride_h": stride[0], "stride_w": stride[1], "TF32": precision,
+            "C_MULTIPLE": alignment(channels), "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c,
+        },
+        reads=tuple(read), writes=tuple(partial), partial={"x_ptr": count * channels * x.element_size()},
+        flops=count * channels * (channels + 1), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    rows = min(16, tile.block_c)
+    launch(
+        input_moments_finish_kernel, (pairs, tile.block_c // rows),
+        {
+            **partial, "mean_ptr": mean, "m2_ptr": m2, "parts": tile.parts, "pixels": count, "C": channels,
+            "BLOCK_C": tile.block_c, "ROWS": rows,
+        },
+        reads=tuple(partial), writes=("mean_ptr", "m2_ptr"), flops=gram.numel(), num_warps=tile.num_warps,
+    )  # fmt: skip
+    return Moments(count, mean, m2)
 
 
 @input_moments.native

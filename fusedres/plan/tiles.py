@@ -45,6 +45,34 @@ class PartialTile:
     num_warps: int = 4
 
 
+@dataclass(frozen=True)
+class MomentsTile:
+    """A ``block_c`` x ``block_c`` piece of a Gram matrix, ``block_pixels`` rows at a time; ``parts`` of the pixels."""
+
+    block_pixels: int
+    block_c: int
+    parts: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def pairs(self, channels: int) -> int:
+        """Pieces on or above the diagonal."""
+        pieces = -(-channels // self.block_c)
+        return pieces * (pieces + 1) // 2
+
+    def per_part(self, pixels: int) -> int:
+        """Pixels of a part, a multiple of ``block_pixels``."""
+        return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
+
+
+def moments_tile(pixels: int, channels: int) -> MomentsTile:
+    """The tile of `input_moments`: as many parts as keep a large GPU busy and no more, for each writes its sums."""
+    block_c = max(16, min(64, _power_above(channels)))
+    tile = MomentsTile(64, block_c, 1)
+    wanted = max(1, min(-(-pixels // tile.block_pixels), PROGRAMS // 2 // tile.pairs(channels)))
+    return replace(tile, parts=-(-pixels // replace(tile, parts=wanted).per_part(pixels)))
+
+
 def row_tiles(rows: int, channels: int, itemsize: int, vectors: int = 4) -> tuple[RowTile, ...]:
     """Tiles for one pass over a (rows, channels) tensor of ``itemsize`` bytes an element, the default first.
 
