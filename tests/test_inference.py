@@ -341,14 +341,14 @@ def test_a_model_born_in_inference_mode():
 def test_the_cache_dies_with_the_model(model):
     assert_eager(model, image(*X))
     gc.collect()
-    kept = len(inference._packed)
+    kept = len(inference._folded)
     twin = copy.deepcopy(model)
     assert_eager(twin, image(*X))
     gc.collect()
-    assert len(inference._packed) > kept
+    assert len(inference._folded) > kept
     del twin
     gc.collect()
-    assert len(inference._packed) == kept
+    assert len(inference._folded) == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -101,7 +101,7 @@ def _join(
         second = contraction(projection, parameters[-1], spec.projection)
     if main.y is None:
         first = contraction(main, parameters[last], spec.layers[last])
-        return conv_bn_act(first, second=second, **end) if second else conv_bn_act(first, **shortcut, **end)
+        return conv_bn_act(first, **({"second": second} if second else shortcut), **end)[:2]
     if second is None:
         return bn_act(main.y, main.norm.scale, main.norm.shift, **shortcut, **end)
     swapped: dict[str, Any] = {
@@ -109,7 +109,7 @@ def _join(
         "residual_scale": main.norm.scale,
         "residual_shift": main.norm.shift,
     }
-    return conv_bn_act(second, **swapped, **end)
+    return conv_bn_act(second, **swapped, **end)[:2]
 
 
 class ConvChain(torch.autograd.Function):

@@ -15,6 +15,7 @@ from .rows import storable
 # Fewer channels than an access is wide: depth runs along the rows of the window, which are single runs of memory.
 FLAT_CHANNELS = 7
 LARGEST_OFFSET = 2**31
+LARGEST_WINDOW = 63  # taps, a bit each
 
 
 class Contracted(NamedTuple):
@@ -39,8 +40,8 @@ def why_no_kernel(u: ConvInput, weight: Tensor, geometry: Geometry) -> str | Non
         return f"{u.tensor.dtype} has no kernels"
     if depthwise(shape):
         return "depthwise: too few channels of a group for tensor cores"
-    if max(shape.r, shape.s) > 31:
-        return f"a window of {shape.r} x {shape.s} pixels: kernels take at most 31"
+    if shape.r * shape.s > LARGEST_WINDOW:
+        return f"a window of {shape.r} x {shape.s} pixels: kernels take at most {LARGEST_WINDOW}"
     row = u.tensor.shape[3] * u.tensor.shape[1]
     if shape.r * geometry.dilation[0] * row >= LARGEST_OFFSET:
         return "a window of more than 2**31 values"
@@ -53,7 +54,8 @@ def conv_shape(u: ConvInput, weight: Tensor, geometry: Geometry) -> ConvShape:
     k, c, r, s = weight.shape
     p, q = geometry.output_size(h, w, (r, s))
     flat = c <= FLAT_CHANNELS and geometry.groups == 1 and geometry.dilation[1] == 1 and u.scale is None
-    return ConvShape(n * p * q, c, k // geometry.groups, geometry.groups, r, s, weight.element_size(), flat)
+    groups, prologue = geometry.groups, u.scale is not None
+    return ConvShape(n * p * q, c, k // groups, groups, r, s, weight.element_size(), flat, prologue)
 
 
 def contracted(u: ConvInput, weight: Tensor, geometry: Geometry) -> Contracted:

@@ -8,12 +8,21 @@ from ..launch import launch
 from ..plan.tiles import alignment
 from . import onednn
 from .bn_act import check_act, normalised_sum, output_dtype
-from .contract import ConvInput, Geometry, channels_last, check_conv, check_vector, per_channel
-from .contractions import Contracted, contracted, touched, why_no_kernel
+from .bn_statistics import bn_statistics
+from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, check_vector, per_channel
+from .contractions import Contracted, contracted, empty_partials, touched, why_no_kernel
 from .conv_forward import accumulated, conv_forward, formed
 from .op import Op
 from .relu_mask import laid_out, pack_relu_mask
 from .rows import empty_mask, empty_rows, storable
+
+
+class Joined(NamedTuple):
+    """A block's output, its bit mask (`pack_relu_mask`) and its `Partials`, each of the latter if asked for."""
+
+    z: Tensor
+    mask: Tensor | None
+    partials: Partials | None
 
 
 class Contraction(NamedTuple):
@@ -57,7 +66,8 @@ def _conv_bn_act(
     second: Contraction | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    statistics: bool = False,
+) -> Joined:
     """z = act(conv(u, W) * scale + shift + shortcut).
 
     The shortcut is nothing, ``residual`` as it is, residual * residual_scale + residual_shift (a projection that was
@@ -70,9 +80,10 @@ def _conv_bn_act(
         second: the projection's `Contraction` or None; not together with ``residual``.
         act: ``"relu"`` or None.
         bit_mask: whether to return the ReLU's open positions too.
+        statistics: whether to measure z (as stored) for a batch norm that follows.
 
     Returns:
-        z (N, K, P, Q), rounded once to the storage dtype, and the bit mask (`pack_relu_mask`) or None.
+        z (N, K, P, Q), rounded once to the storage dtype; the bit mask or None; the statistics of z or None.
     """
     _check(main, residual, second, act)
     y = accumulated(formed(main.u), main.weight, main.geometry)
@@ -81,7 +92,12 @@ def _conv_bn_act(
         residual = accumulated(formed(second.u), second.weight, second.geometry)
         residual_scale, residual_shift = second.scale, second.shift
     z = normalised_sum(y, main.scale, main.shift, residual, residual_scale, residual_shift, act).to(dtype)
-    return z, pack_relu_mask(z) if bit_mask else None
+    return joined(z, bit_mask=bit_mask, statistics=statistics)
+
+
+def joined(z: Tensor, *, bit_mask: bool, statistics: bool) -> Joined:
+    """``z`` with what is asked for beside it, in passes of their own."""
+    return Joined(z, pack_relu_mask(z) if bit_mask else None, bn_statistics(z) if statistics else None)
 
 
 conv_bn_act = Op(_conv_bn_act)
@@ -97,7 +113,8 @@ def _conv_bn_act_triton(
     second: Contraction | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    statistics: bool = False,
+) -> Joined:
     _check(main, residual, second, act)
     if why_no_kernel(main.u, main.weight, main.geometry) is not None or not storable(residual):
         return NotImplemented
@@ -117,14 +134,17 @@ def _conv_bn_act_triton(
     }  # fmt: skip
     projected, sizes, read, flops = _projection(second, conv)
     reads = ("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", *beside, *projected)
-    written = {"z_ptr": z, "mask_ptr": mask, "count_ptr": None, "mean_ptr": None, "m2_ptr": None}
+    partials = empty_partials(conv, z.device) if statistics else None
+    counts, mean, m2 = partials or (None, None, None)
+    written = {"z_ptr": z, "mask_ptr": mask, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2}
     launch(
         conv_bn_act_kernel, (conv.blocks,),
         {**conv.arguments, **beside, **projected, **sizes, **written, "RELU": act == "relu"},
         reads=reads, writes=tuple(written), partial={"x_ptr": conv.read, "second_x_ptr": read},
-        flops=conv.flops + flops + 4 * z.numel(), num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
+        flops=conv.flops + flops + (4 + 4 * statistics) * z.numel(),
+        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
     )  # fmt: skip
-    return z, mask
+    return Joined(z, mask, partials)
 
 
 def _joins(second: Contraction) -> bool:
@@ -170,7 +190,8 @@ def _conv_bn_act_native(
     second: Contraction | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    statistics: bool = False,
+) -> Joined:
     # Folding rounds the weight once more, which 16 bits would show.
     if not onednn.runs(main.weight) or (residual is not None and residual.dtype != main.weight.dtype):
         return NotImplemented
@@ -180,7 +201,7 @@ def _conv_bn_act_native(
     if second is not None:
         residual = onednn.conv_act(formed(second.u), _folded(second))
     z = onednn.conv_act(formed(main.u), _folded(main), residual, act)
-    return z, pack_relu_mask(z) if bit_mask else None
+    return joined(z, bit_mask=bit_mask, statistics=statistics)
 
 
 def _folded(branch: Contraction) -> onednn.PackedConv:

@@ -15,7 +15,10 @@ NARROWEST = 16
 
 
 class ConvShape(NamedTuple):
-    """What the choice depends on: output pixels, channels of a group, groups, window, bytes of an element."""
+    """What the choice depends on: output pixels, channels of a group, groups, window, bytes of an element.
+
+    ``flat``: depth runs along the rows of the window. ``prologue``: the input is normalised on load.
+    """
 
     pixels: int
     c: int
@@ -25,6 +28,7 @@ class ConvShape(NamedTuple):
     s: int
     itemsize: int
     flat: bool = False
+    prologue: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
     others = list(ordered)
-    if block_k == 128 and packed * shape.k >= 256 and target.shared_bytes >= 200 * 1024:
+    # The widest tile where tensor cores read both operands from shared memory; a prologue would find no registers.
+    if packed * shape.k >= 256 and wide(target) and not shape.prologue:
         others.append(_tile((128, 256), block_c, packed, shape, target))
     return tuple(dict.fromkeys([default, *others]))
 
@@ -93,11 +98,18 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # 128 x 128 fp32 accumulators and a prologue's operand spill in the registers of 4 warps.
     outputs = size[0] * size[1]
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 else 4, 2, packed)
-    room = target.shared_bytes // 2 if outputs <= 128 * 128 else target.shared_bytes
+    # Where operands pass through registers, such a tile has the multiprocessor for itself.
+    alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
+    room = target.shared_bytes if alone else target.shared_bytes // 2
     stages = max(2, min(MOST_STAGES, room // tile.stage_bytes(shape.itemsize)))
     while stages > 1 and stages * tile.stage_bytes(shape.itemsize) > target.shared_bytes:
         stages -= 1
     return replace(tile, num_stages=stages)
+
+
+def wide(target: Target) -> bool:
+    """Whether tensor cores read their operands from shared memory, as those of sm_90 and sm_100 do."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and 90 <= target.arch < 120
 
 
 def _power_above(number: int) -> int:

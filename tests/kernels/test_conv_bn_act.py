@@ -14,6 +14,7 @@ from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
 from tests.kernels.executed import activation, covering, executed, vgpu
+from tests.kernels.test_conv_forward import check_statistics
 
 CASES = {
     "3x3": Conv((1, 64, 7, 9), 64, (3, 3), Geometry(padding=(1, 1))),
@@ -82,12 +83,11 @@ class Operands:
 
 def check(
     target: str, conv: Conv, dtype: torch.dtype, shortcut: str = "none", *, prologue: bool = False,
-    act: str | None = "relu", bit_mask: bool = True,
+    act: str | None = "relu", bit_mask: bool = True, statistics: bool = False,
 ) -> None:  # fmt: skip
     operands = Operands(conv, dtype, shortcut, prologue=prologue)
-    (z, mask), trace = executed(
-        target, lambda: conv_bn_act(operands.main, **operands.keywords, act=act, bit_mask=bit_mask)
-    )
+    asked = {"act": act, "bit_mask": bit_mask, "statistics": statistics}
+    (z, mask, partials), trace = executed(target, lambda: conv_bn_act(operands.main, **operands.keywords, **asked))
     assert trace.by_kernel()["conv_bn_act_kernel"] == 1
     assert len(trace.launches) == 1 + (shortcut == "3x3 projection")
     tf32 = None
@@ -99,6 +99,10 @@ def check(
         assert torch.equal(mask, pack_relu_mask(z))
     else:
         assert mask is None
+    if statistics:
+        check_statistics(z, partials)
+    else:
+        assert partials is None
 
 
 @pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES))
@@ -124,6 +128,11 @@ def test_without_mask(act: str | None, target: str, dtype: torch.dtype) -> None:
     check(target, CASES["3x3"], dtype, "plain", act=act, bit_mask=False)
 
 
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(["3x3", "tails of pixels, K and C", "groups of 4"]))
+def test_statistics_of_the_output(case: str, target: str, dtype: torch.dtype) -> None:
+    check(target, CASES[case], dtype, "plain", statistics=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("target", vgpu.TARGETS)
@@ -146,6 +155,6 @@ def test_a_wide_shortcut_promotes_the_sum(target: str) -> None:
     conv = CASES["3x3"]
     operands = Operands(conv, torch.bfloat16, "none", prologue=False)
     operands.residual = activation((1, 64, 7, 9), torch.float32)
-    (z, _), _ = executed(target, lambda: conv_bn_act(operands.main, residual=operands.residual))
+    (z, *_), _ = executed(target, lambda: conv_bn_act(operands.main, residual=operands.residual))
     assert z.dtype == torch.float32
     assert_as_accurate(z, operands.computed(torch.bfloat16).float(), operands.computed(torch.float64), None)

@@ -4,6 +4,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -154,6 +156,44 @@ def test_what_is_not_finite_reaches_the_windows_that_hold_it(target: str, prolog
     expected = conv2d(torch.relu(x) if prologue else x, weight, padding=1)
     assert torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y.isnan(), expected.isnan())
+
+
+WINDOWS = ((1, 1), (3, 3), (5, 5), (1, 3))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Conv:
+    """Small ones; the sizes that binaries are made for come from short lists, all others are any."""
+    groups = draw(st.sampled_from((1, 1, 2, 4)))
+    c, k = (groups * draw(st.sampled_from((4, 8, 16, 32, 48, 64))) for _ in range(2))
+    window = draw(st.sampled_from(WINDOWS))
+    stride, padding, dilation = (
+        (draw(high), draw(high)) for high in (st.integers(1, 3), st.integers(0, 2), st.integers(1, 2))
+    )
+    size = draw(st.integers(1, 3)), c, draw(st.integers(1, 14)), draw(st.integers(1, 14))
+    geometry = Geometry(stride, padding, dilation, groups)
+    assume(min(geometry.output_size(size[2], size[3], window)) >= 1)
+    return Conv(size, k, window, geometry)
+
+
+RANDOM = {
+    "conv": convolutions(), "target": st.sampled_from(vgpu.TARGETS), "dtype": st.sampled_from((torch.float32, *LOW)),
+    "prologue": st.booleans(),
+}  # fmt: skip
+reproducible = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
+
+
+@settings(reproducible, max_examples=12)
+@given(**RANDOM)
+def test_random_shapes(conv: Conv, target: str, dtype: torch.dtype, prologue: bool) -> None:
+    check(target, conv, dtype, prologue=prologue)
+
+
+@pytest.mark.slow
+@settings(reproducible, max_examples=300)
+@given(**RANDOM)
+def test_many_random_shapes(conv: Conv, target: str, dtype: torch.dtype, prologue: bool) -> None:
+    check(target, conv, dtype, prologue=prologue)
 
 
 @pytest.mark.parametrize("target", vgpu.TARGETS)

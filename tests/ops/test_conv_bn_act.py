@@ -106,7 +106,7 @@ def eagerly(main, residual=None, residual_scale=None, residual_shift=None, secon
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_sum_of_its_parts(case, shortcut, prologue, act, each_backend):
     main, keywords = setting(case, torch.float64, shortcut, prologue)
-    z, mask = conv_bn_act(main, **keywords, act=act)
+    z, mask, _ = conv_bn_act(main, **keywords, act=act)
     assert mask is None
     assert_close(z, exactly(main, **keywords, act=act))
 
@@ -115,8 +115,16 @@ def test_is_the_sum_of_its_parts(case, shortcut, prologue, act, each_backend):
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_mask_is_where_the_output_is_positive(shortcut, dtype, each_backend):
     main, keywords = setting("1x1", dtype, shortcut, True)
-    z, mask = conv_bn_act(main, **keywords, bit_mask=True)
+    z, mask, _ = conv_bn_act(main, **keywords, bit_mask=True)
     assert torch.equal(unpack_relu_mask(mask, z.shape[1]), z > 0)
+
+
+def test_statistics_are_those_of_the_output(each_backend):
+    main, keywords = setting("1x1", torch.float64, "none", True)
+    z, _, partials = conv_bn_act(main, **keywords, statistics=True)
+    assert_close(partials.mean[0], z.mean((0, 2, 3)))
+    assert_close(partials.m2[0], z.var((0, 2, 3), correction=0) * partials.counts)
+    assert conv_bn_act(main, **keywords).partials is None
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -128,7 +136,7 @@ def test_rounds_no_more_than_eager(case, shortcut, prologue, act, dtype, each_ba
     copies = [main.u.tensor.clone(), main.weight.clone(), main.scale.clone(), main.shift.clone()]
     residual = keywords.get("residual")
     residual_copy = None if residual is None else residual.clone()
-    z, _ = conv_bn_act(main, **keywords, act=act)
+    z, *_ = conv_bn_act(main, **keywords, act=act)
     exact = exactly(main, **keywords, act=act)
     # One pixel and four channels: a handful of roundings, of which either side may be the luckier.
     floor = 4 * torch.finfo(dtype).eps if case == "one pixel" else None
@@ -144,7 +152,7 @@ def test_sixteen_bits_are_rounded_once(shortcut, dtype, each_backend):
     main, keywords = setting("1x1", dtype, shortcut, False)
     if "second" in keywords:
         keywords["second"] = keywords["second"]._replace(u=ConvInput(keywords["second"].u.tensor))
-    z, _ = conv_bn_act(main, **keywords)
+    z, *_ = conv_bn_act(main, **keywords)
     exact = exactly(main, **keywords)
     allowed = exact * (torch.finfo(dtype).eps / 2 + 1e-5) + 2e-5
     assert ((z.double() - exact).abs() <= allowed).all()
@@ -155,7 +163,7 @@ def test_sixteen_bits_are_rounded_once(shortcut, dtype, each_backend):
 def test_sum_is_promoted_as_eagers(dtype, residual_dtype, each_backend):
     main, keywords = setting("1x1", dtype, "residual", False)
     keywords["residual"] = keywords["residual"].to(residual_dtype)
-    z, _ = conv_bn_act(main, **keywords)
+    z, *_ = conv_bn_act(main, **keywords)
     assert z.dtype == torch.promote_types(dtype, residual_dtype)
     assert_close(z, exactly(main, **keywords), torch.finfo(z.dtype).eps)
 
@@ -169,7 +177,7 @@ def test_layouts_may_differ(layout, residual_layout, shortcut, dtype, each_backe
     exact = exactly(main, **keywords)
     u = main.u._replace(tensor=main.u.tensor.contiguous(memory_format=layout))
     keywords["residual"] = keywords["residual"].contiguous(memory_format=residual_layout)
-    z, _ = conv_bn_act(main._replace(u=u), **keywords)
+    z, *_ = conv_bn_act(main._replace(u=u), **keywords)
     assert_close(z, exact, 1e-12 if dtype == torch.float64 else 1e-6)
 
 
@@ -179,7 +187,7 @@ def test_special_scales(case, dtype, each_backend):
     main, keywords = setting("3x3", dtype, "residual", True)
     scale = torch.zeros_like(main.scale) if case == "gamma = 0" else -main.scale.abs()
     main = main._replace(scale=scale)
-    z, _ = conv_bn_act(main, **keywords)
+    z, *_ = conv_bn_act(main, **keywords)
     assert_close(z, exactly(main, **keywords), 1e-12 if dtype == torch.float64 else 1e-6)
 
 
