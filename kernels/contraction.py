@@ -106,19 +106,27 @@ def contract(
         return acc
 
     if PADDED:
-        # The lowest bit says whether the window's next tap lies inside the input.
-        BITS: tl.constexpr = tl.int32 if R * S < 32 else tl.int64
-        inside = tl.zeros((BLOCK_PIXELS,), BITS)
-        for i_tap in tl.static_range(R * S):
-            h, column = o_h + i_tap // S * dilation_h, o_w + i_tap % S * dilation_w
-            inside |= ((h >= 0) & (h < H) & (column >= 0) & (column < W)).to(BITS) << i_tap
+        # Bit s of columns, bit r of rows: whether that tap lies inside the input. Small windows have a bit for each
+        # pair, the lowest of which is the next tap's.
+        rows = tl.zeros((BLOCK_PIXELS,), tl.int32)
+        columns = tl.zeros((BLOCK_PIXELS,), tl.int32)
+        inside = tl.zeros((BLOCK_PIXELS,), tl.int32)
+        for i_r in tl.static_range(R):
+            h = o_h + i_r * dilation_h
+            rows |= ((h >= 0) & (h < H)).to(tl.int32) << i_r
+        for i_s in tl.static_range(S):
+            column = o_w + i_s * dilation_w
+            columns |= ((column >= 0) & (column < W)).to(tl.int32) << i_s
+        if R * S < 32:
+            for i_r in tl.static_range(R):
+                inside |= tl.where((rows >> i_r & 1) != 0, columns << (i_r * S), 0)
     channels = live * C
     pieces = tl.cdiv(channels, BLOCK_C)
     r, s, c = 0, 0, 0
     for _ in range(R * S * pieces):
         o_tap = (r * dilation_h * W + s * dilation_w) * (groups * C) + c
         if PADDED:
-            m_in = (inside & 1) != 0
+            m_in = ((inside if R * S < 32 else (rows >> r) & (columns >> s)) & 1) != 0
         if PADDED and EVEN_C:
             x = tl.load(x_ptrs + o_tap, mask=m_in[:, None], other=0.0)
         elif PADDED:
@@ -150,7 +158,7 @@ def contract(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         c += BLOCK_C
         step = (c >= channels).to(tl.int32)
-        if PADDED:
+        if PADDED and R * S < 32:
             inside = inside >> step
         s += step
         c = tl.where(step != 0, 0, c)

@@ -39,6 +39,25 @@ def _piece(
 
 
 @triton.jit
+def _reference(
+    u,  # (BLOCK_PIXELS, BLOCK_C) the first pixels
+    m,  # (BLOCK_PIXELS,) which of them exist
+    count,  # how many do
+):
+    """(BLOCK_C,) fp32: the mean, about which a mean that is large against the deviation can not cancel.
+
+    In 16 bits it is rounded too, for the difference of two numbers of about one size is exact there; and it is zero
+    where it is small, for then the numbers themselves are what is exact, and little cancels.
+    """
+    values = tl.where(m[:, None], u.to(tl.float32), 0.0)
+    mean = tl.sum(values, axis=0) / count
+    if u.dtype == tl.float32:
+        return mean
+    d = tl.where(m[:, None], values - mean[None, :], 0.0)
+    return tl.where(mean * mean * count > 16.0 * tl.sum(d * d, axis=0), mean.to(u.dtype).to(tl.float32), 0.0)
+
+
+@triton.jit
 def pair_of(i_pair, pieces):
     """Row and column, column >= row, of the i-th tile on or above the diagonal."""
     row = 0
@@ -53,7 +72,7 @@ def input_moments_kernel(
     x_ptr,  # (N, H, W, C) input, storage dtype
     scale_ptr,  # (C,) fp32: relu(x * scale + shift) is u; None: x itself
     shift_ptr,  # (C,) fp32, or None
-    row_ptr,  # (C,) fp32 out, the reference row: the mean of the first BLOCK_PIXELS pixels
+    row_ptr,  # (C,) fp32 out, the reference row (`_reference`)
     sum_ptr,  # (parts, C) fp32 out, sum of u - row
     gram_ptr,  # (parts, pairs, BLOCK_C, BLOCK_C) fp32 out, sum of (u - row)(u - row)^T
     pixels,  # N * P * Q
@@ -65,12 +84,10 @@ def input_moments_kernel(
     Q,
     stride_h,
     stride_w,
-    TF32: tl.constexpr,
     C_MULTIPLE: tl.constexpr,  # a power of two that divides C
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     C = C // C_MULTIPLE * C_MULTIPLE
     pieces = tl.cdiv(C, BLOCK_C)
     pairs = pieces * (pieces + 1) // 2
@@ -79,13 +96,13 @@ def input_moments_kernel(
     o_pixel = tl.arange(0, BLOCK_PIXELS)
     o_a, o_b = i_a * BLOCK_C + tl.arange(0, BLOCK_C), i_b * BLOCK_C + tl.arange(0, BLOCK_C)
 
-    # Every program forms the same reference row. About it, a mean that is large against the deviation can not cancel.
+    # Every program forms the same reference row, from the first pixels.
     m = o_pixel < pixels
     count = tl.minimum(pixels, BLOCK_PIXELS)
     first = _piece(x_ptr, scale_ptr, shift_ptr, o_pixel, m, o_a, C, H, W, P, Q, stride_h, stride_w)
-    row_a = tl.sum(tl.where(m[:, None], first.to(tl.float32), 0.0), axis=0) / count
+    row_a = _reference(first, m, count)
     first = _piece(x_ptr, scale_ptr, shift_ptr, o_pixel, m, o_b, C, H, W, P, Q, stride_h, stride_w)
-    row_b = tl.sum(tl.where(m[:, None], first.to(tl.float32), 0.0), axis=0) / count
+    row_b = _reference(first, m, count)
 
     total = tl.zeros((BLOCK_C,), tl.float32)
     gram = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
@@ -98,7 +115,8 @@ def input_moments_kernel(
         b = tl.where(m[:, None], b.to(tl.float32) - row_b[None, :], 0.0).to(b.dtype)
         # Of the rounded differences, so that both moments are those of the same numbers.
         total += tl.sum(a.to(tl.float32), axis=0)
-        gram = tl.dot(tl.trans(a), b, gram, input_precision=PRECISION)
+        # Statistics are never in TF32.
+        gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee")
     o_square = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     tl.store(gram_ptr + tl.program_id(0).to(tl.int64) * BLOCK_C * BLOCK_C + o_square, gram)
     if i_a == i_b:

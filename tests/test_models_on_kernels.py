@@ -12,7 +12,7 @@ import fusedres
 from fusedres import vgpu
 from fusedres.models import cifar_resnet
 from fusedres.plan import SCHEDULES
-from tests.comparison import assert_close, seeded
+from tests.comparison import assert_as_accurate_as_eager, assert_close, seeded
 from tests.vgpu_support import skip_module_without_vgpu
 
 skip_module_without_vgpu()
@@ -85,6 +85,18 @@ def assert_agree(ours: Step, theirs: Step, tolerance: float) -> None:
             assert_close(tensor, other[name], tolerance, name=name)
 
 
+def assert_as_accurate(ours: Step, theirs: Step, exact: Step) -> None:
+    """No tensor further from fp64 than 1.5 times the formulas in the same dtype, or half a unit in the last place."""
+    for mine, other, truth in (
+        ({"z": ours.z}, {"z": theirs.z}, {"z": exact.z}),
+        (ours.grads, theirs.grads, exact.grads),
+        (ours.buffers, theirs.buffers, exact.buffers),
+    ):
+        for name, tensor in mine.items():
+            if tensor.dtype.is_floating_point:
+                assert_as_accurate_as_eager(tensor, other[name], truth[name], name=name)
+
+
 @pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -92,9 +104,12 @@ def test_a_block_trains_on_kernels(block: str, schedule: str, dtype: torch.dtype
     make, size = BLOCKS[block]
     model = fusedres.fuse(nn.Sequential(make().to(dtype)), schedule=schedule)
     x = torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)
+    wide = copy.deepcopy(model).double()
     ours, theirs, trace = on_both(model, "sm_90", x)
-    # Running statistics in bf16 are rounded once by the kernel, and twice by the formula.
-    assert_agree(ours, theirs, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    if dtype == torch.float32:
+        assert_agree(ours, theirs, 1e-5)
+    else:
+        assert_as_accurate(ours, theirs, step(wide, x.double()))
     launches = trace.by_kernel()
     if schedule in ("auto", "block_end"):
         names = ("bn_statistics", "bn_finalize", "bn_act", "bn_backward_reduce", "bn_backward_finish")
@@ -111,7 +126,7 @@ def test_resnet20_trains_on_kernels(target: str) -> None:
     ours, theirs, trace = on_both(model, target, torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,)))
     assert_agree(ours, theirs, 1e-5)
     assert trace.by_kernel()["bn_act_kernel"] == 18
-    assert len({launch.binary for launch in trace.launches}) <= 30
+    assert len({launch.binary for launch in trace.launches}) <= 40
 
 
 @each_target

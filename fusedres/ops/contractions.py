@@ -15,7 +15,7 @@ from .rows import storable
 # Fewer channels than an access is wide: depth runs along the rows of the window, which are single runs of memory.
 FLAT_CHANNELS = 7
 LARGEST_OFFSET = 2**31
-LARGEST_WINDOW = 63  # taps, a bit each
+LARGEST_WINDOW = 31  # taps along a side, a bit each
 
 
 class Contracted(NamedTuple):
@@ -40,7 +40,7 @@ def why_no_kernel(u: ConvInput, weight: Tensor, geometry: Geometry) -> str | Non
         return f"{u.tensor.dtype} has no kernels"
     if depthwise(shape):
         return "depthwise: too few channels of a group for tensor cores"
-    if shape.r * shape.s > LARGEST_WINDOW:
+    if max(shape.r, shape.s) > LARGEST_WINDOW:
         return f"a window of {shape.r} x {shape.s} pixels: kernels take at most {LARGEST_WINDOW}"
     row = u.tensor.shape[3] * u.tensor.shape[1]
     if shape.r * geometry.dilation[0] * row >= LARGEST_OFFSET:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..launch import launch, target_of
+from ..launch import launch
 from ..plan.tiles import alignment, moments_tile
 from . import onednn
 from .contract import (
@@ -87,12 +87,11 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
     m2 = torch.empty((channels, channels), dtype=torch.float32, device=x.device)
     read = {"x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
     partial = {"row_ptr": row, "sum_ptr": sums, "gram_ptr": gram}
-    precision = target_of(x).backend == "cuda" and bool(torch.backends.cudnn.allow_tf32)
     launch(
         input_moments_kernel, (tile.parts * pairs,),
         {
             **read, **partial, "pixels": count, "pixels_per_part": tile.per_part(count), "C": channels, "H": h, "W": w,
-            "P": p, "Q": q, "stride_h": stride[0], "stride_w": stride[1], "TF32": precision,
+            "P": p, "Q": q, "stride_h": stride[0], "stride_w": stride[1],
             "C_MULTIPLE": alignment(channels), "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c,
         },
         reads=tuple(read), writes=tuple(partial), partial={"x_ptr": count * channels * x.element_size()},

@@ -107,6 +107,52 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     return replace(tile, num_stages=stages)
 
 
+@dataclass(frozen=True)
+class WeightGradTile:
+    """``block_k`` x ``block_c`` weights a program, ``block_pixels`` at a time, of one of ``parts`` of the pixels."""
+
+    block_pixels: int
+    block_k: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    parts: int
+    groups_per_tile: int = 1
+
+    def tiles(self, shape: ConvShape) -> int:
+        """Tiles that cover the weight."""
+        width = shape.s * shape.c if shape.flat else self.groups_per_tile * shape.c
+        columns = (shape.r if shape.flat else shape.r * shape.s) * -(-width // self.block_c)
+        return columns * -(-shape.groups * shape.k // self.block_k)
+
+    def per_part(self, pixels: int) -> int:
+        """Pixels of a part, a multiple of ``block_pixels``."""
+        return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
+
+
+def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
+    """Tiles for the gradient of a weight, the default first; empty where groups do not fit into tiles.
+
+    The pixels are cut into as many parts as keep a large GPU busy, each of several steps.
+    """
+    grouped = shape.groups > 1
+    widest = 128 if shape.k >= 128 and shape.c >= 128 else 64
+    block_k = max(NARROWEST, min(_power_above(shape.k * shape.groups), widest))
+    if grouped and shape.k % block_k and block_k % shape.k:
+        return ()
+    packed = max(1, block_k // shape.k) if grouped else 1
+    width = shape.s * shape.c if shape.flat else packed * shape.c
+    block_c = max(NARROWEST, min(_power_above(width), widest))
+    tiles = []
+    for block_pixels in (64, 32):
+        warps = 8 if block_k * block_c >= 128 * 128 else 4
+        tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
+        wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), -(-ENOUGH_TILES // tile.tiles(shape))))
+        tile = replace(tile, parts=wanted)
+        tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
+    return tuple(tiles) if shape.itemsize == 2 else tuple(reversed(tiles))
+
+
 def wide(target: Target) -> bool:
     """Whether tensor cores read their operands from shared memory, as those of sm_90 and sm_100 do."""
     return target.backend == "cuda" and isinstance(target.arch, int) and 90 <= target.arch < 120

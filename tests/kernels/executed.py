@@ -39,6 +39,7 @@ SIZES: dict[str, Size] = {
     "pixels fewer than a tile's rows": (2, 2048, 1, 1),
 }
 MEASURABLE = {name: size for name, size in SIZES.items() if size[0] * size[2] * size[3] > 1}
+SLOWEST = ("gfx1100", torch.float32)
 EVERY = [(target, dtype) for target in vgpu.TARGETS for dtype in STORAGE]
 
 # Read once per program from the cache, in whichever pieces the tile's layout makes of them.
@@ -48,14 +49,19 @@ PER_CHANNEL = {
 }  # fmt: skip
 
 
-def covering(cases: Iterable[Any], offset: int = 0) -> list[Any]:
-    """Parameters (case, target, dtype): one target and dtype for each case in turn, all other combinations slow."""
+def covering(cases: Iterable[Any], offset: int = 0, *, contraction: bool = False) -> list[Any]:
+    """Parameters (case, target, dtype): one target and dtype for each case in turn, all other combinations slow.
+
+    A ``contraction`` in fp32 is always slow on gfx1100, which has no matrix units for it: its compiler takes up to a
+    minute over the unrolled multiplications.
+    """
+    turns = [(target, dtype) for target, dtype in EVERY if not (contraction and (target, dtype) == SLOWEST)]
     parameters = []
     for index, case in enumerate(cases):
-        # 4 and the 9 combinations share no divisor: all of them have their turn.
-        turn = (4 * index + offset) % len(EVERY)
-        for place, (target, dtype) in enumerate(EVERY):
-            marks = () if place == turn else (pytest.mark.slow,)
+        # 5 shares no divisor with the 8 or 9 combinations: all of them have their turn.
+        turn = turns[(5 * index + offset) % len(turns)]
+        for target, dtype in EVERY:
+            marks = () if (target, dtype) == turn else (pytest.mark.slow,)
             name = f"{case}-{target}-{dtype}".replace("torch.", "")
             parameters.append(pytest.param(case, target, dtype, marks=marks, id=name))
     return parameters
@@ -110,7 +116,14 @@ def check_traffic(launch: Launch, target: str) -> None:
     left_out = PER_CHANNEL
     if target == "gfx1100" and launch.name.startswith(("conv_", "input_moments")):
         # The compiler may write outputs as the matrix units leave them, without gathering rows in shared memory.
-        left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr"}
+        left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr", "dw_ptr"}
+    if (
+        target == "sm_90"
+        and launch.name == "conv_weight_grad_kernel"
+        and "fp32" in str(launch.specialisation.signature[0])
+    ):
+        # Its TF32 instruction wants both operands along the pixels, and the compiler loads them in that order.
+        left_out = left_out | {"x_ptr", "g_ptr"}
     tiled = [traffic for name, traffic in counters.arguments.items() if name not in left_out]
     sectors, ideal = sum(traffic.sectors for traffic in tiled), sum(traffic.ideal_sectors for traffic in tiled)
     allowed = sector_allowance(launch)
@@ -126,7 +139,7 @@ def sector_allowance(launch: Launch) -> float:
     aligned = "C" in launch.specialisation.aligned
     constants = dict(launch.specialisation.constants)
     multiple = constants.get("C_MULTIPLE", 16 if aligned else 1)
-    if launch.name in ("conv_forward_kernel", "conv_bn_act_kernel", "input_moments_kernel"):
+    if launch.name in ("conv_forward_kernel", "conv_bn_act_kernel", "input_moments_kernel", "conv_weight_grad_kernel"):
         return contraction_allowance(launch, constants)
     if launch.name.startswith("stem_pool") and multiple < 16:
         return 2.5

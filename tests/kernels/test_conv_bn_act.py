@@ -105,30 +105,32 @@ def check(
         assert partials is None
 
 
-@pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES))
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES, contraction=True))
 def test_agrees(case: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[case], dtype, "plain")
 
 
-@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-@pytest.mark.parametrize(("shortcut", "target", "dtype"), covering(SHORTCUTS, offset=3))
+@pytest.mark.parametrize("prologue", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "prologue"])
+@pytest.mark.parametrize(("shortcut", "target", "dtype"), covering(SHORTCUTS, offset=3, contraction=True))
 def test_every_shortcut(shortcut: str, target: str, dtype: torch.dtype, prologue: bool) -> None:
     check(target, CASES["tails of pixels, K and C"], dtype, shortcut, prologue=prologue)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("shortcut", "target", "dtype"), covering(SHORTCUTS))
+@pytest.mark.parametrize(("shortcut", "target", "dtype"), covering(SHORTCUTS, contraction=True))
 def test_every_shortcut_of_every_case(case: str, shortcut: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[case], dtype, shortcut, prologue=True)
 
 
-@pytest.mark.parametrize(("act", "target", "dtype"), covering(["relu", None], offset=7))
+@pytest.mark.parametrize(("act", "target", "dtype"), covering(["relu", None], offset=7, contraction=True))
 def test_without_mask(act: str | None, target: str, dtype: torch.dtype) -> None:
     check(target, CASES["3x3"], dtype, "plain", act=act, bit_mask=False)
 
 
-@pytest.mark.parametrize(("case", "target", "dtype"), covering(["3x3", "tails of pixels, K and C", "groups of 4"]))
+@pytest.mark.parametrize(
+    ("case", "target", "dtype"), covering(["3x3", "tails of pixels, K and C", "groups of 4"], contraction=True)
+)
 def test_statistics_of_the_output(case: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[case], dtype, "plain", statistics=True)
 
@@ -141,7 +143,9 @@ def test_every_shape_of_every_network(network: str, target: str) -> None:
         check(target, conv.smaller(8_000_000), LOW[i % 2], SHORTCUTS[i % 4])
 
 
-@pytest.mark.parametrize(("case", "target", "dtype"), covering(["3x3", "1x1, several tiles of channels"], offset=5))
+@pytest.mark.parametrize(
+    ("case", "target", "dtype"), covering(["3x3", "1x1, several tiles of channels"], offset=5, contraction=True)
+)
 def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
     conv = CASES[case]
     shape = conv_shape(ConvInput(conv.input(dtype)), conv.weight(dtype), conv.geometry)

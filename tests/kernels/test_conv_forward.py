@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+import fusedres
 from fusedres.launch import Trace
 from fusedres.offline import TARGETS
 from fusedres.ops.contract import ConvInput, Geometry, Partials
-from fusedres.ops.contractions import conv_shape
+from fusedres.ops.contractions import conv_shape, why_no_kernel
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW, assert_as_accurate_as_eager, assert_close
@@ -86,10 +87,15 @@ def check_statistics(y: Tensor, partials: Partials) -> None:
     assert_as_accurate_as_eager(var.float(), eager_var, exact_var)
 
 
-@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(ODD, contraction=True))
+def test_odd_shapes(case: str, target: str, dtype: torch.dtype) -> None:
+    check(target, ODD[case], dtype, prologue=list(ODD).index(case) % 2 == 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "target", "dtype"), covering(ODD))
-def test_odd_shapes(case: str, target: str, dtype: torch.dtype, prologue: bool) -> None:
-    check(target, ODD[case], dtype, prologue=prologue)
+def test_odd_shapes_the_other_way(case: str, target: str, dtype: torch.dtype) -> None:
+    check(target, ODD[case], dtype, prologue=list(ODD).index(case) % 2 == 0)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -115,8 +121,8 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-@pytest.mark.parametrize(("case", "target", "dtype"), covering(SHAPES))
+@pytest.mark.parametrize("prologue", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "prologue"])
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(SHAPES, offset=1, contraction=True))
 def test_every_tile(case: str, target: str, dtype: torch.dtype, prologue: bool) -> None:
     conv = SHAPES[case]
     shape = conv_shape(ConvInput(conv.input(dtype)), conv.weight(dtype), conv.geometry)
@@ -183,7 +189,7 @@ RANDOM = {
 reproducible = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
 
 
-@settings(reproducible, max_examples=12)
+@settings(reproducible, max_examples=6)
 @given(**RANDOM)
 def test_random_shapes(conv: Conv, target: str, dtype: torch.dtype, prologue: bool) -> None:
     check(target, conv, dtype, prologue=prologue)
@@ -198,11 +204,8 @@ def test_many_random_shapes(conv: Conv, target: str, dtype: torch.dtype, prologu
 
 @pytest.mark.parametrize("target", vgpu.TARGETS)
 def test_an_empty_batch_gives_an_empty_output(target: str) -> None:
-    with patch("fusedres.ops.conv_forward.launch") as launch:
-        import fusedres
-
-        with fusedres.backend(f"vgpu:{target}"):
-            y, _ = conv_forward(ConvInput(torch.empty(0, 16, 4, 4)), torch.randn(8, 16, 3, 3), Geometry())
+    with patch("fusedres.ops.conv_forward.launch") as launch, fusedres.backend(f"vgpu:{target}"):
+        y, _ = conv_forward(ConvInput(torch.empty(0, 16, 4, 4)), torch.randn(8, 16, 3, 3), Geometry())
     assert y.shape == (0, 8, 2, 2)
     assert launch.call_args.args[1] == (0,)
 
@@ -228,3 +231,49 @@ def test_large_means_do_not_cancel_in_a_tile(monkeypatch: pytest.MonkeyPatch) ->
     mean = partials.counts.double() @ partials.mean.double() / 144
     spread = partials.counts.double() @ (partials.mean.double() - mean).square()
     assert_close(((partials.m2.double().sum(0) + spread) / 144)[1:], exact, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "geometry", "error", "message"),
+    [
+        (torch.ones(8, 5, 3, 3), Geometry(groups=3), ValueError, "groups: expected a positive divisor of 8"),
+        (torch.ones(8, 4, 3, 3), Geometry(groups=2), ValueError, "u: expected 8 channels"),
+        (torch.ones(8, 16, 3, 3), Geometry(padding=(-1, 0)), ValueError, "no negative padding"),
+        (torch.ones(8, 16, 5, 5), Geometry(), ValueError, "4 x 4 pixels are too few for a 5 x 5 kernel"),
+        (torch.ones(8, 16, 3, 3).bfloat16(), Geometry(), TypeError, "weight: expected the dtype of u"),
+        (
+            torch.ones(8, 16, 3, 3, device="meta"),
+            Geometry(),
+            ValueError,
+            "weight: expected the device of u, cpu, got meta",
+        ),
+    ],
+)
+def test_what_makes_no_convolution_is_refused(
+    weight: Tensor, geometry: Geometry, error: type[Exception], message: str
+) -> None:
+    with fusedres.backend("vgpu:sm_90"), pytest.raises(error, match=message):
+        conv_forward(ConvInput(torch.ones(1, 16, 4, 4)), weight, geometry)
+
+
+def test_more_pixels_than_32_bits_count_are_refused() -> None:
+    x = torch.empty(2**16, 16, 2**8, 2**8, device="meta", dtype=torch.bfloat16)
+    weight = torch.empty(16, 16, 1, 1, device="meta", dtype=torch.bfloat16)
+    with fusedres.record(), pytest.raises(ValueError, match="pixels: expected a number of 32 bits, got 4294967296"):
+        conv_forward(ConvInput(x), weight, Geometry(), statistics=True)
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (Conv((1, 32, 4, 4), 32, (3, 3), Geometry(padding=(1, 1), groups=32)), "depthwise"),
+        (Conv((1, 16, 2, 32), 16, (1, 32)), "a window of 1 x 32 pixels: kernels take at most 31"),
+    ],
+)
+def test_what_has_no_kernel_says_why_and_runs_without(conv: Conv, reason: str) -> None:
+    u, weight = ConvInput(conv.input(torch.float32)), conv.weight(torch.float32)
+    assert reason in why_no_kernel(u, weight, conv.geometry)
+    with fusedres.backend("vgpu:sm_90"), fusedres.record() as trace:
+        y, _ = conv_forward(u, weight, conv.geometry)
+    assert not trace.launches
+    assert_close(y, conv2d(u.tensor.double(), weight.double(), None, *conv.geometry), 1e-5)

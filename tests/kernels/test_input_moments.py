@@ -9,7 +9,6 @@ from torch import Tensor
 from fusedres.ops.contract import ConvInput, Moments
 from fusedres.ops.input_moments import input_moments
 from tests.comparison import relative_error
-from tests.kernels.convolutions import as_tf32
 from tests.kernels.executed import Size, activation, covering, executed, vgpu
 
 CASES: dict[str, tuple[Size, tuple[int, int]]] = {
@@ -48,13 +47,11 @@ def check(target: str, x: Tensor, stride: tuple[int, int], *, prologue: bool) ->
     # The input is exact in both; what it is multiplied in rounds the differences from the reference row.
     dtype = x.dtype
     t = rows.float() - rows[:64].float().mean(0)
-    if dtype == torch.float32:
-        tf32 = torch.backends.cudnn.allow_tf32 and target.startswith("sm")
-        rounded = as_tf32(t) if tf32 else t
-    else:
-        rounded = t.to(dtype).float()
+    rounded = t.to(dtype).float()
     eager = moments(rounded)
-    allowed = max(1.5 * relative_error(eager.m2, exact.m2), 4 * torch.finfo(torch.float32).eps)
+    # Rounding n terms one after the other in fp32 takes a random walk of sqrt(n) half units; the library sums in blocks.
+    walk = torch.finfo(torch.float32).eps / 2 * len(rows) ** 0.5
+    allowed = max(1.5 * max(relative_error(eager.m2, exact.m2), walk), 4 * torch.finfo(torch.float32).eps)
     error = relative_error(got.m2, exact.m2)
     assert error <= allowed, f"m2: relative error {error:.2e}, allowed {allowed:.2e}"
     scale_ = float(rows.double().norm(dim=0).norm()) / len(rows) ** 0.5
@@ -64,13 +61,13 @@ def check(target: str, x: Tensor, stride: tuple[int, int], *, prologue: bool) ->
 
 
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-@pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES))
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES, contraction=True))
 def test_agrees(case: str, target: str, dtype: torch.dtype, prologue: bool) -> None:
     size, stride = CASES[case]
     check(target, activation(size, dtype, mean=0.5), stride, prologue=prologue)
 
 
-@pytest.mark.parametrize(("programs", "target", "dtype"), covering([2, 10]))
+@pytest.mark.parametrize(("programs", "target", "dtype"), covering([2, 10], contraction=True))
 def test_parts_of_several_steps(programs: int, target: str, dtype: torch.dtype) -> None:
     with patch("fusedres.plan.tiles.PROGRAMS", programs):
         check(target, activation((3, 72, 17, 15), dtype), (1, 1), prologue=True)

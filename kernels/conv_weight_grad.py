@@ -1,0 +1,142 @@
+"""The gradient of a convolution's weight: (K, pixels) @ (pixels, R S C), split over the pixels.
+
+Both operands can be formed on load: the gradient dy of the output from its parts, the input u by batch norm and ReLU of
+its producer. Each part of the pixels has a workspace of its own; a second kernel adds them in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from .contraction import formed
+from .relu_mask import load_masked
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "pixels_per_part", "groups", "H", "W", "P", "Q", "stride_h", "stride_w", "pad_h", "pad_w",
+        "dilation_h", "dilation_w",
+    ]
+)  # fmt: skip
+def conv_weight_grad_kernel(
+    g_ptr,  # (pixels, groups * K) gradient behind the batch norm, or dy itself where p is None
+    mask_ptr,  # bits or rectified output (`load_masked`), or None
+    y_ptr,  # (pixels, groups * K) raw convolution output; None together with q
+    p_ptr,  # (groups * K,) fp32 of dy = p * g + q * (y - mean) + r, or None: dy = g
+    q_ptr,  # (groups * K,) fp32, or None
+    r_ptr,  # (groups * K,) fp32; None together with q
+    mean_ptr,  # (groups * K,) fp32, or None: zero
+    x_ptr,  # (N, H, W, groups * C) input, storage dtype
+    scale_ptr,  # (groups * C,) fp32: u = relu(x * scale + shift); None: u = x
+    shift_ptr,  # (groups * C,) fp32, or None
+    dw_ptr,  # (parts, groups * K, R * S * C) fp32 out
+    pixels,  # N * P * Q
+    pixels_per_part,  # a multiple of BLOCK_PIXELS
+    groups,
+    C,  # input channels of a group
+    K,  # output channels of a group
+    H,
+    W,
+    P,
+    Q,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of a row of the window too
+    GROUPS_PER_TILE: tl.constexpr,
+    TF32: tl.constexpr,
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K
+    K_MULTIPLE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    # Columns: pieces of a tap's channels, or of a row of the window.
+    width = S * C if FLAT else GROUPS_PER_TILE * C
+    pieces = tl.cdiv(width, BLOCK_C)
+    columns = (R if FLAT else R * S) * pieces
+    tiles_k = tl.cdiv(groups * K, BLOCK_K)
+    i = tl.program_id(0)
+    i_column, i_k, i_part = i % columns, i // columns % tiles_k, i // (columns * tiles_k)
+    i_tap, i_c = i_column // pieces, i_column % pieces
+    tap_r, tap_s = (i_tap, 0) if FLAT else (i_tap // S, i_tap % S)
+    o_e = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    i_group = i_k * BLOCK_K // K // GROUPS_PER_TILE * GROUPS_PER_TILE
+    o_x = i_group * C + o_e
+    m_k = o_k < groups * K
+    m_e = (o_e < width) & (o_x < (S if FLAT else groups) * C)
+    o_pixel = tl.arange(0, BLOCK_PIXELS)
+
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    begin = i_part * pixels_per_part
+    for start in range(begin, tl.minimum(begin + pixels_per_part, pixels), BLOCK_PIXELS):
+        o_row = start + o_pixel
+        m_row = o_row < pixels
+        first = start.to(tl.int64)
+        if p_ptr is None and mask_ptr is None:
+            o = o_pixel[:, None] * (groups * K) + o_k[None, :]
+            dy = tl.load(g_ptr + first * (groups * K) + o, mask=m_row[:, None] & m_k[None, :], other=0.0)
+        else:
+            dy = load_masked(g_ptr, mask_ptr, first, i_k, m_row, groups * K, BLOCK_PIXELS, BLOCK_K)
+            if p_ptr is not None:
+                dy *= tl.load(p_ptr + o_k, mask=m_k, other=0.0)[None, :]
+            if q_ptr is not None:
+                m = m_row[:, None] & m_k[None, :]
+                o = o_pixel[:, None] * (groups * K) + o_k[None, :]
+                y = tl.load(y_ptr + first * (groups * K) + o, mask=m, other=0.0).to(tl.float32)
+                if mean_ptr is not None:
+                    y -= tl.load(mean_ptr + o_k, mask=m_k, other=0.0)[None, :]
+                q = tl.load(q_ptr + o_k, mask=m_k, other=0.0)
+                r = tl.load(r_ptr + o_k, mask=m_k, other=0.0)
+                # Rows beyond the output are not zero with r; u is there.
+                dy += y * q[None, :] + r[None, :]
+            dy = dy.to(g_ptr.dtype.element_ty)
+        h = o_row // Q % P * stride_h - pad_h + tap_r * dilation_h
+        w = o_row % Q * stride_w - pad_w + tap_s * dilation_w
+        o_in = ((o_row // (P * Q)).to(tl.int64) * H + h) * W + w
+        m_h = m_row & (h >= 0) & (h < H)
+        if FLAT:
+            at = (w * C)[:, None] + o_e[None, :]
+            m = m_h[:, None] & m_e[None, :] & (at >= 0) & (at < W * C)
+        else:
+            m = (m_h & (w >= 0) & (w < W))[:, None] & m_e[None, :]
+        u = tl.load(x_ptr + o_in[:, None] * (groups * C) + o_x[None, :], mask=m, other=0.0)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + o_x, mask=m_e, other=0.0)
+            shift = tl.load(shift_ptr + o_x, mask=m_e, other=0.0)
+            u = tl.where(m, formed(u, scale, shift), 0.0)
+        acc = tl.dot(tl.trans(dy), u, acc, input_precision=PRECISION)
+
+    o_dw = (i_part * groups * K + o_k).to(tl.int64) * (R * S * C)
+    m = m_k[:, None] & m_e[None, :]
+    if GROUPS_PER_TILE > 1:
+        # Only the blocks on the diagonal are gradients of anything.
+        in_group = o_e[None, :] - ((o_k // K - i_group) * C)[:, None]
+        m = m & (in_group >= 0) & (in_group < C)
+        o = (tap_r * S + tap_s) * C + in_group
+        tl.store(dw_ptr + o_dw[:, None] + o, acc, mask=m)
+    else:
+        tl.store(dw_ptr + o_dw[:, None] + ((tap_r * S + tap_s) * C + o_e)[None, :], acc, mask=m)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(
+    part_ptr,  # (parts, size) fp32
+    total_ptr,  # (size,) fp32 out
+    parts,
+    size,
+    BLOCK: tl.constexpr,
+):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i_part in range(parts):
+        total += tl.load(part_ptr + i_part.to(tl.int64) * size + o, mask=m, other=0.0)
+    tl.store(total_ptr + o, total, mask=m)
