@@ -36,6 +36,9 @@ class Figures:
         tensor_core, async_copies: instructions.
         access: bytes of the widest access of one thread to global memory; None where there is no such access.
         contracts: whether the kernel multiplies matrices of a type that the target's tensor cores take.
+        issue: cycles that the schedulers need to issue the main loop's instructions, over those that the tensor cores
+            need to multiply: above 1 they wait, however fast memory is. Of several main loops the worst. None where
+            there is none, and on targets other than sm_80 and sm_90.
     """
 
     registers: int
@@ -49,6 +52,7 @@ class Figures:
     async_copies: int
     access: int | None
     contracts: bool
+    issue: float | None
 
 
 def read_figures(compiled: Any, target: str) -> Figures:
@@ -94,7 +98,7 @@ def _contracts(ttir: str, backend: str) -> bool:
 # NVIDIA
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*)", re.MULTILINE)
 _SASS_TENSOR_CORE = re.compile(r"[BDHIOQ]MMA|[HIQ]GMMA|UTC[A-Z]*MMA")
 _SASS_ASYNC = ("LDGSTS", "UTMALDG", "UTMASTG", "UBLKCP")
 _SASS_BULK = ("UTMALDG", "UTMASTG", "UBLKCP")  # a tensor memory access moves 16 bytes at the least
@@ -106,7 +110,7 @@ RESERVED_SHARED = 1024
 def _read_nvidia(compiled: Any, spec: Target) -> Figures:
     text = _disassembled(compiled.asm["cubin"])
     usage = _USAGE.findall(text)
-    opcodes = [opcode.split(".") for opcode in _SASS.findall(text)]
+    opcodes = [opcode.split(".") for _, opcode, _ in _SASS.findall(text)]
     if len(usage) != 1 or not opcodes:
         raise Unavailable(
             f"{_cuobjdump()}: its output on a kernel for sm_{spec.arch} has another form than that of CUDA 13, "
@@ -126,6 +130,7 @@ def _read_nvidia(compiled: Any, spec: Target) -> Figures:
         async_copies=sum(opcode[0] in _SASS_ASYNC for opcode in opcodes),
         access=max((_sass_bytes(opcode) for opcode in opcodes if opcode[0] in _SASS_GLOBAL + _SASS_BULK), default=None),
         contracts=_contracts(compiled.asm["ttir"], spec.backend),
+        issue=_issue(text, spec),
     )
 
 
@@ -133,6 +138,56 @@ def _sass_bytes(opcode: list[str]) -> int:
     if opcode[0] in _SASS_BULK:
         return WIDE_ACCESS
     return next((_SASS_BYTES[part] for part in opcode[1:] if part in _SASS_BYTES), 4)
+
+
+# Each issues one instruction a cycle.
+_SCHEDULERS = 4
+# Multiply-adds of 16-bit numbers in a cycle, by the tensor cores of a multiprocessor.
+_MULTIPLY_ADDS = {80: 1024, 90: 2048}
+_HMMA = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
+_HGMMA = re.compile(r"HGMMA\.64x(\d+)x(\d+)")
+
+
+class MainLoop(NamedTuple):
+    """One warp's share of an iteration: its instructions, and its multiply-adds, of which one in TF32 counts twice."""
+
+    instructions: int
+    multiply_adds: int
+
+
+def main_loops(sass: str) -> list[MainLoop]:
+    """The innermost loops that multiply matrices; a loop is what a branch backwards closes."""
+    code = _SASS.findall(sass)
+    places = {int(address, 16): place for place, (address, _, _) in enumerate(code)}
+    loops, latest = [], -1
+    for end, (_, opcode, operands) in enumerate(code):
+        to = re.search(r"0x[0-9a-f]+", operands) if opcode.startswith("BRA") else None
+        start = places.get(int(to[0], 16), end) if to else end
+        multiply_adds = sum(_multiply_adds(opcode) for _, opcode, _ in code[start:end])
+        # An outer loop begins before, and ends after, the one last found.
+        if multiply_adds and start > latest:
+            loops.append(MainLoop(end + 1 - start, multiply_adds))
+            latest = start
+    return loops
+
+
+def _multiply_adds(opcode: str) -> int:
+    kind, *modifiers = opcode.split(".")
+    count = 0
+    if kind == "HMMA":
+        count = _HMMA[modifiers[0]]
+    elif shape := _HGMMA.match(opcode):
+        count = 64 * int(shape[1]) * int(shape[2]) // 4  # four warps work on one
+    # Tensor cores take twice as long in TF32.
+    return 2 * count if "TF32" in modifiers else count
+
+
+def _issue(sass: str, spec: Target) -> float | None:
+    """Of one warp on one scheduler and its share of the tensor cores, since all warps do the same."""
+    if spec.arch not in _MULTIPLY_ADDS:
+        return None
+    rate = _MULTIPLY_ADDS[int(spec.arch)] / _SCHEDULERS
+    return max((loop.instructions * rate / loop.multiply_adds for loop in main_loops(sass)), default=None)
 
 
 def _disassembled(cubin: bytes) -> str:
@@ -216,6 +271,7 @@ def _read_amd(compiled: Any, spec: Target) -> Figures:
         async_copies=sum(instruction.is_async_copy for instruction in code),
         access=max((instruction.bytes for instruction in code if instruction.is_global), default=None),
         contracts=_contracts(compiled.asm["ttir"], spec.backend),
+        issue=None,
     )
 
 

@@ -78,7 +78,7 @@ def recorded_binaries(models: Sequence[str], dtypes: Sequence[str], targets: Seq
     for alike in _alike(targets):
         for name, dtype, schedule in itertools.product(models, dtypes, (AUTO, *SCHEDULES)):
             trace = _dry_run(MODELS[name], DTYPES[dtype], schedule, alike[0])
-            for task in itertools.product({launch.binary for launch in trace.launches}, alike):
+            for task in itertools.product(dict.fromkeys(launch.binary for launch in trace.launches), alike):
                 launchers = users.setdefault(task, [])
                 if name not in launchers:
                     launchers.append(name)
@@ -86,7 +86,7 @@ def recorded_binaries(models: Sequence[str], dtypes: Sequence[str], targets: Seq
 
 
 def _alike(targets: Sequence[str]) -> list[list[str]]:
-    """The targets, those together that kernels are launched on with the same tiles: all but the name decides."""
+    """The targets, those together that launch the same binaries: of one vendor, with the same warps and memory."""
     alike: dict[Target, list[str]] = {}
     for name in targets:
         alike.setdefault(TARGETS[name]._replace(arch=""), []).append(name)
@@ -243,7 +243,11 @@ def run(options: CompileOptions) -> int:
     if not users:
         console.print("FAILED: these models launch no kernels, so that nothing was compiled")
         return 1
-    tasks = sorted(users, key=lambda task: _place(*task))
+    binaries = sorted(
+        dict.fromkeys(binary for binary, _ in users),
+        key=lambda binary: (binary.name, binary.variant, binary.num_warps, binary.num_stages),
+    )
+    tasks = [(binary, target) for binary in binaries for target in options.targets if (binary, target) in users]
     outcomes = list(
         track(
             compile_all(tasks, jobs=options.jobs, read=options.report),
@@ -262,32 +266,32 @@ def run(options: CompileOptions) -> int:
         write_csv(options.csv, outcomes, users)
         console.print(f"written: {options.csv}", soft_wrap=True)
     console.print(
-        f"{len(tasks)} binaries for {len(options.targets)} targets, recorded from {', '.join(options.models)} in {', '.join(options.dtypes)}, in {seconds:.1f} s",
+        f"{len(tasks)} binaries for {len(options.targets)} targets, recorded from "
+        f"{', '.join(options.models)} in {', '.join(options.dtypes)}, in {seconds:.1f} s",
         soft_wrap=True,
     )
     failed = [outcome for outcome in outcomes if outcome.faults]
     for outcome in failed:
-        name = f"{outcome.binary.name} [{outcome.binary.variant}] on {outcome.target}"
+        name = f"{outcome.binary.name} [{_described(outcome.binary)}] on {outcome.target}"
         console.print(f"FAILED: {name}: {'; '.join(outcome.faults)}", markup=False, soft_wrap=True)
     return 1 if failed else 0
-
-
-def _place(binary: Binary, target: str) -> tuple[str, str, int, int, int]:
-    """The order of a report: those of one binary together, in the order of `offline.TARGETS`."""
-    return binary.name, binary.variant, binary.num_warps, binary.num_stages, list(TARGETS).index(target)
 
 
 # Heading, field of `Figures` or None for what is put together, of each column of figures.
 _COLUMNS = (
     ("registers", "registers"), ("scalar", "scalar_registers"), ("spilled", "spilled_registers"),
     ("spill B", None), ("stack B", "stack"), ("shared B", "shared"), ("tensor-core", "tensor_core"),
-    ("async copy", "async_copies"), ("access B", "access"),
+    ("async copy", "async_copies"), ("access B", "access"), ("issue", "issue"),
 )  # fmt: skip
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """One line per binary and target; a dash is what can not be read from that target's binaries."""
-    result = Table(title="Binaries", caption="spill: bytes stored/loaded per thread; access: the widest to memory")
+    caption = (
+        "spill: bytes stored/loaded per thread; access: the widest to memory; "
+        "issue: cycles to issue the main loop over cycles to multiply"
+    )
+    result = Table(title="Binaries", caption=caption)
     result.add_column("kernel", no_wrap=True)
     result.add_column("variant", overflow="fold", min_width=24)
     result.add_column("target", no_wrap=True)
@@ -301,15 +305,18 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         if new and previous is not None:
             result.add_section()
         previous = binary
-        variant = f"{binary.variant} warps={binary.num_warps} stages={binary.num_stages}"
         result.add_row(
             binary.name if new else "",
-            variant if new else "",
+            _described(binary) if new else "",
             outcome.target,
             *(_cell(figures, field) for _, field in _COLUMNS),
             "BROKEN" if outcome.faults else "kept",
         )
     return result
+
+
+def _described(binary: Binary) -> str:
+    return f"{binary.variant} warps={binary.num_warps} stages={binary.num_stages}"
 
 
 def _cell(figures: Figures | None, field: str | None) -> str:
@@ -318,6 +325,8 @@ def _cell(figures: Figures | None, field: str | None) -> str:
     if field is None:
         return f"{figures.spill_stores}/{figures.spill_loads}"
     value = getattr(figures, field)
+    if isinstance(value, float):
+        return f"{value:.2f}"
     return "-" if value is None else str(value)
 
 
@@ -328,9 +337,9 @@ def write_csv(path: Path, outcomes: Sequence[Outcome], users: Mapping[Task, Sequ
         writer = csv.writer(file)
         writer.writerow(["kernel", "variant", "num_warps", "num_stages", "models", "target", *names, "faults"])
         for outcome in outcomes:
-            binary = outcome.binary
+            binary, target = outcome.binary, outcome.target
             figures = asdict(outcome.figures) if outcome.figures is not None else dict.fromkeys(names)
             writer.writerow([
-                binary.name, binary.variant, binary.num_warps, binary.num_stages, " ".join(users[binary, outcome.target]),
-                outcome.target, *figures.values(), "; ".join(outcome.faults),
+                binary.name, binary.variant, binary.num_warps, binary.num_stages, " ".join(users[binary, target]),
+                target, *figures.values(), "; ".join(outcome.faults),
             ])  # fmt: skip

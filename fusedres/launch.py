@@ -166,7 +166,8 @@ def launch(
         num_warps, num_stages: of the binary.
 
     Raises:
-        ValueError: a grid or a whole number beyond what kernels address, or partial bytes of what is not moved.
+        ValueError: a grid or a whole number beyond what kernels address, tensors on several devices, or partial bytes
+            of what is not moved.
         RuntimeError: the tensors are on a device that runs no kernels.
     """
     if 0 in grid:
@@ -209,8 +210,16 @@ def _check(kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any], unmov
     for size, limit in zip(grid, MAX_GRID, strict=False):
         if size > limit:
             raise ValueError(f"{kernel.__name__}: a grid of {tuple(grid)} blocks exceeds the limit of {MAX_GRID}")
+    first: tuple[str, torch.device] | None = None
     for name, value in arguments.items():
-        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        if isinstance(value, Tensor):
+            first = first or (name, value.device)
+            if value.device != first[1]:
+                raise ValueError(
+                    f"{kernel.__name__}: {name}: expected a tensor on {first[1]}, where {first[0]} is, got one on "
+                    f"{value.device}"
+                )
+        elif isinstance(value, int) and not -(2**31) <= value < 2**31:
             raise ValueError(f"{kernel.__name__}: {name}: expected a number of 32 bits, got {value}")
 
 

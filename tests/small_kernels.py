@@ -85,10 +85,10 @@ def hoard(block=16384):
     return _binary(hoard_kernel, torch.float32, ("x_ptr", "y_ptr"), {"BLOCK": block}, num_warps=1)
 
 
-def matmul(dtype=torch.bfloat16, *, precision=None, block=(128, 64, 32), num_stages=3):
+def matmul(dtype=torch.bfloat16, *, precision=None, block=(128, 64, 32), num_warps=4, num_stages=3):
     sizes = {"M": 4096, "C": 512, "K": 256, "PRECISION": precision}
     tile = dict(zip(("BLOCK_M", "BLOCK_K", "BLOCK_C"), block, strict=True))
-    return _binary(matmul_kernel, dtype, ("a_ptr", "b_ptr", "y_ptr"), sizes | tile, 4, num_stages)
+    return _binary(matmul_kernel, dtype, ("a_ptr", "b_ptr", "y_ptr"), sizes | tile, num_warps, num_stages)
 
 
 def _binary(kernel, dtype, pointers, arguments, num_warps, num_stages=3):

@@ -1,14 +1,19 @@
 """fusedres.binaries: figures of kernels whose binaries are known, and budgets that planted faults break."""
 
 import dataclasses
+import math
 import subprocess
 
 import pytest
 import torch
 
-from fusedres.binaries import Figures, owes_wide_access, read_figures, violations
+from fusedres.binaries import Figures, _disassembled, main_loops, owes_wide_access, read_figures, violations
 from fusedres.offline import TARGETS, Binary, Specialisation, Unavailable, compile_for
 from tests.small_kernels import copy, copy_kernel, hoard, matmul
+
+# Multiply-adds of 16-bit numbers that tensor cores do in a cycle, from NVIDIA's 312 and 989 TFLOPS:
+# 312e12 / (2 * 108 multiprocessors * 1.41 GHz), and 989e12 / (2 * 132 * 1.83 GHz).
+PEAK = {"sm_80": 1024, "sm_90": 2048}
 
 
 def compiled(binary, target):
@@ -90,13 +95,14 @@ def test_a_small_kernel_and_a_contraction_on_every_target(target):
     assert violations(binary, target, moved) == []
     assert dataclasses.replace(moved, registers=0, scalar_registers=None, spilled_registers=None) == Figures(
         registers=0, scalar_registers=None, spilled_registers=None, spill_stores=0, spill_loads=0, stack=0, shared=0,
-        tensor_core=0, async_copies=0, access=16, contracts=False,
+        tensor_core=0, async_copies=0, access=16, contracts=False, issue=None,
     )  # fmt: skip
     assert 4 <= moved.registers <= 64
     assert (moved.scalar_registers is None) == target.startswith("sm")
     multiplied = figures(matmul(block=(64, 64, 32)), target)
     assert multiplied.contracts
     assert multiplied.tensor_core > 0
+    assert (multiplied.issue is not None) == (target in ("sm_80", "sm_90"))
     # Nothing static besides, and what CUDA reserves is left out.
     assert multiplied.shared == compiled(matmul(block=(64, 64, 32)), target).metadata.shared > 0
 
@@ -114,6 +120,59 @@ def test_which_contractions_need_tensor_cores(binary, target, expected):
     read = figures(binary, target)
     assert read.contracts == expected
     assert (read.tensor_core > 0) == expected
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("dtype", "block", "num_warps", "num_stages"),
+    [
+        pytest.param(torch.bfloat16, (128, 64, 32), 4, 3, id="pipelined"),
+        pytest.param(torch.float16, (64, 64, 64), 4, 1, id="not pipelined"),
+        pytest.param(torch.bfloat16, (128, 128, 64), 8, 3, id="two warpgroups"),
+        pytest.param(torch.bfloat16, (32, 32, 32), 4, 3, id="too low for warpgroups"),
+        pytest.param(torch.float32, (64, 64, 32), 4, 3, id="TF32"),
+    ],
+)
+def test_the_main_loop_multiplies_the_tile(target, dtype, block, num_warps, num_stages):
+    precision = "tf32" if dtype == torch.float32 else None
+    binary = matmul(dtype, precision=precision, block=block, num_stages=num_stages, num_warps=num_warps)
+    kernel = compiled(binary, target)
+    (loop,) = main_loops(_disassembled(kernel.asm["cubin"]))
+    cost = 2 if precision else 1
+    assert loop.multiply_adds * num_warps == math.prod(block) * cost
+    issuing, multiplying = loop.instructions * num_warps / 4, math.prod(block) * cost / PEAK[target]
+    assert read_figures(kernel, target).issue == pytest.approx(issuing / multiplying)
+
+
+def test_issue_grows_with_the_operands_loaded():
+    # A tile of 128 x 128 outputs loads a quarter of what one of 32 x 32 does for each multiplication.
+    large, small = (matmul(block=(side, side, 32)) for side in (128, 32))
+    assert 0.3 < figures(large, "sm_80").issue < 1 < figures(small, "sm_80").issue < 5
+    assert 0.3 < figures(large, "sm_90").issue < 1.5
+
+
+LOOPS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   LDG.E.128 R4, [R2.64+0x10] ;
+        /*0030*/              @!P0 BRA 0x20 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R68.reuse, R2, R4 ;
+        /*0050*/               @P1 BRA 0x70 ;
+        /*0060*/                   HMMA.1688.F32 R4, R68, R2, R4 ;
+        /*0070*/             @!UP0 BRA.U 0x40 ;
+        /*0080*/                   HFMA2.MMA R4, -RZ, RZ, 0, 0 ;
+        /*0090*/              @!P2 BRA 0x10 ;
+        /*00a0*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8].tnspB, R24, gsb0 ;
+        /*00b0*/                   BRA 0xa0 ;
+        /*00c0*/                   HMMA.1684.F32.TF32 R4, R68, R2, R4 ;
+        /*00d0*/                   BRA 0xd0 ;
+"""
+
+
+def test_main_loops_are_the_innermost_that_multiply():
+    """A loop that only loads, and two in a row of which the first lies in another."""
+    assert main_loops(LOOPS) == [(4, 16 * 8 * 16 + 16 * 8 * 8), (2, 64 * 256 * 16 // 4)]
+    assert main_loops(LOOPS.replace("BRA 0xd0", "BRA 0xc0"))[2:] == [(2, 2 * 16 * 8 * 4)]
 
 
 def test_figures_are_kept_beside_the_binary(tmp_path, monkeypatch):
@@ -168,7 +227,7 @@ def test_assembly_without_metadata_is_refused(tmp_path, monkeypatch):
 
 CLEAN = Figures(
     registers=32, scalar_registers=None, spilled_registers=None, spill_stores=0, spill_loads=0, stack=0, shared=1024,
-    tensor_core=8, async_copies=4, access=16, contracts=True,
+    tensor_core=8, async_copies=4, access=16, contracts=True, issue=0.5,
 )  # fmt: skip
 
 

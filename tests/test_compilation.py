@@ -2,7 +2,9 @@
 
 import csv
 import os
+import re
 import signal
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -22,7 +24,7 @@ from fusedres.compilation import (
     table,
     write_csv,
 )
-from fusedres.launch import launch
+from fusedres.launch import launch, record, target_of
 from fusedres.offline import TARGETS, Unavailable, compile_for
 from fusedres.ops.bn_finalize import bn_finalize
 from tests.small_kernels import copy, copy_kernel, hoard, hoard_kernel, matmul
@@ -31,9 +33,9 @@ from tests.small_kernels import copy, copy_kernel, hoard, hoard_kernel, matmul
 class Copies(nn.Module):
     """Copies its input with the small kernel, in training and in inference."""
 
-    def __init__(self, kernel=copy_kernel):
+    def __init__(self, kernel=copy_kernel, block=lambda target: 32):
         super().__init__()
-        self.kernel = kernel
+        self.kernel, self.block = kernel, block
         self.norm = nn.BatchNorm2d(3)
         self.conv = nn.Conv2d(3, 3, 1)
 
@@ -41,7 +43,8 @@ class Copies(nn.Module):
         if self.kernel is hoard_kernel:
             arguments = {"x_ptr": x.float(), "y_ptr": x.float(), "BLOCK": 16384}
         else:
-            arguments = {"x_ptr": x, "y_ptr": x, "rows": x.shape[0], "C": 64, "BLOCK_ROWS": 32, "BLOCK_C": 64}
+            sizes = {"rows": x.shape[0], "C": 64, "BLOCK_ROWS": self.block(target_of(x)), "BLOCK_C": 64}
+            arguments = {"x_ptr": x, "y_ptr": x} | sizes
         launch(self.kernel, (1,), arguments, reads=["x_ptr"], writes=["y_ptr"], num_warps=1)
         return self.conv(x)
 
@@ -52,18 +55,19 @@ def models(monkeypatch):
         "copies": Model(Copies, 8),
         "twin": Model(Copies, 8),
         "hoards": Model(lambda: Copies(hoard_kernel), 8),
+        "adapts": Model(lambda: Copies(block=lambda target: 64 if target.warp_size == 64 else 16), 8),
         "silent": Model(lambda: nn.Conv2d(3, 3, 1), 8),
     }
     monkeypatch.setattr(compilation, "MODELS", known)
 
 
 def test_recording_gives_each_binary_once_with_its_models(models):
-    users = recorded_binaries(["copies", "twin", "silent"], ["bf16", "fp32"])
+    users = recorded_binaries(["copies", "twin", "silent"], ["bf16", "fp32"], ["sm_80"])
     # Per dtype: the rows of a batch, and those of one image, which are a constant 1.
     assert len(users) == 4
     assert list(users.values()) == [["copies", "twin"]] * 4
-    assert {binary.kernel for binary in users} == {copy_kernel}
-    types = [dict(binary.specialisation.signature) for binary in users]
+    assert {(binary.kernel, target) for binary, target in users} == {(copy_kernel, "sm_80")}
+    types = [dict(binary.specialisation.signature) for binary, _ in users]
     assert {(type_["x_ptr"], type_["rows"]) for type_ in types} == {
         (pointer, rows) for pointer in ("*bf16", "*fp32") for rows in ("i32", "constexpr")
     }
@@ -85,11 +89,42 @@ def test_listed_models_launch_on_every_schedule(name, norms, monkeypatch):
     planted_in = []
     monkeypatch.setattr(bn_finalize, "_triton", planted)
     monkeypatch.setattr(compilation, "TRAINING_BATCH", 16)
-    users = recorded_binaries([name], ["bf16"])
+    users = recorded_binaries([name], ["bf16"], ["sm_90"])
     assert len(planted_in) == norms * 5
-    kinds = [binary for binary in users if binary.kernel is copy_kernel]
+    kinds = [task for task in users if task[0].kernel is copy_kernel]
     assert len(kinds) == 3  # a row count of 1, one that 16 divides, any other
-    assert all(users[binary] == [name] for binary in kinds)
+    assert all(users[task] == [name] for task in kinds)
+
+
+def test_a_binary_is_recorded_only_for_the_targets_that_launch_it(models):
+    targets = ["sm_80", "sm_90", "sm_100", "gfx942"]
+    users = recorded_binaries(["adapts"], ["bf16"], targets)
+    blocks = {(dict(binary.specialisation.constants)["BLOCK_ROWS"], target) for binary, target in users}
+    assert blocks == {(16, "sm_80"), (16, "sm_90"), (16, "sm_100"), (64, "gfx942")}
+
+
+def test_each_kind_of_target_is_recorded_once(models, monkeypatch):
+    recorded = []
+
+    def recording(target):
+        recorded.append(target)
+        return record(target)
+
+    monkeypatch.setattr(compilation, "record", recording)
+    recorded_binaries(["copies"], ["bf16"], tuple(TARGETS))
+    schedules = 5
+    assert Counter(recorded) == dict.fromkeys(["sm_80", "sm_86", "sm_90", "gfx90a", "gfx950", "gfx1100"], schedules)
+
+
+def test_targets_recorded_together_launch_the_same():
+    """Tiles depend on nothing that such targets differ in."""
+    together = recorded_binaries(["resnet18"], ["bf16"], tuple(TARGETS))
+    alone = {}
+    for target in TARGETS:
+        alone |= recorded_binaries(["resnet18"], ["bf16"], [target])
+    assert together == alone
+    launched = {target: {binary for binary, at in together if at == target} for target in TARGETS}
+    assert launched["sm_80"] != launched["gfx942"]
 
 
 def test_batch_norm_stays_in_fp32_as_under_autocast(monkeypatch):
@@ -101,16 +136,16 @@ def test_batch_norm_stays_in_fp32_as_under_autocast(monkeypatch):
             return super().forward(x)
 
     monkeypatch.setitem(compilation.MODELS, "net", Model(lambda: Net(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), 8))
-    recorded_binaries(["net"], ["bf16"])
+    recorded_binaries(["net"], ["bf16"], ["sm_90"])
     assert set(seen) == {(torch.bfloat16, torch.bfloat16, torch.float32, True)}
 
 
 def test_parallel_is_serial():
     binaries = [copy(), matmul(block=(64, 64, 32)), copy(torch.float32)]
-    targets = ["sm_80", "gfx942"]
-    serial = list(compile_all(binaries, targets, jobs=1))
-    assert list(compile_all(binaries, targets, jobs=2)) == serial
-    assert [(outcome.binary, outcome.target) for outcome in serial] == [(b, t) for b in binaries for t in targets]
+    tasks = [(binary, target) for binary in binaries for target in ("sm_80", "gfx942")]
+    serial = list(compile_all(tasks, jobs=1))
+    assert list(compile_all(tasks, jobs=2)) == serial
+    assert [(outcome.binary, outcome.target) for outcome in serial] == tasks
     for outcome in serial:
         compiled = compile_for(outcome.binary.kernel, outcome.binary.specialisation, outcome.target)
         assert outcome.figures == read_figures(compiled, outcome.target)
@@ -119,7 +154,7 @@ def test_parallel_is_serial():
 
 def test_without_reading_only_the_cache_is_filled(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (outcome,) = compile_all([copy()], ["sm_80"], read=False)
+    (outcome,) = compile_all([(copy(), "sm_80")], read=False)
     assert outcome == Outcome(copy(), "sm_80")
     assert outcome.faults == []
     assert len(list(tmp_path.rglob("*.cubin"))) == 1
@@ -128,7 +163,7 @@ def test_without_reading_only_the_cache_is_filled(tmp_path, monkeypatch):
 
 def test_one_that_does_not_compile_is_an_outcome_among_others():
     wrong = matmul(torch.float32, precision="tf32")  # which gfx90a has not
-    first, second = compile_all([wrong, copy()], ["gfx90a"], jobs=2)
+    first, second = compile_all([(wrong, "gfx90a"), (copy(), "gfx90a")], jobs=2)
     assert first.figures is None
     (fault,) = first.faults
     assert fault.startswith("does not compile: CompilationError")
@@ -142,7 +177,7 @@ def test_a_compiler_that_crashes_is_an_outcome_too(monkeypatch):
         return compile_for(kernel, specialisation, target, **options)
 
     monkeypatch.setattr(compilation, "compile_for", crash)
-    outcomes = list(compile_all([copy()], ["sm_80", "sm_90", "sm_100"], jobs=2))
+    outcomes = list(compile_all([(copy(), target) for target in ("sm_80", "sm_90", "sm_100")], jobs=2))
     assert [outcome.faults for outcome in outcomes] == [[], ["the compiler crashed"], []]
 
 
@@ -155,46 +190,50 @@ def test_a_crash_while_tasks_are_handed_in_loses_none(monkeypatch):
         return submit(pool, task, index, read)
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", broken)
-    first, second = compile_all([copy()], ["sm_80", "sm_90"], jobs=1)
+    first, second = compile_all([(copy(), "sm_80"), (copy(), "sm_90")], jobs=1)
     assert first.figures.access == second.figures.access == 16
 
 
 def test_unknown_target_is_refused_before_anything_is_compiled():
     with pytest.raises(ValueError, match="target: expected one of sm_80"):
-        compile_all([copy()], ["sm_80", "sm_1"])
+        compile_all([(copy(), "sm_80"), (copy(), "sm_1")])
 
 
 def test_missing_disassembler_ends_the_report(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("fusedres.binaries._cuobjdump", lambda: "/bin/false")
     with pytest.raises(Unavailable, match="/bin/false failed with exit status 1"):
-        list(compile_all([copy()], ["sm_80"]))
+        list(compile_all([(copy(), "sm_80")]))
 
 
 def test_table_has_a_dash_where_a_target_does_not_say():
-    outcomes = list(compile_all([copy(), hoard()], ["sm_80", "gfx942"]))
+    binaries = [copy(), hoard(), matmul()]
+    outcomes = list(compile_all([(binary, target) for binary in binaries for target in ("sm_80", "gfx942")]))
     cells = [list(column.cells) for column in table(outcomes).columns]
     rows = list(zip(*cells, strict=True))
-    assert [row[0] for row in rows] == ["copy_kernel", "", "hoard_kernel", ""]
+    assert [row[0] for row in rows] == ["copy_kernel", "", "hoard_kernel", "", "matmul_kernel", ""]
     assert rows[0][1] == "bf16 BLOCK_ROWS=32 BLOCK_C=64 warps=4 stages=3"
-    assert [row[2] for row in rows] == ["sm_80", "gfx942"] * 2
+    assert [row[2] for row in rows] == ["sm_80", "gfx942"] * 3
     assert rows[0][4:6] == ("-", "-")
     assert rows[1][4] != "-"
     assert rows[1][5:7] == ("0", "0/0")
-    assert [row[-1] for row in rows] == ["kept", "kept", "BROKEN", "kept"]
+    assert [row[-2] for row in rows] == ["-", "-", "-", "-", f"{outcomes[4].figures.issue:.2f}", "-"]
+    assert [row[-1] for row in rows] == ["kept", "kept", "BROKEN", "kept", "kept", "kept"]
 
 
 def test_csv_has_every_figure(tmp_path):
-    outcomes = [*compile_all([copy()], ["sm_80"]), Outcome(copy(), "sm_90", None, "does not compile: because")]
-    write_csv(tmp_path / "report.csv", outcomes, {copy(): ["resnet18", "resnet50"]})
+    outcomes = [*compile_all([(copy(), "sm_80")]), Outcome(copy(), "sm_90", None, "does not compile: because")]
+    users = {(copy(), "sm_80"): ["resnet18", "resnet50"], (copy(), "sm_90"): ["resnet18"]}
+    write_csv(tmp_path / "report.csv", outcomes, users)
     with (tmp_path / "report.csv").open() as file:
         first, second = csv.DictReader(file)
     assert first["kernel"] == "copy_kernel"
     assert first["models"] == "resnet18 resnet50"
     assert first["target"] == "sm_80"
     assert first["access"] == "16"
-    assert first["scalar_registers"] == ""
+    assert first["scalar_registers"] == first["issue"] == ""
     assert first["faults"] == ""
+    assert second["models"] == "resnet18"
     assert second["registers"] == ""
     assert second["faults"] == "does not compile: because"
 
@@ -207,22 +246,44 @@ def test_run_reports_and_keeps_budgets(models, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "copy_kernel" in out
     assert "gfx942" in out
-    assert "2 binaries for each of 2 targets, recorded from copies in bf16" in out
+    assert "4 binaries for 2 targets, recorded from copies in bf16" in out
     assert "FAILED" not in out
     assert len((tmp_path / "report.csv").read_text().splitlines()) == 1 + 4
+
+
+def test_a_report_has_the_targets_of_a_binary_together_and_no_others(models, tmp_path):
+    path = tmp_path / "report.csv"
+    options = CompileOptions(
+        report=True, models=["copies", "adapts"], dtypes=["fp32"], targets=["gfx942", "sm_80", "gfx90a"], csv=path
+    )
+    assert run(options) == 0
+    with path.open() as file:
+        lines = [
+            (int(re.search(r"BLOCK_ROWS=(\d+)", line["variant"])[1]), line["target"], line["models"])
+            for line in csv.DictReader(file)
+            if "rows=1 " not in line["variant"]  # those of a single image
+        ]
+    assert lines == [
+        (16, "sm_80", "adapts"),
+        (32, "gfx942", "copies"),
+        (32, "sm_80", "copies"),
+        (32, "gfx90a", "copies"),
+        (64, "gfx942", "adapts"),
+        (64, "gfx90a", "adapts"),
+    ]
 
 
 def test_run_fails_when_a_budget_is_broken(models, capsys):
     assert run(CompileOptions(report=True, models=["hoards"], dtypes=["fp32"], targets=["sm_80"])) == 1
     out = capsys.readouterr().out
     assert "BROKEN" in out
-    assert "FAILED: hoard_kernel [fp32 BLOCK=16384] on sm_80: spills" in out
+    assert "FAILED: hoard_kernel [fp32 BLOCK=16384 warps=1 stages=3] on sm_80: spills" in out
 
 
 def test_run_without_report_compiles(models, capsys):
     assert run(CompileOptions(models=["copies"], dtypes=["bf16"], targets=["sm_80"])) == 0
     out = capsys.readouterr().out
-    assert out.startswith("2 binaries for each of 1 targets")
+    assert out.startswith("2 binaries for 1 targets")
     assert "copy_kernel" not in out
 
 

@@ -7,7 +7,8 @@ import torch
 
 import fusedres
 from fusedres import backends
-from fusedres.launch import MAX_GRID, Trace, launch, record, wants_kernels
+from fusedres.launch import MAX_GRID, Trace, launch, record, target_of, wants_kernels
+from fusedres.offline import TARGETS
 from tests.small_kernels import copy_kernel, fill_kernel, triton
 from tests.vgpu_support import needs_vgpu
 
@@ -266,6 +267,25 @@ def test_kernels_are_wanted_where_they_run_or_are_recorded(monkeypatch):
                 assert wanted() == expected
         monkeypatch.setattr(backends._chosen, "name", "vgpu:sm_80", raising=False)
         assert wanted() == ["cpu"]
+
+
+def test_a_dry_run_is_for_the_target_that_was_asked_for():
+    assert target_of(meta(1)) == TARGETS["sm_90"]
+    with record(target="gfx942") as trace:
+        assert target_of(meta(1)) == TARGETS["gfx942"]
+        with record(), pytest.raises(KeyError):
+            assert target_of(meta(1)) == TARGETS["sm_90"]
+            raise KeyError
+        assert target_of(meta(1)) == TARGETS["gfx942"]
+        assert target_of(torch.zeros(1)) == TARGETS["sm_90"]  # no dry run
+    assert trace.target == "gfx942"
+    assert target_of(meta(1)) == TARGETS["sm_90"]
+
+
+def test_a_dry_run_for_an_unknown_target_is_refused_with_the_known():
+    with pytest.raises(ValueError, match=f"target: expected one of {', '.join(TARGETS)}, got 'sm_1'"), record("sm_1"):
+        pass
+    assert not wants_kernels(meta(1))
 
 
 def test_an_empty_trace_counts_nothing():

@@ -49,7 +49,7 @@ def check(target: str, x: Tensor, stride: tuple[int, int], *, prologue: bool) ->
     t = rows.float() - rows[:64].float().mean(0)
     rounded = t.to(dtype).float()
     eager = moments(rounded)
-    # Rounding n terms one after the other in fp32 takes a random walk of sqrt(n) half units; the library sums in blocks.
+    # Adding n terms one by one in fp32 is a random walk of sqrt(n) half units; the library adds blocks of them.
     walk = torch.finfo(torch.float32).eps / 2 * len(rows) ** 0.5
     allowed = max(1.5 * max(relative_error(eager.m2, exact.m2), walk), 4 * torch.finfo(torch.float32).eps)
     error = relative_error(got.m2, exact.m2)
