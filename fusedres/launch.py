@@ -129,6 +129,12 @@ def target_of(tensor: Tensor) -> Target:
     return TARGETS[backends.vgpu_target() or DRY_RUN_TARGET]
 
 
+def multiplies_in_tf32(tensor: Tensor) -> bool:
+    """Whether a kernel launched on ``tensor`` may round fp32 factors to TF32, as the library's convolutions do."""
+    allowed = torch.backends.cudnn.allow_tf32 and tensor.dtype == torch.float32
+    return bool(allowed and target_of(tensor).backend == "cuda")
+
+
 @functools.cache
 def _device_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)

@@ -290,3 +290,10 @@ def test_a_dry_run_for_an_unknown_target_is_refused_with_the_known():
 
 def test_an_empty_trace_counts_nothing():
     assert (Trace().bytes_read, Trace().bytes_written, Trace().flops, Trace().by_kernel()) == (0, 0, 0, {})
+
+
+def test_tensors_on_several_devices_are_refused_before_anything_starts():
+    message = "y_ptr: expected a tensor on meta, where x_ptr is, got one on cpu"
+    with record() as trace, pytest.raises(ValueError, match=message):
+        start_copy(meta(6, 8), torch.empty(6, 8))
+    assert not trace.launches

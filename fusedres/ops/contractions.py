@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import target_of
+from ..launch import multiplies_in_tf32, target_of
 from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise
 from ..plan.tiles import alignment
 from .contract import ConvInput, Geometry, Partials, channels_last
@@ -58,11 +58,11 @@ def conv_shape(u: ConvInput, weight: Tensor, geometry: Geometry) -> ConvShape:
     return ConvShape(n * p * q, c, k // groups, groups, r, s, weight.element_size(), flat, prologue)
 
 
-def contracted(u: ConvInput, weight: Tensor, geometry: Geometry) -> Contracted:
-    """The convolution as both kernels are told of it."""
+def contracted(u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False) -> Contracted:
+    """The convolution as both kernels are told of it; ``second``: whether a projection follows."""
     x, weight = channels_last(u.tensor), channels_last(weight)
     n, channels, h, w = x.shape
-    shape = conv_shape(u, weight, geometry)
+    shape = conv_shape(u, weight, geometry)._replace(second=second)
     p, q = geometry.output_size(h, w, (shape.r, shape.s))
     target = target_of(x)
     tile = conv_tile(shape, target)
@@ -74,7 +74,7 @@ def contracted(u: ConvInput, weight: Tensor, geometry: Geometry) -> Contracted:
         "dilation_h": dilation[0], "dilation_w": dilation[1], "R": shape.r, "S": shape.s,
         "PADDED": padding != (0, 0), "FLAT": shape.flat, "GROUPS_PER_TILE": tile.groups_per_tile,
         "EVEN_C": groups % tile.groups_per_tile == 0 and tile.groups_per_tile * shape.c % tile.block_c == 0,
-        "TF32": target.backend == "cuda" and bool(torch.backends.cudnn.allow_tf32),
+        "TF32": multiplies_in_tf32(x),
         "C_MULTIPLE": alignment(shape.c), "K_MULTIPLE": alignment(shape.k),
         "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..launch import launch, target_of
+from ..launch import launch, multiplies_in_tf32
 from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
 from ..plan.tiles import alignment
 from .bn_backward import bn_backward_apply
@@ -95,7 +95,7 @@ def _launched(dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape
             "stride_h": stride[0], "stride_w": stride[1], "pad_h": padding[0], "pad_w": padding[1],
             "dilation_h": dilation[0], "dilation_w": dilation[1], "R": shape.r, "S": shape.s, "FLAT": shape.flat,
             "GROUPS_PER_TILE": tile.groups_per_tile,
-            "TF32": target_of(x).backend == "cuda" and bool(torch.backends.cudnn.allow_tf32),
+            "TF32": multiplies_in_tf32(x),
             "C_MULTIPLE": alignment(shape.c), "K_MULTIPLE": alignment(shape.k),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },

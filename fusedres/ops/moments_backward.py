@@ -8,8 +8,8 @@ mean and M the `Moments` of the input u, and a, invstd of the `Normaliser`:
     dW = a * D' - q * (W M)
     du = (a * g) W - u Q - c    Q = W^T diag(q) W    c = W^T (a * m1) - Q mean
 
-which follows from dy = a * (g - m1 - y_hat * m2) and y_hat = invstd * W (u - mean). Every product with u is centred,
-so that none cancels when the mean is large.
+which follows from dy = a * (g - m1 - y_hat * m2) and y_hat = invstd * W (u - mean). D' and M are centred, so that dW
+and dgamma lose nothing where the mean is large. In du, where u meets Q as it is, u Q and Q mean cancel there.
 """
 
 from typing import NamedTuple

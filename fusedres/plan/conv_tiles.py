@@ -17,7 +17,8 @@ NARROWEST = 16
 class ConvShape(NamedTuple):
     """What the choice depends on: output pixels, channels of a group, groups, window, bytes of an element.
 
-    ``flat``: depth runs along the rows of the window. ``prologue``: the input is normalised on load.
+    ``flat``: depth runs along the rows of the window. ``prologue``: the input is normalised on load. ``second``: a
+    projection is contracted after the convolution, whose outputs wait in registers.
     """
 
     pixels: int
@@ -29,6 +30,7 @@ class ConvShape(NamedTuple):
     itemsize: int
     flat: bool = False
     prologue: bool = False
+    second: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,22 +84,35 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
         block_c //= 2
     if shape.flat:
         block_c = 32
-    sizes = [(128, block_k), (64, block_k)]
+    if target.backend == "hip":
+        # Its compiler keeps a mask for every row of a thread in scalar registers, and runs out of them.
+        block_k = min(block_k, 64)
+        sizes = [(64, block_k), (32, block_k)]
+    elif shape.second:
+        block_k = min(block_k, 64)
+        sizes = [(128, block_k), (64, block_k)]
+    else:
+        sizes = [(128, block_k), (64, block_k)]
     if block_k == 128:
         sizes.append((64, 64))
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
     others = list(ordered)
     # The widest tile where tensor cores read both operands from shared memory; a prologue would find no registers.
-    if packed * shape.k >= 256 and wide(target) and not shape.prologue:
+    if packed * shape.k >= 256 and wide(target) and not (shape.prologue or shape.second):
         others.append(_tile((128, 256), block_c, packed, shape, target))
     return tuple(dict.fromkeys([default, *others]))
 
 
 def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, target: Target) -> ConvTile:
-    # 128 x 128 fp32 accumulators and a prologue's operand spill in the registers of 4 warps.
+    # In the registers of 4 warps, 128 x 128 fp32 accumulators spill; so do a mask for every element of a flat operand,
+    # and a prologue where operands pass through registers.
     outputs = size[0] * size[1]
-    tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 else 4, 2, packed)
+    crowded = size[0] == 128 and (shape.flat or (shape.prologue and not wide(target)))
+    tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
+    if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2:
+        # Eight warps would stand 2 x 4 and form the operand four times over; four fit with a shorter step.
+        tile = replace(tile, num_warps=4, block_c=min(block_c, 32))
     # Where operands pass through registers, such a tile has the multiprocessor for itself.
     alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
     room = target.shared_bytes if alone else target.shared_bytes // 2

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from ..offline import Target
+
 # Pieces of a row, where one of them divides the channels. Otherwise a tile holds whole rows, which lie one after the
 # other in memory: lanes may be idle, but no access begins in the middle of a sector.
 PIECES = (128, 64)
@@ -65,10 +67,11 @@ class MomentsTile:
         return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
 
 
-def moments_tile(pixels: int, channels: int) -> MomentsTile:
+def moments_tile(pixels: int, channels: int, target: Target) -> MomentsTile:
     """The tile of `input_moments`: as many parts as keep a large GPU busy and no more, for each writes its sums."""
-    block_c = max(16, min(64, _power_above(channels)))
-    tile = MomentsTile(64, block_c, 1)
+    # AMD's compiler runs out of scalar registers for the masks of larger tiles.
+    amd = target.backend == "hip"
+    tile = MomentsTile(32 if amd else 64, max(16, min(32 if amd else 64, _power_above(channels))), 1)
     wanted = max(1, min(-(-pixels // tile.block_pixels), PROGRAMS // 2 // tile.pairs(channels)))
     return replace(tile, parts=-(-pixels // replace(tile, parts=wanted).per_part(pixels)))
 

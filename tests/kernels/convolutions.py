@@ -46,6 +46,11 @@ class Conv(NamedTuple):
             shrunk = self._replace(size=(n, c, h, w))
         return shrunk
 
+    @property
+    def depth(self) -> int:
+        """Products that make an output."""
+        return self.size[1] // self.geometry.groups * self.window[0] * self.window[1]
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Of a size that gives outputs like the inputs, channels_last."""
         c = self.size[1] // self.geometry.groups
@@ -86,9 +91,20 @@ def as_tf32(tensor: Tensor) -> Tensor:
     return (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-def assert_as_accurate(ours: Tensor, eager: Tensor, exact: Tensor, tf32: Tensor | None, name: str = "tensor") -> None:
-    """1.5 times eager's error at most; with ``tf32``, the error of that product instead."""
-    theirs = max(relative_error(eager, exact), 0.0 if tf32 is None else relative_error(tf32, exact))
+def one_by_one(terms: int) -> float:
+    """The relative error of adding as many random terms in fp32 one after the other: the library adds blocks of them.
+
+    The k-th sum is of size sqrt(k) and is rounded by up to half a unit, evenly distributed:
+    eps / (2 sqrt(3)) * sqrt(sum of k) / sqrt(terms).
+    """
+    return torch.finfo(torch.float32).eps * (terms / 24) ** 0.5
+
+
+def assert_as_accurate(
+    ours: Tensor, eager: Tensor, exact: Tensor, tf32: Tensor | None, terms: int, name: str = "tensor"
+) -> None:
+    """1.5 times eager's error at most, or the error of the product in ``tf32`` or of sums taken `one_by_one`."""
+    theirs = max(relative_error(eager, exact), 0.0 if tf32 is None else relative_error(tf32, exact), one_by_one(terms))
     allowed = max(1.5 * theirs, torch.finfo(ours.dtype).eps * (4 if ours.dtype == torch.float32 else 0.5))
     error = relative_error(ours, exact)
     assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"

@@ -93,7 +93,8 @@ def check(
     tf32 = None
     if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and target.startswith("sm"):
         tf32 = operands.computed(torch.float64, tf32=True, act=act)
-    assert_as_accurate(z, operands.computed(dtype, act=act), operands.computed(torch.float64, act=act), tf32)
+    eager, exact = operands.computed(dtype, act=act), operands.computed(torch.float64, act=act)
+    assert_as_accurate(z, eager, exact, tf32, conv.depth)
     assert z.is_contiguous(memory_format=torch.channels_last)
     if bit_mask:
         assert torch.equal(mask, pack_relu_mask(z))
@@ -161,4 +162,4 @@ def test_a_wide_shortcut_promotes_the_sum(target: str) -> None:
     operands.residual = activation((1, 64, 7, 9), torch.float32)
     (z, *_), _ = executed(target, lambda: conv_bn_act(operands.main, residual=operands.residual))
     assert z.dtype == torch.float32
-    assert_as_accurate(z, operands.computed(torch.bfloat16).float(), operands.computed(torch.float64), None)
+    assert_as_accurate(z, operands.computed(torch.bfloat16).float(), operands.computed(torch.float64), None, conv.depth)

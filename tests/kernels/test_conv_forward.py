@@ -68,7 +68,7 @@ def check(
     tf32 = None
     if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and target.startswith("sm"):
         tf32 = conv2d(as_tf32(formed(dtype)).double(), as_tf32(weight).double(), None, *conv.geometry)
-    assert_as_accurate(y, eager, exact, tf32)
+    assert_as_accurate(y, eager, exact, tf32, conv.depth)
     if partials is not None:
         check_statistics(y, partials)
     return y, partials, trace

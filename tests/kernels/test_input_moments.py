@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedres.ops.contract import ConvInput, Moments
 from fusedres.ops.input_moments import input_moments
 from tests.comparison import relative_error
+from tests.kernels.convolutions import one_by_one
 from tests.kernels.executed import Size, activation, covering, executed, vgpu
 
 CASES: dict[str, tuple[Size, tuple[int, int]]] = {
@@ -49,9 +50,9 @@ def check(target: str, x: Tensor, stride: tuple[int, int], *, prologue: bool) ->
     t = rows.float() - rows[:64].float().mean(0)
     rounded = t.to(dtype).float()
     eager = moments(rounded)
-    # Adding n terms one by one in fp32 is a random walk of sqrt(n) half units; the library adds blocks of them.
-    walk = torch.finfo(torch.float32).eps / 2 * len(rows) ** 0.5
-    allowed = max(1.5 * max(relative_error(eager.m2, exact.m2), walk), 4 * torch.finfo(torch.float32).eps)
+    allowed = max(
+        1.5 * max(relative_error(eager.m2, exact.m2), one_by_one(len(rows))), 4 * torch.finfo(torch.float32).eps
+    )
     error = relative_error(got.m2, exact.m2)
     assert error <= allowed, f"m2: relative error {error:.2e}, allowed {allowed:.2e}"
     scale_ = float(rows.double().norm(dim=0).norm()) / len(rows) ** 0.5
