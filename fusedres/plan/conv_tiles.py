@@ -88,6 +88,8 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
         # Its compiler keeps a mask for every row of a thread in scalar registers, and runs out of them.
         block_k = min(block_k, 64)
         sizes = [(64, block_k), (32, block_k)]
+        if shape.prologue or shape.second or shape.flat:
+            sizes = sizes[1:]
     elif shape.second:
         block_k = min(block_k, 64)
         sizes = [(128, block_k), (64, block_k)]
@@ -108,7 +110,7 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # In the registers of 4 warps, 128 x 128 fp32 accumulators spill; so do a mask for every element of a flat operand,
     # and a prologue where operands pass through registers.
     outputs = size[0] * size[1]
-    crowded = size[0] == 128 and (shape.flat or (shape.prologue and not wide(target)))
+    crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
     if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2:
         # Eight warps would stand 2 x 4 and form the operand four times over; four fit with a shorter step.
@@ -160,7 +162,7 @@ def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
     block_c = max(NARROWEST, min(_power_above(width), widest))
     tiles = []
     for block_pixels in (64, 32):
-        warps = 8 if block_k * block_c >= 128 * 128 else 4
+        warps = 8 if block_k * block_c >= 128 * 128 or shape.flat else 4
         tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
         wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), -(-ENOUGH_TILES // tile.tiles(shape))))
         tile = replace(tile, parts=wanted)

@@ -50,9 +50,9 @@ def check(target: str, x: Tensor, stride: tuple[int, int], *, prologue: bool) ->
     t = rows.float() - rows[:64].float().mean(0)
     rounded = t.to(dtype).float()
     eager = moments(rounded)
-    allowed = max(
-        1.5 * max(relative_error(eager.m2, exact.m2), one_by_one(len(rows))), 4 * torch.finfo(torch.float32).eps
-    )
+    # Squares only grow, and a channel or two may hold most of them: a walk of whole half units, not of their average.
+    walk = 12**0.5 * one_by_one(len(rows))
+    allowed = max(1.5 * max(relative_error(eager.m2, exact.m2), walk), 4 * torch.finfo(torch.float32).eps)
     error = relative_error(got.m2, exact.m2)
     assert error <= allowed, f"m2: relative error {error:.2e}, allowed {allowed:.2e}"
     scale_ = float(rows.double().norm(dim=0).norm()) / len(rows) ** 0.5
