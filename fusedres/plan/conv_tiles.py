@@ -112,8 +112,9 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     outputs = size[0] * size[1]
     crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
-    if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2:
-        # Eight warps would stand 2 x 4 and form the operand four times over; four fit with a shorter step.
+    if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
+        # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by
+        # the compiler for sm_80; those for sm_86, sm_89 and sm_120 spill.
         tile = replace(tile, num_warps=4, block_c=min(block_c, 32))
     # Where operands pass through registers, such a tile has the multiprocessor for itself.
     alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
@@ -167,7 +168,8 @@ def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
         wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), -(-ENOUGH_TILES // tile.tiles(shape))))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
-    return tuple(tiles) if shape.itemsize == 2 else tuple(reversed(tiles))
+    # The shorter step where operands are wide, or every element of one has a mask of its own.
+    return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat else tuple(tiles)
 
 
 def wide(target: Target) -> bool:
