@@ -79,7 +79,7 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
     n, channels, h, w = x.shape
     p, q = Geometry(stride).output_size(h, w, (1, 1))
     count = n * p * q
-    tile = moments_tile(count, channels, target_of(x))
+    tile = moments_tile(count, channels, x.element_size(), target_of(x))
     pairs = tile.pairs(channels)
     row, mean = torch.empty((2, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((tile.parts, channels), dtype=torch.float32, device=x.device)

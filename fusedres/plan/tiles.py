@@ -67,11 +67,12 @@ class MomentsTile:
         return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
 
 
-def moments_tile(pixels: int, channels: int, target: Target) -> MomentsTile:
+def moments_tile(pixels: int, channels: int, itemsize: int, target: Target) -> MomentsTile:
     """The tile of `input_moments`: as many parts as keep a large GPU busy and no more, for each writes its sums."""
-    # AMD's compiler runs out of scalar registers for the masks of larger tiles.
-    amd = target.backend == "hip"
-    tile = MomentsTile(32 if amd else 64, max(16, min(32 if amd else 64, _power_above(channels))), 1)
+    # AMD's compiler runs out of scalar registers for the masks of larger tiles; in fp32, multiplied without tensor
+    # cores, their unrolled products fill any compiler's.
+    side = 32 if target.backend == "hip" or itemsize == 4 else 64
+    tile = MomentsTile(side, max(16, min(side, _power_above(channels))), 1)
     wanted = max(1, min(-(-pixels // tile.block_pixels), PROGRAMS // 2 // tile.pairs(channels)))
     return replace(tile, parts=-(-pixels // replace(tile, parts=wanted).per_part(pixels)))
 
