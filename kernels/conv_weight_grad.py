@@ -7,16 +7,11 @@ its producer. Each part of the pixels has a workspace of its own; a second kerne
 import triton
 import triton.language as tl
 
-from .contraction import formed
+from .contraction import SIZES, formed
 from .relu_mask import load_masked
 
 
-@triton.jit(
-    do_not_specialize=[
-        "pixels", "pixels_per_part", "groups", "H", "W", "P", "Q", "stride_h", "stride_w", "pad_h", "pad_w",
-        "dilation_h", "dilation_w",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*SIZES, "pixels_per_part"])
 def conv_weight_grad_kernel(
     g_ptr,  # (pixels, groups * K) gradient behind the batch norm, or dy itself where p is None
     mask_ptr,  # bits or rectified output (`load_masked`), or None

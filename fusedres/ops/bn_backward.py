@@ -115,6 +115,16 @@ def _bn_backward_apply(dy: OutputGrad) -> Tensor:
 bn_backward_apply = Op(_bn_backward_apply)
 
 
+def gradient_arguments(dy: OutputGrad) -> dict[str, Tensor | None]:
+    """The parts of dy as kernels that form it are told of them; all of y's part or nothing of it."""
+    whole = dy.q is not None and dy.r is not None and dy.y is not None
+    y_part = {"y_ptr": laid_out(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
+    return {
+        "g_ptr": channels_last(dy.g), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
+        **(y_part if whole else dict.fromkeys(y_part)),
+    }  # fmt: skip
+
+
 @bn_backward_apply.triton
 def _bn_backward_apply_triton(dy: OutputGrad) -> Tensor:
     if dy.p is None:
@@ -124,15 +134,10 @@ def _bn_backward_apply_triton(dy: OutputGrad) -> Tensor:
     from ..kernels.bn_backward import bn_backward_apply_kernel
 
     out = empty_rows(dy.g)
-    whole = dy.q is not None and dy.r is not None and dy.y is not None
-    y_part = {"y_ptr": laid_out(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
-    arguments = {
-        "g_ptr": channels_last(dy.g), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
-        **(y_part if whole else dict.fromkeys(y_part)),
-    }  # fmt: skip
+    arguments = gradient_arguments(dy)
     launch_rows(
         bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=tuple(arguments), writes=("dy_ptr",),
-        flops=(1 + (dy.mask is not None) + 4 * whole) * out.numel(),
+        flops=(1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None)) * out.numel(),
     )  # fmt: skip
     return out
 

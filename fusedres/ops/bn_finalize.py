@@ -7,7 +7,7 @@ from ..launch import launch
 from ..plan.tiles import PartialTile
 from .contract import Normaliser, Partials, check_vector
 from .op import Op
-from .rows import storable
+from .rows import empty_partials, storable
 
 # More than these (a convolution's tiles, of which there are thousands) a single program would take too long over.
 MOST_PARTS = 512
@@ -112,8 +112,7 @@ def _combined(partials: Partials, tile: PartialTile) -> Partials:
 
     parts, channels = partials.mean.shape
     fewer = -(-parts // tile.block_parts)
-    mean, m2 = torch.empty((2, fewer, channels), dtype=torch.float32, device=partials.mean.device)
-    combined = Partials(torch.empty_like(partials.counts[:fewer]), mean, m2)
+    combined = empty_partials(fewer, channels, partials.mean.device)
     read = {"count_ptr": partials.counts, "mean_ptr": partials.mean, "m2_ptr": partials.m2}
     written = {f"out_{name}": tensor for name, tensor in zip(read, combined, strict=True)}
     launch(

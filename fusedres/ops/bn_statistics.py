@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .contract import Partials, channels_last, check_activation, pixels, statistics_dtype
 from .op import Op
-from .rows import launch_reduction, reduction_parts, storable
+from .rows import empty_partials, launch_reduction, reduction_parts, storable
 
 
 def _bn_statistics(y: Tensor) -> Partials:
@@ -38,9 +38,7 @@ def _bn_statistics_triton(y: Tensor) -> Partials:
     check_activation("y", y)
     from ..kernels.bn_statistics import bn_statistics_kernel
 
-    parts, channels = reduction_parts(y), y.shape[1]
-    mean, m2 = torch.empty((2, parts, channels), dtype=torch.float32, device=y.device)
-    partials = Partials(torch.empty(parts, dtype=torch.float32, device=y.device), mean, m2)
+    partials = empty_partials(reduction_parts(y), y.shape[1], y.device)
     arguments = {
         "y_ptr": channels_last(y), "count_ptr": partials.counts, "mean_ptr": partials.mean, "m2_ptr": partials.m2,
     }  # fmt: skip

@@ -3,13 +3,12 @@
 import functools
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..launch import multiplies_in_tf32, target_of
 from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise
 from ..plan.tiles import alignment
-from .contract import ConvInput, Geometry, Partials, channels_last
+from .contract import ConvInput, Geometry, channels_last
 from .rows import storable
 
 # Fewer channels than an access is wide: depth runs along the rows of the window, which are single runs of memory.
@@ -51,51 +50,62 @@ def why_no_kernel(u: ConvInput, weight: Tensor, geometry: Geometry) -> str | Non
 def conv_shape(u: ConvInput, weight: Tensor, geometry: Geometry) -> ConvShape:
     """What tiles depend on."""
     n, _, h, w = u.tensor.shape
-    k, c, r, s = weight.shape
+    k, _, r, s = weight.shape
     p, q = geometry.output_size(h, w, (r, s))
-    flat = c <= FLAT_CHANNELS and geometry.groups == 1 and geometry.dilation[1] == 1 and u.scale is None
-    groups, prologue = geometry.groups, u.scale is not None
-    return ConvShape(n * p * q, c, k // groups, groups, r, s, weight.element_size(), flat, prologue)
+    return shape_of(u, n * p * q, k, (r, s), geometry)
+
+
+def shape_of(u: ConvInput, pixels: int, k: int, kernel: tuple[int, int], geometry: Geometry) -> ConvShape:
+    """The same from the output's pixels and channels and the window."""
+    groups, formed = geometry.groups, u.scale is not None
+    c = u.tensor.shape[1] // groups
+    flat = c <= FLAT_CHANNELS and groups == 1 and geometry.dilation[1] == 1 and not formed
+    return ConvShape(pixels, c, k // groups, groups, *kernel, u.tensor.element_size(), flat, formed)
+
+
+def window_arguments(x: Tensor, shape: ConvShape, size: tuple[int, int], geometry: Geometry) -> dict[str, Any]:
+    """What every kernel that goes through windows of ``x`` (N, C, H, W) is told of them; ``size`` is (P, Q)."""
+    stride, padding, dilation, groups = geometry
+    return {
+        "pixels": shape.pixels, "groups": groups, "C": shape.c, "K": shape.k, "H": x.shape[2], "W": x.shape[3],
+        "P": size[0], "Q": size[1], "stride_h": stride[0], "stride_w": stride[1], "pad_h": padding[0],
+        "pad_w": padding[1], "dilation_h": dilation[0], "dilation_w": dilation[1], "R": shape.r, "S": shape.s,
+        "FLAT": shape.flat, "TF32": multiplies_in_tf32(x), "C_MULTIPLE": alignment(shape.c),
+        "K_MULTIPLE": alignment(shape.k),
+    }  # fmt: skip
 
 
 def contracted(u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False) -> Contracted:
     """The convolution as both kernels are told of it; ``second``: whether a projection follows."""
     x, weight = channels_last(u.tensor), channels_last(weight)
-    n, channels, h, w = x.shape
+    n, _, h, w = x.shape
     shape = conv_shape(u, weight, geometry)._replace(second=second)
-    p, q = geometry.output_size(h, w, (shape.r, shape.s))
-    target = target_of(x)
-    tile = conv_tile(shape, target)
-    stride, padding, dilation, groups = geometry
+    window, groups = (shape.r, shape.s), geometry.groups
+    size = geometry.output_size(h, w, window)
+    tile = conv_tile(shape, target_of(x))
     arguments = {
         "x_ptr": x, "w_ptr": weight, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
-        "pixels": shape.pixels, "groups": groups, "C": shape.c, "K": shape.k, "H": h, "W": w, "P": p, "Q": q,
-        "stride_h": stride[0], "stride_w": stride[1], "pad_h": padding[0], "pad_w": padding[1],
-        "dilation_h": dilation[0], "dilation_w": dilation[1], "R": shape.r, "S": shape.s,
-        "PADDED": padding != (0, 0), "FLAT": shape.flat, "GROUPS_PER_TILE": tile.groups_per_tile,
+        **window_arguments(x, shape, size, geometry),
+        "PADDED": geometry.padding != (0, 0), "GROUPS_PER_TILE": tile.groups_per_tile,
         "EVEN_C": groups % tile.groups_per_tile == 0 and tile.groups_per_tile * shape.c % tile.block_c == 0,
-        "TF32": multiplies_in_tf32(x),
-        "C_MULTIPLE": alignment(shape.c), "K_MULTIPLE": alignment(shape.k),
         "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
-    read = n * channels * x.element_size()
-    for side, windows, kernel, *steps in zip(
-        (h, w), (p, q), (shape.r, shape.s), stride, padding, dilation, strict=True
-    ):
-        read *= touched(side, windows, kernel, *steps)
+    read = bytes_in_windows(x, size, window, geometry)
     flops = 2 * shape.pixels * weight.numel()
-    return Contracted(shape, tile, (n, shape.k * groups, p, q), arguments, read, flops)
+    return Contracted(shape, tile, (n, shape.k * groups, *size), arguments, read, flops)
+
+
+def bytes_in_windows(x: Tensor, size: tuple[int, ...], window: tuple[int, int], geometry: Geometry) -> int:
+    """Bytes of ``x`` (N, C, H, W) that lie in one of the (P, Q) windows."""
+    covered = x.shape[0] * x.shape[1] * x.element_size()
+    steps = geometry.stride, geometry.padding, geometry.dilation
+    for side, windows, kernel, *step in zip(x.shape[2:], size, window, *steps, strict=True):
+        covered *= touched(side, windows, kernel, *step)
+    return covered
 
 
 @functools.cache
-def touched(side: int, windows: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+def touched(side: int, windows: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """How many of ``side`` pixels lie in one of the windows."""
     places = (i * stride - padding + j * dilation for i in range(windows) for j in range(kernel))
     return len({place for place in places if 0 <= place < side})
-
-
-def empty_partials(of: Contracted, device: torch.device) -> Partials:
-    """Room for the statistics of every tile."""
-    tiles, channels = of.tile.tiles(of.shape), of.size[1]
-    mean, m2 = torch.empty((2, tiles, channels), dtype=torch.float32, device=device)
-    return Partials(torch.empty(tiles, dtype=torch.float32, device=device), mean, m2)

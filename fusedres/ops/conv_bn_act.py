@@ -10,11 +10,11 @@ from . import onednn
 from .bn_act import check_act, normalised_sum, output_dtype
 from .bn_statistics import bn_statistics
 from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, check_vector, per_channel
-from .contractions import Contracted, contracted, empty_partials, touched, why_no_kernel
+from .contractions import Contracted, bytes_in_windows, contracted, why_no_kernel
 from .conv_forward import accumulated, conv_forward, formed
 from .op import Op
 from .relu_mask import laid_out, pack_relu_mask
-from .rows import empty_mask, empty_rows, storable
+from .rows import empty_mask, empty_partials, empty_rows, storable
 
 
 class Joined(NamedTuple):
@@ -134,7 +134,7 @@ def _conv_bn_act_triton(
     }  # fmt: skip
     projected, sizes, read, flops = _projection(second, conv)
     reads = ("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", *beside, *projected)
-    partials = empty_partials(conv, z.device) if statistics else None
+    partials = empty_partials(conv.tile.tiles(conv.shape), z.shape[1], z.device) if statistics else None
     counts, mean, m2 = partials or (None, None, None)
     written = {"z_ptr": z, "mask_ptr": mask, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2}
     launch(
@@ -165,7 +165,7 @@ def _projection(
         sizes = {"second_C": 1, "second_H": 1, "second_W": 1, "second_stride_h": 1, "second_stride_w": 1}
         return dict.fromkeys(names), {**sizes, "SECOND_EVEN_C": True, "SECOND_C_MULTIPLE": 1}, 0, 0
     x = channels_last(second.u.tensor)
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     values = (
         x, channels_last(second.weight), second.u.scale, second.u.shift, second.scale, second.shift,
     )  # fmt: skip
@@ -174,9 +174,7 @@ def _projection(
         "second_C": c, "second_H": h, "second_W": w, "second_stride_h": stride[0], "second_stride_w": stride[1],
         "SECOND_EVEN_C": c % conv.tile.block_c == 0, "SECOND_C_MULTIPLE": alignment(c),
     }  # fmt: skip
-    read = (
-        n * c * x.element_size() * touched(h, conv.size[2], 1, stride[0], 0) * touched(w, conv.size[3], 1, stride[1], 0)
-    )
+    read = bytes_in_windows(x, conv.size[2:], (1, 1), second.geometry)
     return dict(zip(names, values, strict=True)), described, read, 2 * conv.shape.pixels * second.weight.numel()
 
 

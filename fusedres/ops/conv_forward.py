@@ -8,9 +8,9 @@ from ..launch import launch
 from .bn_act import bn_act
 from .bn_statistics import bn_statistics
 from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, statistics_dtype
-from .contractions import contracted, empty_partials, why_no_kernel
+from .contractions import contracted, why_no_kernel
 from .op import Op
-from .rows import empty_rows
+from .rows import empty_partials, empty_rows
 
 
 def formed(u: ConvInput) -> Tensor:
@@ -65,7 +65,7 @@ def _conv_forward_triton(
 
     conv = contracted(u, weight, geometry)
     y = empty_rows(u.tensor, size=conv.size)
-    partials = empty_partials(conv, y.device) if statistics else None
+    partials = empty_partials(conv.tile.tiles(conv.shape), y.shape[1], y.device) if statistics else None
     counts, mean, m2 = partials or (None, None, None)
     launch(
         conv_forward_kernel, (conv.blocks,),

@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..launch import launch, multiplies_in_tf32
+from ..launch import launch
 from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
-from ..plan.tiles import alignment
-from .bn_backward import bn_backward_apply
-from .contract import ConvInput, Geometry, OutputGrad, channels_last, check_activation, statistics_dtype
-from .contractions import FLAT_CHANNELS, touched
+from .bn_backward import bn_backward_apply, gradient_arguments
+from .contract import ConvInput, Geometry, OutputGrad, channels_last, check_activation, pixels, statistics_dtype
+from .contractions import bytes_in_windows, shape_of, window_arguments
 from .conv_forward import formed
 from .op import Op
-from .relu_mask import laid_out
 from .rows import storable
 
 
@@ -56,47 +54,26 @@ def _conv_weight_grad_triton(dy: OutputGrad, u: ConvInput, kernel: tuple[int, in
     plain = dy.p is None and dy.mask is None and u.scale is None
     if (backends.runs_native() and plain) or not storable(dy.g, dy.y, u.tensor) or dy.g.dtype != u.tensor.dtype:
         return NotImplemented
-    shape = _shape(dy, u, kernel, geometry)
+    shape = shape_of(u, pixels(dy.g), dy.g.shape[1], kernel, geometry)
     tiles = weight_grad_tiles(shape)
     if not tiles or depthwise(shape):
         return NotImplemented
     return _launched(dy, u, geometry, shape, tiles[0])
 
 
-def _shape(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> ConvShape:
-    n, k, p, q = dy.g.shape
-    groups, c = geometry.groups, u.tensor.shape[1] // geometry.groups
-    flat = c <= FLAT_CHANNELS and groups == 1 and geometry.dilation[1] == 1 and u.scale is None
-    return ConvShape(n * p * q, c, k // groups, groups, *kernel, u.tensor.element_size(), flat, u.scale is not None)
-
-
 def _launched(dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape, tile: WeightGradTile) -> Tensor:
     from ..kernels.conv_weight_grad import conv_weight_grad_kernel, sum_parts_kernel
 
-    x, g = channels_last(u.tensor), channels_last(dy.g)
-    n, channels, h, w = x.shape
-    _, k, p, q = g.shape
-    stride, padding, dilation, groups = geometry
+    x = channels_last(u.tensor)
+    k, p, q = dy.g.shape[1:]
     parts = torch.empty((tile.parts, k, shape.r, shape.s, shape.c), dtype=torch.float32, device=x.device)
-    whole = dy.p is not None and dy.q is not None and dy.r is not None and dy.y is not None
-    y_part = {"y_ptr": laid_out(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
-    read = {
-        "g_ptr": g, "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p, **(y_part if whole else dict.fromkeys(y_part)),
-        "x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift,
-    }  # fmt: skip
-    covered = n * channels * x.element_size()
-    for side, windows, taps, *steps in zip((h, w), (p, q), (shape.r, shape.s), stride, padding, dilation, strict=True):
-        covered *= touched(side, windows, taps, *steps)
+    read = {**gradient_arguments(dy), "x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
+    covered = bytes_in_windows(x, (p, q), (shape.r, shape.s), geometry)
     launch(
         conv_weight_grad_kernel, (tile.tiles(shape) * tile.parts,),
         {
-            **read, "dw_ptr": parts, "pixels": shape.pixels, "pixels_per_part": tile.per_part(shape.pixels),
-            "groups": groups, "C": shape.c, "K": shape.k, "H": h, "W": w, "P": p, "Q": q,
-            "stride_h": stride[0], "stride_w": stride[1], "pad_h": padding[0], "pad_w": padding[1],
-            "dilation_h": dilation[0], "dilation_w": dilation[1], "R": shape.r, "S": shape.s, "FLAT": shape.flat,
-            "GROUPS_PER_TILE": tile.groups_per_tile,
-            "TF32": multiplies_in_tf32(x),
-            "C_MULTIPLE": alignment(shape.c), "K_MULTIPLE": alignment(shape.k),
+            **read, "dw_ptr": parts, **window_arguments(x, shape, (p, q), geometry),
+            "pixels_per_part": tile.per_part(shape.pixels), "GROUPS_PER_TILE": tile.groups_per_tile,
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
         reads=tuple(read), writes=("dw_ptr",), partial={"x_ptr": covered},

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..plan.tiles import RowTile, alignment, reduction_tile, row_tile
-from .contract import pixels
+from .contract import Partials, pixels
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +29,12 @@ def empty_mask(like: Tensor) -> Tensor:
     """An uninitialised bit mask (`pack_relu_mask`) for an (N, C, H, W) tensor."""
     n, c, h, w = like.shape
     return torch.empty((n, h, w, -(-c // 8)), dtype=torch.uint8, device=like.device)
+
+
+def empty_partials(parts: int, channels: int, device: torch.device) -> Partials:
+    """Uninitialised statistics of as many parts."""
+    mean, m2 = torch.empty((2, parts, channels), dtype=torch.float32, device=device)
+    return Partials(torch.empty(parts, dtype=torch.float32, device=device), mean, m2)
 
 
 def launch_rows(

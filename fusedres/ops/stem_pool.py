@@ -8,8 +8,8 @@ from torch.nn.functional import max_pool2d
 
 from .bn_act import bn_act
 from .bn_backward import masked
-from .contract import OutputGrad, PoolGeometry, channels_last, check_activation, check_vector
-from .contractions import touched
+from .contract import Geometry, OutputGrad, PoolGeometry, channels_last, check_activation, check_vector
+from .contractions import bytes_in_windows
 from .op import Op
 from .rows import empty_rows, launch_rows, storable
 
@@ -58,9 +58,7 @@ def _stem_pool_triton(
     z = empty_rows(y, size=size)
     index = empty_rows(y, torch.uint8, size) if indices else None
     tensors = {"y_ptr": channels_last(y), "scale_ptr": scale, "shift_ptr": shift, "z_ptr": z, "index_ptr": index}
-    covered = n * channels * y.element_size()
-    for side, out, kernel, stride, padding in zip((h, w), size[2:], *pool, strict=True):
-        covered *= touched(side, out, kernel, stride, padding)
+    covered = bytes_in_windows(y, size[2:], pool.kernel, Geometry(pool.stride, pool.padding))
     launch_rows(
         stem_pool_kernel, z, {**tensors, **_window(y, z, pool)}, reads=("y_ptr", "scale_ptr", "shift_ptr"),
         writes=("z_ptr", "index_ptr"), partial={"y_ptr": covered}, flops=4 * math.prod(pool.kernel) * z.numel(),

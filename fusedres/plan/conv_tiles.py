@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..offline import Target
+from .tiles import power_above
 
 # Below this many tiles a GPU has multiprocessors without one, and smaller tiles are worth their extra loads.
 ENOUGH_TILES = 256
@@ -77,24 +78,20 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     while packed < shape.groups and min(packed * shape.c, packed * shape.k) < 32:
         packed *= 2
     depth = packed * shape.c if not shape.flat else shape.r * shape.s * shape.c
-    block_k = max(NARROWEST, min(_power_above(packed * shape.k), 128))
+    block_k = max(NARROWEST, min(power_above(packed * shape.k), 128))
     widest_step = 128 // shape.itemsize  # a row of operands is a line of the cache
-    block_c = max(NARROWEST, min(_power_above(depth), widest_step))
+    block_c = max(NARROWEST, min(power_above(depth), widest_step))
     if depth % block_c and depth % (block_c // 2) == 0 and block_c > 2 * NARROWEST:
         block_c //= 2
     if shape.flat:
         block_c = 32
-    if target.backend == "hip":
+    amd = target.backend == "hip"
+    if amd or shape.second:
+        block_k = min(block_k, 64)
+    sizes = [(128, block_k), (64, block_k)]
+    if amd:
         # Its compiler keeps a mask for every row of a thread in scalar registers, and runs out of them.
-        block_k = min(block_k, 64)
-        sizes = [(64, block_k), (32, block_k)]
-        if shape.prologue or shape.second or shape.flat:
-            sizes = sizes[1:]
-    elif shape.second:
-        block_k = min(block_k, 64)
-        sizes = [(128, block_k), (64, block_k)]
-    else:
-        sizes = [(128, block_k), (64, block_k)]
+        sizes = [(64, block_k), (32, block_k)][shape.prologue or shape.second or shape.flat :]
     if block_k == 128:
         sizes.append((64, 64))
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
@@ -155,12 +152,12 @@ def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
     """
     grouped = shape.groups > 1
     widest = 128 if shape.k >= 128 and shape.c >= 128 else 64
-    block_k = max(NARROWEST, min(_power_above(shape.k * shape.groups), widest))
+    block_k = max(NARROWEST, min(power_above(shape.k * shape.groups), widest))
     if grouped and shape.k % block_k and block_k % shape.k:
         return ()
     packed = max(1, block_k // shape.k) if grouped else 1
     width = shape.s * shape.c if shape.flat else packed * shape.c
-    block_c = max(NARROWEST, min(_power_above(width), widest))
+    block_c = max(NARROWEST, min(power_above(width), widest))
     tiles = []
     for block_pixels in (64, 32):
         warps = 8 if block_k * block_c >= 128 * 128 or shape.flat else 4
@@ -175,10 +172,6 @@ def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
 def wide(target: Target) -> bool:
     """Whether tensor cores read their operands from shared memory, as those of sm_90 and sm_100 do."""
     return target.backend == "cuda" and isinstance(target.arch, int) and 90 <= target.arch < 120
-
-
-def _power_above(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
 
 
 _pinned: list[ConvTile] = []

@@ -72,7 +72,7 @@ def moments_tile(pixels: int, channels: int, itemsize: int, target: Target) -> M
     # AMD's compiler runs out of scalar registers for the masks of larger tiles; in fp32, multiplied without tensor
     # cores, their unrolled products fill any compiler's.
     side = 32 if target.backend == "hip" or itemsize == 4 else 64
-    tile = MomentsTile(side, max(16, min(side, _power_above(channels))), 1)
+    tile = MomentsTile(side, max(16, min(side, power_above(channels))), 1)
     wanted = max(1, min(-(-pixels // tile.block_pixels), PROGRAMS // 2 // tile.pairs(channels)))
     return replace(tile, parts=-(-pixels // replace(tile, parts=wanted).per_part(pixels)))
 
@@ -93,9 +93,9 @@ def reduction_tiles(rows: int, channels: int) -> tuple[RowTile, ...]:
 
 
 def _tiles(rows: int, channels: int, per_thread: int) -> tuple[RowTile, ...]:
-    row = max(8, min(_power_above(channels), WIDEST_ROW))
+    row = max(8, min(power_above(channels), WIDEST_ROW))
     block_c = next((piece for piece in PIECES if channels % piece == 0), row)
-    default = RowTile(max(1, min(4 * 32 * per_thread // block_c, _power_above(rows))), block_c)
+    default = RowTile(max(1, min(4 * 32 * per_thread // block_c, power_above(rows))), block_c)
     others = [
         replace(default, block_rows=2 * default.block_rows, num_warps=8),
         replace(default, block_rows=max(1, default.block_rows // 2)),
@@ -103,7 +103,7 @@ def _tiles(rows: int, channels: int, per_thread: int) -> tuple[RowTile, ...]:
     return tuple(dict.fromkeys([default, *others]))
 
 
-def _power_above(number: int) -> int:
+def power_above(number: int) -> int:
     """The smallest power of two that is not below ``number``."""
     return 1 << max(0, number - 1).bit_length()
 
