@@ -137,7 +137,8 @@ def multiplies_in_tf32(tensor: Tensor) -> bool:
 
 @functools.cache
 def _device_target(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
+    # Versions of torch differ in which of these their type stubs name.
+    properties: Any = torch.cuda.get_device_properties(index)
     shared = int(properties.shared_memory_per_block_optin)
     if torch.version.hip is not None:
         return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, shared)
