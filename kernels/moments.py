@@ -27,7 +27,8 @@ def _times_m2(
     for start in range(0, C, BLOCK_C):
         m_d = start + o_d < C
         w = tl.load(w_ptr + o_k[:, None] * C + start + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-        m2 = tl.load(m2_ptr + (start + o_d)[:, None] * C + o_c[None, :], mask=m_d[:, None] & m_c[None, :], other=0.0)
+        # Symmetric, so that it can be read along the depth, as TF32 wants its operands.
+        m2 = tl.load(m2_ptr + o_c[None, :] * C + (start + o_d)[:, None], mask=m_d[:, None] & m_c[None, :], other=0.0)
         product = tl.dot(w.to(tl.float32), m2, product, input_precision=PRECISION)
     return product
 
