@@ -43,7 +43,7 @@ def uniform(seed: int, epoch: int, indices: torch.Tensor, count: int) -> torch.T
         (N, count) fp64.
     """
     # Tensors throughout, since Python's numbers do not wrap around.
-    state = _mix(torch.tensor(seed % 2**62 + 1) * GOLDEN)
+    state = _mix(torch.tensor(_signed((seed + 1) % 2**64)) * GOLDEN)
     state = _mix(state + torch.tensor(epoch + 1) * GOLDEN)
     rows = _mix(state + (indices + 1) * GOLDEN)
     bits = _mix(rows[:, None] + (torch.arange(count) + 1) * GOLDEN)

@@ -13,7 +13,7 @@ from torch import nn
 import fusedres
 from fusedres.models import registry
 
-__all__ = ["Network", "build", "known_options", "layers"]
+__all__ = ["Network", "build", "drops_blocks", "known_options", "layers"]
 
 
 class Network(NamedTuple):
@@ -49,9 +49,10 @@ def build(
     if name in registry.names():
         parameters = inspect.signature(registry.entry(name).build).parameters
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        unknown = [] if open_ended else [option for option in chosen if option not in parameters]
+        known = [option for option in parameters if option not in ("num_classes", "fused")]
+        unknown = [] if open_ended else [option for option in chosen if option not in known]
         if unknown:
-            raise ValueError(f"option: {name} has no {', '.join(unknown)}, but {', '.join(parameters)}")
+            raise ValueError(f"option: expected some of {', '.join(known)} for {name}, got {', '.join(unknown)}")
         if channels != 3 and "in_channels" in parameters:
             chosen["in_channels"] = channels
         else:
@@ -93,6 +94,11 @@ def known_options(pairs: Iterable[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             options[name] = text
     return options
+
+
+def drops_blocks(model: nn.Module) -> bool:
+    """Whether a step may leave out blocks, and with them their parameters: stochastic depth."""
+    return any(kind.__name__ == "StochasticBlock" for module in model.modules() for kind in type(module).__mro__)
 
 
 def layers(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ from fusedres.train.distributed import World
 from fusedres.train.evaluation import Result
 from fusedres.train.loading import Loaded, Order, loader
 from fusedres.train.logs import Epoch, Logs
-from fusedres.train.network import layers
+from fusedres.train.network import drops_blocks, layers
 from fusedres.train.rate import LearningRate
 from fusedres.train.recipe import Recipe
 from fusedres.train.sources import DataError, Source
@@ -101,7 +101,7 @@ class Trainer:
         self.recipe, self.world, self.settings = recipe, world, settings
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(world.device).to(memory_format=self.format)
-        self.parallel = world.wrap(self.model, unused=True)
+        self.parallel = world.wrap(self.model, unused=drops_blocks(model))
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
             weight_decay=recipe.weight_decay, nesterov=recipe.nesterov,
