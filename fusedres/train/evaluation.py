@@ -15,7 +15,7 @@ from fusedres.train.distributed import World
 from fusedres.train.loading import Order, loader
 from fusedres.train.sources import DataError, Folder, Source, View
 
-__all__ = ["KINDS", "Result", "Tester", "views"]
+__all__ = ["KINDS", "Evaluator", "Result", "views"]
 
 KINDS = ("single", "ten-crop", "multi-scale")
 
@@ -49,7 +49,7 @@ def views(source: Source, kind: str) -> tuple[View | None, ...]:
     return tuple(View("whole", side, side) for side in crop.test_sides)
 
 
-class Tester:
+class Evaluator:
     """Measures a model on a source, all ranks together. The loaders, and their workers, live as long as it does."""
 
     def __init__(

@@ -99,7 +99,7 @@ class Logs:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError("tensorboard is not installed: pip install fusedres[train]") from error
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def __enter__(self) -> Logs:
         self.progress.start()

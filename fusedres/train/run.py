@@ -15,7 +15,7 @@ from fusedres.train import checkpoint, memory, trainer
 from fusedres.train.augment import Augment, measure
 from fusedres.train.data import open_data
 from fusedres.train.distributed import World, world
-from fusedres.train.evaluation import KINDS, Result, Tester, views
+from fusedres.train.evaluation import KINDS, Evaluator, Result, views
 from fusedres.train.logs import Logs
 from fusedres.train.network import Network, build, known_options
 from fusedres.train.recipe import Plateau, Recipe, recipe
@@ -179,8 +179,8 @@ class _Setting:
             schedule=options.schedule, options=known_options(options.option),
         )  # fmt: skip
 
-    def tester(self, source: Any, kind: str) -> Tester:
-        return Tester(
+    def evaluator(self, source: Any, kind: str) -> Evaluator:
+        return Evaluator(
             source, self.augment, self.here, batch=self.recipe.batch, workers=self.settings.workers, kind=kind,
             channels_last=self.options.channels_last, autocast=lambda: self.settings.autocast(self.here.device),
         )  # fmt: skip
@@ -224,7 +224,7 @@ def _train(options: TrainOptions, here: World, say: Any) -> int:
     folder = options.folder()
     held_out, source = ("validation", data.validation) if data.validation is not None else ("test", data.test)
     training = trainer.Trainer(
-        setting.network.model, chosen, data.train, setting.tester(source, "single"), setting.augment, here,
+        setting.network.model, chosen, data.train, setting.evaluator(source, "single"), setting.augment, here,
         setting.settings, config=setting.config(), folder=folder, validation=data.validation is not None,
     )  # fmt: skip
     if options.resume:
@@ -250,7 +250,7 @@ def _train(options: TrainOptions, here: World, say: Any) -> int:
     if here.main:
         checkpoint.write(folder / "model.pt", training.model.state_dict())
     if source is not data.test or options.test != "single":
-        _report(say, options.test, setting.tester(data.test, options.test)(training.model))
+        _report(say, options.test, setting.evaluator(data.test, options.test)(training.model))
     else:
         last = training.history[-1]
         _report(say, "single", Result(last.held_out_loss, last.held_out_error, last.held_out_error5))
@@ -288,5 +288,5 @@ def _evaluate(options: TrainOptions, here: World, say: Any) -> int:
     network = setting.network.model.to(here.device)
     if options.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    _report(say, options.test, setting.tester(setting.data.test, options.test)(network))
+    _report(say, options.test, setting.evaluator(setting.data.test, options.test)(network))
     return 0

@@ -10,14 +10,12 @@ import numpy as np
 class _Python2(pickle._Pickler):
     """Writes what Python 2's pickle wrote: every string as bytes without an encoding."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
-
     def save_string(self, value):
         raw = value.encode() if isinstance(value, str) else value
         self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
         self.memoize(value)
 
-    dispatch[bytes] = dispatch[str] = save_string
+    dispatch = pickle._Pickler.dispatch | {bytes: save_string, str: save_string}
 
 
 def dumps(value):

@@ -49,7 +49,7 @@ def test_both_formats_load_pixel_for_pixel(tmp_path, form, write):
 def test_torchvision_reads_the_files_that_the_tests_write(tmp_path, monkeypatch):
     from torchvision import datasets
 
-    _, written = write_cifar10_pickled(tmp_path)
+    write_cifar10_pickled(tmp_path)
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(datasets.CIFAR10, "_load_meta", lambda self: None)
     theirs = datasets.CIFAR10(str(tmp_path), train=True)

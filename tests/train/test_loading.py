@@ -18,6 +18,10 @@ def indices(order):
     return [batch.indices.tolist() for batch in order]
 
 
+def flat(lists):
+    return [one for part in lists for one in part]
+
+
 def test_an_epoch_shuffles_and_leaves_out_what_fills_no_batch():
     order = Order(53, 10, seed=0)
     assert len(order) == 5
@@ -42,13 +46,13 @@ def test_ranks_share_the_batches_of_one():
     parts = [indices(Order(53, 10, seed=0, rank=rank, ranks=2)) for rank in range(2)]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert [len(share) for share in shares] == [5, 5]
-        assert sorted(sum(shares, [])) == sorted(batch)
+        assert sorted(flat(shares)) == sorted(batch)
 
 
 def test_at_test_time_every_image_comes_once_in_order():
-    assert sum(indices(Order(53, 10, seed=None)), []) == list(range(53))
+    assert flat(indices(Order(53, 10, seed=None))) == list(range(53))
     ranks = [indices(Order(53, 10, seed=None, rank=rank, ranks=4)) for rank in range(4)]
-    assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(53))
+    assert sorted(flat(flat(ranks))) == list(range(53))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -117,5 +117,5 @@ def test_another_length_moves_the_drops_in_proportion():
 def test_every_recipe_names_its_source_and_unknown_ones_are_refused():
     assert {recipe(name).name for name in names()} == set(names())
     assert all(recipe(name).source for name in names())
-    with pytest.raises(ValueError, match="recipe: expected one of he2015-cifar, .*, got 'adam'"):
+    with pytest.raises(ValueError, match=r"recipe: expected one of he2015-cifar, .*, got 'adam'"):
         recipe("adam")
