@@ -12,8 +12,9 @@ from torch import nn
 
 from fusedres.train.augment import Augment
 from fusedres.train.distributed import World
-from fusedres.train.loading import Order, loader
+from fusedres.train.loading import Order, close, loader
 from fusedres.train.sources import DataError, Folder, Source, View
+from fusedres.train.stopping import Stopping
 
 __all__ = ["KINDS", "Evaluator", "Result", "views"]
 
@@ -82,16 +83,19 @@ class Evaluator:
         pin = self.world.device.type == "cuda"
         return loader(source, order, self.augment, workers=self.workers, here=False, pin=pin)
 
-    def __call__(self, model: nn.Module) -> Result:
-        """The `Result` of ``model``, which is left in the mode it was in."""
+    def __call__(self, model: nn.Module, wish: Stopping | None = None) -> Result | None:
+        """The `Result` of ``model``, which is left in the mode it was in; None if ``wish`` stopped any rank."""
+        wish = wish or Stopping()
         training = model.training
         model.eval()
         self.world.share_buffers(model)
         try:
             with torch.no_grad():
-                logs = [self._logs(model, batches) for batches in self.loaders]
+                logs = [self._logs(model, batches, wish) for batches in self.loaders]
         finally:
             model.train(training)
+        if self.world.rows(torch.tensor([float(wish.requested)], device=self.world.device)).any():
+            return None
         labels = logs[0][1]
         together = _mean_of_probabilities([log for log, _ in logs])
         first5 = together.topk(min(5, together.shape[1]), 1).indices
@@ -105,12 +109,19 @@ class Evaluator:
         loss, first, five, count = self.world.rows(sums.to(self.world.device)).sum(0).tolist()
         return Result(loss / count, 1 - first / count, 1 - five / count)
 
-    def _logs(self, model: nn.Module, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def close(self) -> None:
+        """End the processes that read images."""
+        for batches in self.loaders:
+            close(batches)
+
+    def _logs(self, model: nn.Module, batches: Any, wish: Stopping) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithms of the probabilities of the images of this rank, in order, and their labels."""
         logs, labels = [], []
         for loaded in batches:
             if isinstance(loaded, DataError):
                 raise loaded
+            if wish.requested:
+                break
             count = len(loaded.labels)
             if count == 0:
                 continue

@@ -13,7 +13,7 @@ from fusedres.train.augment import Augment
 from fusedres.train.draws import uniform
 from fusedres.train.sources import DataError, Source
 
-__all__ = ["Batch", "Loaded", "Order", "loader"]
+__all__ = ["Batch", "Loaded", "Order", "close", "loader"]
 
 
 class Batch(NamedTuple):
@@ -95,7 +95,7 @@ def loader(
         collate_fn=_as_it_is,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
         # Its own, since a loader takes a number from the process's generator whenever it starts.
         generator=torch.Generator(),
     )
@@ -105,8 +105,15 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _ignore_interrupts(_: int) -> None:
-    # Ctrl-C reaches all processes of a terminal, but only the main one is to decide; the loader ends its workers
-    # with SIGTERM, which they must not treat as the main process does.
+def _ignore_signals(_: int) -> None:
+    # They reach all processes of a terminal or a job, but the main one decides: it must not lose its workers, whose
+    # end torch reports by an exception in the middle of anything, a checkpoint being written included.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def close(batches: DataLoader[Any]) -> None:
+    """End the workers of a loader, which would otherwise live as long as any reference to it."""
+    shut_down = getattr(batches._iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()

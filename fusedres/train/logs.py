@@ -72,6 +72,7 @@ class Logs:
 
     Args:
         folder: takes ``log.csv``, ``curves.png`` and ``tensorboard/``.
+        console: for lines and the bar.
         title: of the picture.
         total: steps of the training.
         held_out: "validation" or "test".
@@ -83,10 +84,18 @@ class Logs:
     """
 
     def __init__(
-        self, folder: Path | None, title: str, total: int, held_out: str, *, tensorboard: bool = False, start: int = 0
+        self,
+        folder: Path | None,
+        title: str,
+        total: int,
+        held_out: str,
+        *,
+        console: Console | None = None,
+        tensorboard: bool = False,
+        start: int = 0,
     ) -> None:
         self.folder, self.title, self.total, self.held_out = folder, title, total, held_out
-        self.console = Console(highlight=False, soft_wrap=True, quiet=folder is None)
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=folder is None)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -112,10 +121,6 @@ class Logs:
         if self.board is not None:
             self.board.close()
 
-    def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, markup=False)
-
     def step(self, step: int, epoch: int, lr: float, loss: float, error: float, speed: float, memory: int) -> None:
         """Move the bar, and write the curves of TensorBoard."""
         figures = f"loss {loss:.3f}  error {error:6.2%}  {speed:,.0f} images/s  {memory / 1e6:,.0f} MB"
@@ -131,10 +136,11 @@ class Logs:
         if self.folder is None:
             return
         row = history[-1]
-        self.say(
+        self.console.print(
             f"epoch {row.epoch:4d}  step {row.step:6d}  lr {row.lr:<8.4g} train loss {row.train_loss:.4f} error"
             f" {row.train_error:6.2%}   {self.held_out} loss {row.held_out_loss:.4f} error {row.held_out_error:6.2%}"
-            f"   {row.images_per_second:,.0f} images/s"
+            f"   {row.images_per_second:,.0f} images/s",
+            markup=False,
         )
         write_csv(self.folder / "log.csv", history)
         draw(self.folder / "curves.png", history, self.title, self.held_out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
+import sys
 from collections.abc import Callable
 
 import torch
@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusedres.bench.saved_activations import per_image
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = ["DoesNotFit", "available", "explanation", "is_out_of_memory", "peak"]
 
@@ -29,16 +32,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes in use so far: by tensors on a GPU, by the process on the CPU."""
+    """Most bytes in use so far: by tensors on a GPU, by the process on the CPU; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def available(device: torch.device) -> int:
-    """All bytes of the device."""
+    """All bytes of the device; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
+    if sys.platform == "win32":
+        return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from fusedres.train import checkpoint, memory, trainer
 from fusedres.train.augment import Augment, measure
@@ -94,14 +95,14 @@ def run(options: TrainOptions) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with _determinism(options.deterministic), world(options.device) as here:
-        say = Logs(Path() if here.main else None, "", 0, "").say
+        console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not here.main)
         try:
-            return _evaluate(options, here, say) if options.evaluate else _train(options, here, say)
+            return (_evaluate if options.evaluate else _train)(options, here, console)
         except Stopped as stopped:
-            say(str(stopped))
+            console.print(str(stopped))
             return stopped.status
         except (trainer.Diverged, memory.DoesNotFit) as failure:
-            say(f"FAILED: {failure}")
+            console.print(f"FAILED: {failure}")
             return 1
 
 
@@ -207,7 +208,7 @@ class _Setting:
             "processes": self.here.size,
         }
 
-    def explain(self, error: BaseException) -> memory.DoesNotFit:
+    def explain(self) -> memory.DoesNotFit:
         """Why there was not enough memory."""
         images = self.augment(self.data.train.fetch(torch.arange(1), None), None)  # type: ignore[union-attr]
         _, C, H, W = images.shape
@@ -217,27 +218,28 @@ class _Setting:
         )
 
 
-def _train(options: TrainOptions, here: World, say: Any) -> int:
+def _train(options: TrainOptions, here: World, console: Console) -> int:
     setting = _Setting(options, here)
     data, chosen = setting.data, setting.recipe
     assert data is not None
     folder = options.folder()
     held_out, source = ("validation", data.validation) if data.validation is not None else ("test", data.test)
+    evaluator = setting.evaluator(source, "single")
     training = trainer.Trainer(
-        setting.network.model, chosen, data.train, setting.evaluator(source, "single"), setting.augment, here,
+        setting.network.model, chosen, data.train, evaluator, setting.augment, here,
         setting.settings, config=setting.config(), folder=folder, validation=data.validation is not None,
     )  # fmt: skip
     if options.resume:
         path = folder / trainer.CHECKPOINT
         training.resume(checkpoint.load(path), str(path))
     if here.main:
-        folder.mkdir(parents=True, exist_ok=True)
-    say(_headline(options, setting, training))
+        _make(folder)
+    console.print(_headline(options, setting, training))
     title = f"{options.model} on {options.data}, {'plain' if options.plain else 'fused'}, recipe {chosen.name}"
     with (
         Logs(
             folder if here.main else None, title, training.rate.total, held_out,
-            tensorboard=options.tensorboard, start=training.step,
+            console=console, tensorboard=options.tensorboard, start=training.step,
         ) as logs,
         stopping(patient=here.size > 1) as wish,
     ):  # fmt: skip
@@ -246,16 +248,25 @@ def _train(options: TrainOptions, here: World, say: Any) -> int:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            raise setting.explain(error) from error
+            raise setting.explain() from error
+        finally:
+            evaluator.close()
     if here.main:
         checkpoint.write(folder / "model.pt", training.model.state_dict())
     if source is not data.test or options.test != "single":
-        _report(say, options.test, setting.evaluator(data.test, options.test)(training.model))
+        _test(options, setting, training.model, console)
     else:
         last = training.history[-1]
-        _report(say, "single", Result(last.held_out_loss, last.held_out_error, last.held_out_error5))
-    say(f"best {held_out} error {training.best:.2%}; weights, log and curves: {folder.resolve()}")
+        _report(console, "single", Result(last.held_out_loss, last.held_out_error, last.held_out_error5))
+    console.print(f"best {held_out} error {training.best:.2%}; weights, log and curves: {folder.resolve()}")
     return 0
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: the folder {folder} can not be made: {error}") from error
 
 
 def _headline(options: TrainOptions, setting: _Setting, training: trainer.Trainer) -> str:
@@ -275,18 +286,33 @@ def _headline(options: TrainOptions, setting: _Setting, training: trainer.Traine
     )
 
 
-def _report(say: Any, kind: str, result: Result) -> None:
-    say(
+def _report(console: Console, kind: str, result: Result) -> None:
+    console.print(
         f"test ({kind}): loss {result.loss:.4f}, error {result.error:.2%}, accuracy {1 - result.error:.2%},"
         f" top-5 error {result.error5:.2%}"
     )
 
 
-def _evaluate(options: TrainOptions, here: World, say: Any) -> int:
+def _evaluate(options: TrainOptions, here: World, console: Console) -> int:
     setting = _Setting(options, here)
-    assert setting.data is not None
     network = setting.network.model.to(here.device)
     if options.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    _report(say, options.test, setting.evaluator(setting.data.test, options.test)(network))
+    _test(options, setting, network, console)
     return 0
+
+
+def _test(options: TrainOptions, setting: _Setting, model: torch.nn.Module, console: Console) -> None:
+    assert setting.data is not None
+    evaluator = setting.evaluator(setting.data.test, options.test)
+    try:
+        result = evaluator(model)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        message = f"testing {setting.recipe.batch} images at a time does not fit into memory; try a smaller --batch"
+        raise memory.DoesNotFit(message) from error
+    finally:
+        evaluator.close()
+    assert result is not None
+    _report(console, options.test, result)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from fusedres.train import checkpoint, memory
 from fusedres.train.augment import Augment
 from fusedres.train.distributed import World
 from fusedres.train.evaluation import Result
-from fusedres.train.loading import Loaded, Order, loader
+from fusedres.train.loading import Loaded, Order, close, loader
 from fusedres.train.logs import Epoch, Logs
 from fusedres.train.network import drops_blocks, layers
 from fusedres.train.rate import LearningRate
@@ -68,7 +68,8 @@ class Trainer:
         model: on the CPU or the device; it is moved.
         recipe: with the batch of all ranks together.
         source: training images.
-        held_out: measures after every epoch; the error tells plateaus if ``validation``, else the training error does.
+        held_out: measures after every epoch, and gives None if it was stopped; the error tells plateaus if
+            ``validation``, else the training error does.
         augment: what is done to training images.
         world: this process among others.
         settings: how it computes.
@@ -84,7 +85,7 @@ class Trainer:
         model: nn.Module,
         recipe: Recipe,
         source: Source,
-        held_out: Callable[[nn.Module], Result],
+        held_out: Callable[[nn.Module, Stopping], Result | None],
         augment: Augment,
         world: World,
         settings: Settings,
@@ -146,8 +147,15 @@ class Trainer:
         """
         if self.step == 0:
             self.save()
-        while not self.done:
-            self._epoch(logs, wish)
+        try:
+            total = tuple(self.world.rows(self.sums).sum(0).tolist())
+            if total[2] and (self.done or self.step % len(self.order) == 0):
+                # It was stopped between the last step of an epoch and the measurement after it.
+                self._end_epoch(logs, wish, total, self.elapsed)
+            while not self.done:
+                self._epoch(logs, wish)
+        finally:
+            close(self.batches)
 
     def _epoch(self, logs: Logs, wish: Stopping) -> None:
         per_epoch = len(self.order)
@@ -157,7 +165,7 @@ class Trainer:
         started = time.perf_counter() - self.elapsed
         last_look = (time.perf_counter(), self.seen[2])
         while True:
-            self._step(self._next(batches, wish))
+            self._step(next(batches))
             over = self.step % per_epoch == 0 or self.done
             if self.step % LOOK_EVERY == 0 or over or (wish.requested and self.world.size == 1):
                 total, recent, stop = self._look(wish)
@@ -171,25 +179,11 @@ class Trainer:
                     self._stop(stop)
             if over:
                 break
-        seconds = time.perf_counter() - started
-        self._end_epoch(logs, total, lr, seconds)
-        if stop and not self.done:
-            self._stop(stop)
+        self._end_epoch(logs, wish, total, time.perf_counter() - started)
 
-    def _next(self, batches: Any, wish: Stopping) -> Loaded:
-        try:
-            loaded = next(batches)
-        except RuntimeError:
-            # A signal to the whole process group ends the workers too; the state is that of the last step.
-            if wish.requested and self.world.size == 1:
-                self._check_finite(self.sums[3].item())
-                self._stop(wish.requested)
-            raise
+    def _step(self, loaded: Loaded | DataError) -> None:
         if isinstance(loaded, DataError):
             raise loaded
-        return loaded
-
-    def _step(self, loaded: Loaded) -> None:
         device = self.world.device
         images = loaded.images.to(device, non_blocking=True)
         labels = loaded.labels.to(device, non_blocking=True)
@@ -237,12 +231,16 @@ class Trainer:
             return ""
         return f"; the last good checkpoint is {self.folder / CHECKPOINT}, a lower learning rate (--lr) may help"
 
-    def _end_epoch(self, logs: Logs, total: tuple[float, ...], lr: float, seconds: float) -> None:
+    def _end_epoch(self, logs: Logs, wish: Stopping, total: tuple[float, ...], seconds: float) -> None:
         self._check_weights()
         count = total[2]
-        result = self.held_out(self.model)
+        result = self.held_out(self.model, wish)
+        if result is None:
+            self.elapsed = seconds
+            self._stop(int(self.world.rows(self.sums.new_tensor([float(wish.requested)])).max()))
+        lr = self.optimizer.param_groups[0]["lr"]
         row = Epoch(
-            self.order.epoch + 1, self.step, lr, total[0] / count, total[1] / count, *result,
+            -(-self.step // len(self.order)), self.step, lr, total[0] / count, total[1] / count, *result,
             count / max(seconds, 1e-9), seconds, memory.peak(self.world.device) / 1e6,
         )  # fmt: skip
         self.rate.after_epoch(row.held_out_error if self.validation else row.train_error)
@@ -261,7 +259,7 @@ class Trainer:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise Diverged(f"weights are not finite after step {self.step}{self._last_good()}")
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int) -> NoReturn:
         self._check_weights()
         self.save()
         raise Stopped(number, f"stopped by signal {number} after step {self.step}; go on with --resume")

@@ -57,7 +57,6 @@ def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
 def test_ranks_that_do_not_write_are_still(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with Logs(None, "a title", 10, "test") as logs:
-        logs.say("something")
         logs.step(1, 1, 0.1, 1.0, 0.5, 100.0, 1)
         logs.epoch(HISTORY)
     assert capsys.readouterr().out == ""

@@ -237,6 +237,7 @@ def test_other_ways_to_compute(tmp_path):
         (["--weights", "/nowhere/model.pt"], "weights: there is no file /nowhere/model.pt"),
         (["--device", "tpu"], "device: expected cpu, cuda or cuda:N, got 'tpu'"),
         (["--option", "shortcut"], "option: expected NAME=VALUE, got 'shortcut'"),
+        (["--out", "/dev/null/out"], "out: the folder /dev/null/out can not be made"),
     ],
 )
 def test_impossible_arguments_return_2_and_leave_nothing(tmp_path, arguments, message, capsys):

@@ -1,6 +1,7 @@
 """fusedres.train.trainer: resuming is exact, failures leave the last good checkpoint, signals save first."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 
@@ -27,6 +28,18 @@ PLATEAU = dataclasses.replace(
     RECIPE, schedule=Plateau(patience=0), warm_up=WarmUp(0.01, until_error=0.6), lr=1.0
 )  # fmt: skip
 STILL = Logs(None, "", 1, "test")
+
+
+class Recorder(Logs):
+    """Keeps what the bar shows at regular looks."""
+
+    def __init__(self):
+        super().__init__(None, "", 1, "test")
+        self.seen = {}
+
+    def step(self, step, epoch, lr, loss, error, speed, memory):
+        if step % LOOK_EVERY == 0:
+            self.seen[step] = (epoch, lr, loss, error)
 
 
 class Net(nn.Module):
@@ -103,22 +116,71 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_stopped_and_resumed_ends_with_the_same_bits(tmp_path, name):
     steps, settings, recipe = CASES[name]
+    logs, parts = Recorder(), Recorder()
     whole = make(recipe=recipe, settings=settings)
-    whole.run(STILL, Stopping())
+    whole.run(logs, Stopping())
     assert whole.step == whole.rate.total == 4 * 13
     assert len({row.lr for row in whole.history}) > 1
 
     first = make(tmp_path, recipe=recipe, settings=settings)
     with pytest.raises(Stopped) as stopped:
-        first.run(STILL, stop_after(first, steps))
+        first.run(parts, stop_after(first, steps))
     assert first.step == steps
     assert stopped.value.status == 128 + signal.SIGTERM
 
     torch.rand(7)  # what another process does to its generators does not matter
     second = make(tmp_path, recipe=recipe, settings=settings)
     second.resume(checkpoint.load(tmp_path / CHECKPOINT), "checkpoint.pt")
+    second.run(parts, Stopping())
+    assert_same(whole, second)
+    assert parts.seen == logs.seen
+    assert len(logs.seen) == 5
+
+
+def test_a_signal_while_the_held_out_images_are_tested_loses_nothing(tmp_path):
+    logs, parts = Recorder(), Recorder()
+    whole = make()
+    whole.run(logs, Stopping())
+
+    class WhileTesting(Stopping):
+        came = 0
+
+        @property
+        def requested(self):
+            if first.step == 26 and not first.model.training:
+                self.came = signal.SIGTERM
+            return self.came
+
+    first = make(tmp_path)
+    with pytest.raises(Stopped, match="after step 26"):
+        first.run(parts, WhileTesting())
+    assert len(first.history) == 1
+    second = make(tmp_path)
+    second.resume(checkpoint.load(tmp_path / CHECKPOINT), "checkpoint.pt")
+    second.run(parts, Stopping())
+    assert_same(whole, second)
+    assert parts.seen == logs.seen
+
+
+def test_the_scale_of_gradients_is_resumed(tmp_path):
+    settings = Settings(seed=1, amp=torch.float16)
+
+    def scaled(folder=None):
+        trainer = make(folder, settings=settings)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
+        return trainer
+
+    whole = scaled()
+    whole.run(STILL, Stopping())
+    first = scaled(tmp_path)
+    with pytest.raises(Stopped):
+        first.run(STILL, stop_after(first, 17))
+    second = make(tmp_path, settings=settings)
+    second.resume(checkpoint.load(tmp_path / CHECKPOINT), "checkpoint.pt")
     second.run(STILL, Stopping())
     assert_same(whole, second)
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
+    assert whole.scaler.get_scale() not in (2.0**30, 2.0**16)
 
 
 def test_worker_processes_change_nothing(tmp_path):
@@ -127,6 +189,7 @@ def test_worker_processes_change_nothing(tmp_path):
         seed_everything(1)
         trainer.run(STILL, Stopping())
     assert_same(one, other)
+    assert multiprocessing.active_children() == []
 
 
 def test_the_seed_matters():
