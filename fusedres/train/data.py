@@ -11,7 +11,7 @@ import torch
 
 from fusedres.train.cifar import CIFAR10, CIFAR100, load_cifar
 from fusedres.train.recipe import PadCrop, ScaleCrop
-from fusedres.train.sources import Arrays, Data, DataError, Folder, Source, split
+from fusedres.train.sources import Arrays, Data, DataError, Files, Folder, Source, split
 
 __all__ = ["KINDS", "open_data"]
 
@@ -73,7 +73,7 @@ def _subset(source: Source, indices: torch.Tensor) -> Source:
     if isinstance(part, Arrays):
         part.images = part.images[indices]
     elif isinstance(part, Folder):
-        part.files = [part.files[int(index)] for index in indices]
+        part.files = Files(part.files[int(index)] for index in indices)
     return part
 
 
@@ -125,7 +125,12 @@ def _scan(folder: Path, classes: list[str], crop: ScaleCrop) -> Folder:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = sorted(
+            Path(parent, file)
+            for parent, _, names in os.walk(folder / name, followlinks=True)
+            for file in names
+            if os.path.splitext(file)[1].lower() in SUFFIXES
+        )
         if not found:
             raise DataError(f"data: {folder / name} holds no images ({', '.join(sorted(SUFFIXES))})")
         files += found

@@ -305,6 +305,8 @@ def _evaluate(options: TrainOptions, here: World, console: Console) -> int:
 def _test(options: TrainOptions, setting: _Setting, model: torch.nn.Module, console: Console) -> None:
     assert setting.data is not None
     evaluator = setting.evaluator(setting.data.test, options.test)
+    if options.test == "multi-scale":
+        torch.backends.cudnn.benchmark = False  # nearly every image is of another shape
     try:
         result = evaluator(model)
     except (RuntimeError, MemoryError) as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 import torch
 
@@ -49,6 +50,30 @@ class Arrays:
         return self.images[indices]
 
 
+class Files(Sequence[Path]):
+    """Paths in one piece of memory: a million objects would be copied into every worker as their counts change."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        names = [os.fsencode(path) for path in paths]
+        self.names = b"".join(names)
+        self.ends = torch.tensor([0, *map(len, names)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Path]: ...
+
+    def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, end = self.ends[range(len(self))[index] :][:2].tolist()
+        return Path(os.fsdecode(self.names[start:end]))
+
+
 class View(NamedTuple):
     """What is seen of an image at test time: "single" crop, "ten" crops, or the "whole" image at one scale."""
 
@@ -65,8 +90,8 @@ class Folder:
     mirrored) come as (10, C, H, W) and a whole image with its mirror image as (2, C, H, W).
     """
 
-    def __init__(self, files: Sequence[Path], labels: torch.Tensor, crop: ScaleCrop, view: View | None = None) -> None:
-        self.files = files
+    def __init__(self, files: Iterable[Path], labels: torch.Tensor, crop: ScaleCrop, view: View | None = None) -> None:
+        self.files = files if isinstance(files, Files) else Files(files)
         self.labels = labels
         self.crop = crop
         self.view = view or View("single", crop.test_side, crop.size)

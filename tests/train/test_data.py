@@ -1,5 +1,7 @@
 """fusedres.train.data and .sources: data sets by name, splits, crops and views of image files."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torchvision.transforms import functional as T
 from fusedres.train.data import open_data
 from fusedres.train.digits import load_digits
 from fusedres.train.recipe import PadCrop, ScaleCrop
-from fusedres.train.sources import DataError, View
+from fusedres.train.sources import DataError, Files, View
 from tests.train.cifar_files import write_cifar10_pickled
 from tests.train.image_folder import CLASSES, write_image_folder
 
@@ -151,3 +153,14 @@ def test_a_folder_that_is_not_as_expected_is_described(folder):
         path.unlink()
     with pytest.raises(DataError, match="val/cow holds no images"):
         open_data(f"imagefolder:{folder}", CROP)
+
+
+def test_a_million_paths_are_one_piece_of_memory():
+    paths = [Path(f"/set/ä{i}/{'x' * (i % 5)}.png") for i in range(50)]
+    files = Files(paths)
+    assert list(files) == paths
+    assert files[-1] == paths[-1]
+    assert files[3:7] == paths[3:7]
+    assert files.index(paths[11]) == 11
+    with pytest.raises(IndexError):
+        files[50]
