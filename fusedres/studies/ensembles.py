@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+# The network that loses its shortcuts to be the plain one. The paper's has 15 layers; one of 56 hardly trains.
+PLAIN = "cifar_resnet20"
+
+
 class Point(NamedTuple):
     """One value of an experiment: ``mean`` and ``std`` over ``draws`` random choices, at ``x``."""
 
@@ -188,38 +192,40 @@ def draw(path: Path, points: Sequence[Point], title: str) -> None:
 
 
 def run(name: str, folder: Path, *, epochs: int, seed: int, draws: int, say: Callable[[str], None]) -> None:
-    """Train a residual network and its plain counterpart on digits, take both apart, write ensembles.csv and .png.
+    """Train a residual and a plain network on digits, take both apart, write ensembles.csv and ensembles.png.
 
     Args:
-        name: a network of basic blocks, such as cifar_resnet56.
+        name: a residual network of basic blocks, such as cifar_resnet56.
         folder: exists.
         epochs, seed: of the training.
         draws: random choices per point.
         say: takes lines for people.
     """
-    points: list[Point] = []
-    for part, experiment in (("whole", "delete a residual block"), ("residual", "delete a plain block")):
+
+    def trained(network: str, part: Part) -> tuple[nn.Module, Images, Images, list[Point]]:
+        kind = "residual" if part == "whole" else "plain"
         torch.manual_seed(seed)
-        model = dissected_resnet(name, part=part)  # type: ignore[arg-type]
+        model = dissected_resnet(network, part=part)
         train, test = train_on_digits(model, epochs=epochs, seed=seed)
         error = error_of(model, test)
-        one = delete_each(model, test, experiment, keep=part)  # type: ignore[arg-type]
-        points += one
+        one = delete_each(model, test, f"delete a {kind} block", keep=part)
         median = sorted(point.mean for point in one)[len(one) // 2]
         say(
-            f"{'residual' if part == 'whole' else 'plain'} network: test error {error:.2%}; without one block"
+            f"{kind} network of {2 * len(one) + 2} layers: test error {error:.2%}; without one block"
             f" {median:.2%} (median), {max(point.mean for point in one):.2%} (worst)"
         )
-        if part == "whole":
-            count = len(blocks_of(model))
-            points += delete_some(model, test, range(count + 1), draws, seed)
-            points += shuffle_some(model, test, [2**i for i in range(6)], draws, seed)
-            points += path_gradients(model, Images(train.pixels[:64], train.labels[:64]), draws, seed)
-            low, high = middle(points, "share of gradient")
-            typical = middle(points, "share of paths")
-            say(
-                f"of {count} blocks, 90 % of all paths run through {typical[0]} to {typical[1]},"
-                f" 90 % of the gradient through {low} to {high}"
-            )
+        return model, train, test, one
+
+    model, train, test, points = trained(name, "whole")
+    points += trained(PLAIN, "residual")[-1]
+    count = len(blocks_of(model))
+    points += delete_some(model, test, range(count + 1), draws, seed)
+    points += shuffle_some(model, test, [2**i for i in range(6)], draws, seed)
+    points += path_gradients(model, Images(train.pixels[:64], train.labels[:64]), draws, seed)
+    typical, carrying = (middle(points, experiment) for experiment in ("share of paths", "share of gradient"))
+    say(
+        f"of {count} blocks, 90 % of all paths run through {typical[0]} to {typical[1]},"
+        f" 90 % of the gradient through {carrying[0]} to {carrying[1]}"
+    )
     write(folder / "ensembles.csv", points)
     draw(folder / "ensembles.png", points, f"{name} on digits: an ensemble of paths (Veit et al. 2016)")
