@@ -67,14 +67,15 @@ def explanation(
         device: where it did not fit.
         amp: dtype in which activations are kept; None as they are.
     """
-    with torch.device("meta"):
+    meta = torch.device("meta")
+    with meta:
         model = build().to(memory_format=torch.channels_last).train()
 
-        def loss(network: nn.Module, count: int) -> torch.Tensor:
-            images = torch.zeros(count, *shape).contiguous(memory_format=torch.channels_last)
-            return F.cross_entropy(network(images), torch.zeros(count, dtype=torch.long))
+    def loss(network: nn.Module, count: int) -> torch.Tensor:
+        images = torch.zeros(count, *shape, device=meta).contiguous(memory_format=torch.channels_last)
+        return F.cross_entropy(network(images), torch.zeros(count, dtype=torch.long, device=meta))
 
-        line = per_image(model, loss, MEASURED_BATCH)
+    line = per_image(model, loss, MEASURED_BATCH)
     each = line.slope.as_dtype(amp) if amp is not None else line.slope.total
     # Parameters, their gradients and the optimiser's momentum.
     fixed = line.fixed.total + 3 * sum(parameter.nbytes for parameter in model.parameters())

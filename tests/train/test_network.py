@@ -6,8 +6,9 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
-from torchvision.models.resnet import BasicBlock as TorchvisionBlock
+from torchvision.models.resnet import Bottleneck
 
+from fusedres.models import names
 from fusedres.nn import BasicBlock, plain
 from fusedres.nn.fused import Fused
 from fusedres.train.network import build, drops_blocks, known_options, layers
@@ -24,16 +25,17 @@ def test_a_network_of_the_library_and_its_twin():
 
 
 def test_a_network_of_torchvision_is_fused_and_asks_for_colours():
-    fused, twin = (build("regnet_x_400mf", classes=5, channels=1, fused=fused) for fused in (True, False))
-    assert fused.channels == 3
+    name = "resnext50_32x4d"
+    assert name not in names()
+    fused = build(name, classes=5, channels=1, schedule="moments")
+    twin = build(name, classes=5, channels=1, fused=False)
+    assert fused.channels == twin.channels == 3
     assert fused.model.state_dict().keys() == twin.model.state_dict().keys()
-    name = "resnet18"
-    model = build(name, classes=5, channels=1, schedule="moments")
-    assert model.channels == 3
-    blocks = [module for module in model.model.modules() if isinstance(module, TorchvisionBlock)]
-    assert all(not isinstance(block, Fused) or block.fused_schedule == "moments" for block in blocks)
-    assert any(isinstance(module, Fused) for module in model.model.modules())
-    assert model.model(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+    blocks = [module for module in fused.model.modules() if isinstance(module, Bottleneck)]
+    assert len(blocks) == 16
+    assert all(isinstance(block, Fused) and block.fused_schedule == "moments" for block in blocks)
+    assert not any(isinstance(module, Fused) for module in twin.model.modules())
+    assert fused.model(torch.rand(2, 3, 32, 32)).shape == (2, 5)
 
 
 def test_options_reach_the_network():
