@@ -1,0 +1,88 @@
+"""Fused and plain twins from one seed learn the same: in fp64, where an error of algebra can not pass for rounding."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from fusedres.models import names
+from fusedres.nn.fused import Fused
+from fusedres.train.augment import Augment, measure
+from fusedres.train.data import open_data
+from fusedres.train.distributed import World
+from fusedres.train.evaluation import Evaluator
+from fusedres.train.logs import Logs
+from fusedres.train.network import build
+from fusedres.train.recipe import recipe
+from fusedres.train.sources import Arrays
+from fusedres.train.stopping import Stopping
+from fusedres.train.trainer import Settings, Trainer, seed_everything
+
+STEPS = 12
+# One network of every kind.
+KINDS = (
+    "cifar_resnet20", "cifar_plain20", "resnet18", "resnet50", "preact_resnet110", "resnet110_exclusive_gating",
+    "resnet110_shortcut_gating", "resnet110_constant_scaling", "resnet110_bn_after_add", "resnet110_relu_before_add",
+    "resnet110_relu_only", "highway19", "densenet40_k12", "densenet_bc100_k12", "stochastic_resnet110",
+    "wide_resnet40_1", "resnext29_8x64",
+)  # fmt: skip
+
+
+class InDouble(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.double())
+
+
+class Recorder(Logs):
+    def __init__(self) -> None:
+        super().__init__(None, "", STEPS, "test")
+        self.losses: list[float] = []
+
+    def step(self, step, epoch, lr, loss, error, speed, memory):
+        self.losses.append(loss)
+
+
+def train(name: str, *, fused: bool, schedule: str) -> tuple[list[float], nn.Module]:
+    seed_everything(0)
+    chosen = recipe("digits").lasting(STEPS, "iterations")
+    data = open_data("digits", chosen.crop)
+    source = Arrays(data.train.images[:96], data.train.labels[:96])
+    network = build(name, classes=10, channels=1, fused=fused, schedule=schedule)
+    channels = network.channels if network.channels != 1 else None
+    augment = Augment(measure(source, "channel"), chosen.crop, background=data.background, channels=channels)
+    here = World(0, 1, torch.device("cpu"))
+    trainer = Trainer(
+        InDouble(network.model), dataclasses.replace(chosen, batch=16), source,
+        Evaluator(Arrays(data.test.images[:32], data.test.labels[:32]), augment, here, batch=32), augment, here,
+        Settings(seed=0), config={}, folder=None,
+    )  # fmt: skip
+    logs = Recorder()
+    trainer.run(logs, Stopping())
+    return [*logs.losses, *(row.held_out_loss for row in trainer.history)], network.model
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("cifar_resnet20", "auto"),
+        pytest.param("cifar_resnet20", "moments", marks=pytest.mark.slow),
+        *(pytest.param(name, "auto", marks=pytest.mark.slow) for name in KINDS[1:] if name in names()),
+    ],
+)
+def test_twins_have_the_same_curves(name, schedule):
+    fused, plain = (train(name, fused=fused, schedule=schedule) for fused in (True, False))
+    assert any(isinstance(module, Fused) for module in fused[1].modules())
+    assert not any(isinstance(module, Fused) for module in plain[1].modules())
+    assert len(fused[0]) == len(plain[0]) > 3
+    assert fused[0] == pytest.approx(plain[0], rel=1e-8)
+    weights = plain[1].state_dict()
+    for key, value in fused[1].state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-6, atol=1e-8)
