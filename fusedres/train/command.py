@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fusedres.train.recipe import names
+
 __all__ = ["add_train"]
 
 
@@ -33,7 +35,7 @@ def add_train(commands: Any) -> None:
     data.add_argument("--px", type=_positive, help="size of digits, or of crops from an image folder")
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--recipe", help="such as he2015-cifar (default: what suits the data)")
+    recipe.add_argument("--recipe", help=f"one of {', '.join(names())} (default: what suits the data)")
     recipe.add_argument("--epochs", type=_positive, help="instead of the recipe's length; drops move in proportion")
     recipe.add_argument("--iterations", type=_positive, help="the same in steps")
     recipe.add_argument("--batch", type=_positive, help="images per step, of all processes together")

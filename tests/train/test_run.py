@@ -82,7 +82,7 @@ def test_a_training_leaves_weights_log_and_curves(uninterrupted):
     create("cifar_resnet20", in_channels=1, fused=False).load_state_dict(weights(uninterrupted))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(uninterrupted, tmp_path, number):
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(*SHORT, "--out", folder), stdout=subprocess.PIPE, text=True)
