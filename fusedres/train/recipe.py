@@ -138,9 +138,10 @@ _RECIPES = (
         PadCrop(mode="reflect"), nesterov=True, weight_decay=5e-4,
     ),
     # "Aggregated Residual Transformations", section 5.3: 300 epochs, batch 128, drops at 150 and 225, decay 5e-4.
+    # Batch 128 and Nesterov momentum are those of the authors' code; the first version of the paper has a batch of 256.
     Recipe(
         "resnext-cifar", "arXiv:1611.05431, section 5.3", "epochs", 300, 128, Drops((150, 225)),
-        PadCrop(), weight_decay=5e-4,
+        PadCrop(), nesterov=True, weight_decay=5e-4,
     ),
     # "Densely Connected Convolutional Networks", section 4.2: 300 epochs, batch 64, 0.1 divided by 10 at 50 % and 75 %,
     # weight decay 1e-4, Nesterov momentum 0.9 without dampening; channel means and deviations.
