@@ -91,7 +91,10 @@ def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
 
 def _contraction(u: Tensor, layer: "Layer") -> Contraction:
     scale, shift = _once(layer, ("numbers", u.dtype), lambda: _numbers(layer, u.dtype))
-    return Contraction(ConvInput(u), layer.tensors.weight.to(u.dtype), layer.geometry, scale, shift)
+    weight = layer.tensors.weight
+    if weight.dtype != u.dtype:  # under autocast
+        weight = _once(layer, ("weight", u.dtype), lambda: layer.tensors.weight.detach().to(u.dtype))
+    return Contraction(ConvInput(u), weight, layer.geometry, scale, shift)
 
 
 def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
