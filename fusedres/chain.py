@@ -21,6 +21,7 @@ from .ops.zero_pad_shortcut import zero_pad_size
 from .plan import AUTO, Choice, announce, chain_schedule, choose, use_moments
 from .plan.cost import ChainShape, ConvShape, StemShape
 from .plan.gpus import Gpu, assumed_gpu, device_gpu, target_gpu
+from .rounded import rounded
 
 
 class Layer(NamedTuple):
@@ -96,7 +97,7 @@ def run_chain(
 
     def specified(layer: Layer, moments: bool) -> LayerSpec:
         moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype, kernels=kernels)
-        return LayerSpec(layer.geometry, layer.norm, moments)
+        return _layer_spec(layer, dtype, moments=moments)
 
     last = len(layers) - 1
     spec = ChainSpec(
@@ -146,9 +147,14 @@ def run_stem(
         announce(choice)
         schedule = choice.schedule.name
     chosen = chain_schedule(schedule, kernels=kernels)
-    spec = StemSpec(LayerSpec(layer.geometry, layer.norm), pool, chosen, dtype)
+    spec = StemSpec(_layer_spec(layer, dtype), pool, chosen, dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)
     return z
+
+
+def _layer_spec(layer: Layer, dtype: torch.dtype, *, moments: bool = False) -> LayerSpec:
+    weight = layer.tensors.weight
+    return LayerSpec(layer.geometry, layer.norm, moments, None if weight.dtype == dtype else rounded(weight, dtype))
 
 
 Window = tuple[Size, Geometry]  # shape of the weight, and how it moves
@@ -195,8 +201,8 @@ def _conv_shape(size: Size, weight: Size, geometry: Geometry) -> tuple[ConvShape
 
 
 def _advance(counters: Sequence[Tensor]) -> None:
-    for counter in counters:
-        counter.add_(1)
+    if counters:
+        torch._foreach_add_(list(counters), 1)
 
 
 def _differentiated(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:

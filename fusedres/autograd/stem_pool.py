@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
-from ..ops.contract import ConvInput, Normaliser, OutputGrad, channels_last, pixels
-from ..ops.conv_weight_grad import conv_weight_grad
+from ..ops.centred_product import CentredProduct, centred_product
+from ..ops.contract import ConvInput, OutputGrad, channels_last, pixels
 from ..ops.moments_backward import frozen_weight_grad, moments_contraction, moments_weight_grad
 from ..ops.stem_pool import stem_pool, stem_pool_backward
 from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure, needs_of
@@ -21,18 +21,11 @@ from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import ConvBN, StemSpec
 
 
-class Early(NamedTuple):
-    """What stands for y in the backward pass: E (K, C R S) and the mean of the windows (C R S,)."""
-
-    product: Tensor
-    mean: Tensor
-
-
 class Kept(NamedTuple):
     """``branch.y`` or ``early`` is there, or under frozen statistics neither; ``maxima`` are the indices."""
 
     branch: Branch
-    early: Early | None
+    early: CentredProduct | None
     maxima: Tensor
     mask: Tensor | None
     parameters: ConvBN
@@ -56,16 +49,6 @@ class StemPool(torch.autograd.Function):
         return _backward(ctx, dz)
 
 
-def _early(y: Tensor, u: ConvInput, layer: ConvBN, spec: StemSpec, norm: Normaliser) -> Early:
-    kernel, geometry = (layer.weight.shape[2], layer.weight.shape[3]), spec.layer.geometry
-    one, zero = torch.ones_like(norm.mean), torch.zeros_like(norm.mean)
-    centred = OutputGrad(y, None, y, p=zero, q=one, r=zero, mean=norm.mean)
-    product = conv_weight_grad(centred, u, kernel, geometry).flatten(1)
-    everywhere = OutputGrad(torch.ones_like(y[:, :1]))
-    ungrouped = geometry._replace(groups=1)
-    return Early(product, conv_weight_grad(everywhere, u, kernel, ungrouped).flatten() / pixels(y))
-
-
 def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
     u = ConvInput(channels_last(x).to(spec.dtype))
     branch = measure(u, layer, spec.layer, spec.schedule)
@@ -79,7 +62,8 @@ def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
         early = None
         if spec.schedule.moments and not ctx.needs_input_grad[0] and spec.layer.geometry.groups == 1:
             if spec.layer.norm.batch_stats:
-                early = _early(branch.y, u, layer, spec, branch.norm)
+                kernel = (layer.weight.shape[2], layer.weight.shape[3])
+                early = centred_product(branch.y, u, kernel, spec.layer.geometry)
             branch = branch._replace(y=None)
         keep(ctx, Kept(branch, early, index, None if compact else z, layer.parameters))
     return z
@@ -100,11 +84,11 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
 
 
 def _backward_without_y(
-    g: OutputGrad, branch: Branch, early: Early | None, layer: ConvBN, spec: StemSpec, needed: Needs
+    g: OutputGrad, branch: Branch, early: CentredProduct | None, layer: ConvBN, spec: StemSpec, needed: Needs
 ) -> LayerGrads:
     kernel = (layer.weight.shape[2], layer.weight.shape[3])
     d, sum_g = moments_contraction(g, branch.source, kernel, spec.layer.geometry)
-    weight = layer.weight.to(spec.dtype).flatten(1).to(d.dtype)
+    weight = spec.layer.weight(layer, spec.dtype).flatten(1).to(d.dtype)
     if early is None:
         dweight, dgamma = frozen_weight_grad(d, sum_g, weight, branch.norm)
     else:

@@ -192,6 +192,10 @@ def _bn_backward(
 bn_backward = Op(_bn_backward)
 
 
+# Its two ops have kernels of their own.
+bn_backward.triton(_bn_backward)
+
+
 @bn_backward.native
 def _bn_backward_native(
     g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool
