@@ -186,7 +186,7 @@ def conv_input_grad_kernel(
     r_ptr,  # (groups * K,) fp32; None together with q
     mean_ptr,  # (groups * K,) fp32, or None: zero
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
-    quadratic_ptr,  # (C, C) of the moments form, symmetric, storage dtype: the input with it is added; or None
+    quadratic_ptr,  # (C, TERMS, C) of the moments form, storage dtype: the input with every term is added; or None
     constant_ptr,  # (constants, C) fp32, terms of what is added to every pixel that the convolution reads; or None
     x_ptr,  # (N, H, W, groups * C) what the convolution consumed; None where neither of its uses is wanted
     x_scale_ptr,  # (groups * C,) fp32 where it consumed relu(x * scale + shift), or None
@@ -219,6 +219,7 @@ def conv_input_grad_kernel(
     constants,
     R: tl.constexpr,
     S: tl.constexpr,
+    TERMS: tl.constexpr,
     STRIDED: tl.constexpr,
     WINDOWED: tl.constexpr,  # whether some tap of some pixel has no dy
     POOLED: tl.constexpr,
@@ -277,9 +278,10 @@ def conv_input_grad_kernel(
     DIGITS: tl.constexpr = "tf32x3" if TF32 else "ieee"
     if quadratic_ptr is not None:  # noqa: SIM102 (a choice of the compiler's, then one of the program's)
         if i_class == 0:
+            # As the taps of a window that does not move.
             acc = contract(
                 x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, H, W, P, Q, stride_h,
-                stride_w, 0, 0, 1, 1, 1, 1, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+                stride_w, 0, 0, 0, 0, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(constants):

@@ -143,7 +143,7 @@ def sector_allowance(launch: Launch) -> float:
     constants = dict(launch.specialisation.constants)
     multiple = constants.get("C_MULTIPLE", 16 if aligned else 1)
     if launch.name.startswith("moments_"):
-        return 2.0  # fp32 beside 16-bit weights, in pieces of 16 bytes of the latter; small matrices from the cache
+        return 2.5  # fp32 beside 16-bit weights, in pieces of 16 bytes of the latter; small matrices from the cache
     if launch.name.startswith(("conv_", "input_moments_kernel")):
         return contraction_allowance(launch, constants)
     if launch.name.startswith("stem_pool") and multiple < 16:
