@@ -196,8 +196,10 @@ def _conv_shape(size: Size, weight: Size, geometry: Geometry) -> tuple[ConvShape
     read = n
     for side, windows, taps, *step in zip((h, w), (p, q), kernel, *geometry[:3], strict=True):
         read *= touched(side, windows, taps, *step)
-    pointwise = tuple(kernel) == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
-    return ConvShape(read, n * h * w, n * p * q, c, k, math.prod(weight), pointwise), (n, k, p, q)
+    shape = ConvShape(
+        read, n * h * w, n * p * q, c, k, geometry.groups, (kernel[0], kernel[1]), geometry.padding != (0, 0)
+    )
+    return shape, (n, k, p, q)
 
 
 def _advance(counters: Sequence[Tensor]) -> None:

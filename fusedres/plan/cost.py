@@ -6,14 +6,18 @@ per channel, and what is summed of them, are launches without bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from . import conv_tiles
 from .schedule import Schedule
 
 FP32_BYTES = 4
 # Launches over channels or small matrices: a batch norm's numbers forward, backward, and those of the moments form.
 FINALISED, FINISHED, MOMENTS_FORWARD, MOMENTS_BACKWARD = 1, 1, 2, 2
+# The stem's without its raw output, by the library.
+EARLY = 17
 
 
 class ConvShape(NamedTuple):
@@ -24,8 +28,9 @@ class ConvShape(NamedTuple):
         whole: pixels of the input.
         pixels: of the output.
         c, k: channels of input and output.
-        weights: K * C / groups * R * S.
-        pointwise: 1x1 over all channels without padding, so that the moments of its input give its statistics.
+        groups: of channels.
+        window: (R, S).
+        padded: whether windows reach beyond the input.
     """
 
     read: int
@@ -33,12 +38,22 @@ class ConvShape(NamedTuple):
     pixels: int
     c: int
     k: int
-    weights: int
-    pointwise: bool
+    groups: int = 1
+    window: tuple[int, int] = (1, 1)
+    padded: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.k * self.c // self.groups * math.prod(self.window)
 
     @property
     def flops(self) -> int:
         return 2 * self.pixels * self.weights
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the moments of the input's channels tell the statistics of the output."""
+        return self.window == (1, 1) and not self.padded and self.groups == 1
 
 
 class ChainShape(NamedTuple):
@@ -70,133 +85,144 @@ def takes_moments(shape: ConvShape) -> bool:
     return shape.pointwise and 2 * shape.c <= shape.k
 
 
+class _Sizes(NamedTuple):
+    """Bytes of a layer's input in windows, of its gradient, of the output, of its mask, of the weight."""
+
+    x: int
+    dx: int
+    y: int
+    bits: int
+    w: int
+
+    @classmethod
+    def of(cls, layer: ConvShape, itemsize: int) -> _Sizes:
+        y = layer.pixels * layer.k
+        read, whole = layer.read * layer.c, layer.whole * layer.c
+        return cls(read * itemsize, whole * itemsize, y * itemsize, y // 8, layer.weights * itemsize)
+
+
 def chain_passes(chain: ChainShape, rung: Schedule, itemsize: int) -> Iterator[Pass]:
     """Every launch of a training step of the chain on a rung."""
+    last = len(chain.layers) - 1
     for i, layer in enumerate(chain.layers):
-        end = i == len(chain.layers) - 1
-        if end and rung.moments and takes_moments(layer):
-            yield from _moments(layer, rung, itemsize, end=True, behind=i > 0, shortcut=chain.shortcut)
+        joining = _joining(chain, rung, itemsize) if i == 0 else 0
+        if i == last and rung.moments and takes_moments(layer):
+            yield from _moments(layer, itemsize, residual=_residual(chain, rung, itemsize), joining=joining)
+        elif i == last:
+            yield from _written(layer, rung, itemsize, behind=i > 0, joining=joining)
+            sizes = _Sizes.of(layer, itemsize)
+            yield Pass(2 * sizes.y + sizes.bits + _residual(chain, rung, itemsize))
         else:
-            yield from _written(layer, rung, itemsize, end=end, behind=i > 0, shortcut=chain.shortcut)
+            yield from _written(layer, rung, itemsize, behind=i > 0, joining=joining, inner=True)
     if chain.projection is not None:
         if rung.moments and takes_moments(chain.projection):
-            yield from _moments(chain.projection, rung, itemsize, end=False, behind=False, shortcut="none")
+            yield from _moments(chain.projection, itemsize)
         else:
-            yield from _projection(chain.projection, rung, itemsize)
-    yield from _shortcut_gradient(chain, rung, itemsize)
+            yield from _written(chain.projection, rung, itemsize)
+            if not rung.statistics:  # normalised before it joins
+                yield Pass(2 * _Sizes.of(chain.projection, itemsize).y)
+    if chain.shortcut in ("zero_pad", "residual"):
+        end = _Sizes.of(chain.layers[-1], itemsize)
+        yield Pass(2 * end.y + end.bits)
+        if chain.shortcut == "zero_pad":
+            # Strided and padded by the library, there and back.
+            yield from [Pass(2 * end.y), Pass(_Sizes.of(chain.layers[0], itemsize).dx), Pass(end.y)]
 
 
-def _sizes(layer: ConvShape, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Bytes of the input in windows, of its gradient, of the output, of its mask, of the weight."""
-    x, dx = layer.read * layer.c * itemsize, layer.whole * layer.c * itemsize
-    return x, dx, layer.pixels * layer.k * itemsize, layer.pixels * layer.k // 8, layer.weights * itemsize
+def _residual(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
+    """Bytes of the shortcut that the block's end reads: none where it contracts the projection itself."""
+    contracted = chain.projection is not None and rung.moments and takes_moments(chain.projection)
+    return 0 if chain.shortcut == "none" or contracted else _Sizes.of(chain.layers[-1], itemsize).y
+
+
+def _joining(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
+    """Bytes that the first layer's input gradient reads of what comes by the shortcut."""
+    if chain.shortcut == "identity":
+        end = _Sizes.of(chain.layers[-1], itemsize)
+        return end.y + end.bits
+    return _Sizes.of(chain.layers[0], itemsize).dx if chain.shortcut in ("projection", "zero_pad") else 0
 
 
 def _written(
-    layer: ConvShape, rung: Schedule, itemsize: int, *, end: bool, behind: bool, shortcut: str
+    layer: ConvShape, rung: Schedule, itemsize: int, *, behind: bool = False, joining: int = 0, inner: bool = False
 ) -> Iterator[Pass]:
-    """A layer whose raw output is written; ``behind``: whether its input is another layer's output."""
-    x, dx, y, bits, w = _sizes(layer, itemsize)
+    """A layer whose raw output is written, but for what ends its block.
+
+    Args:
+        layer, rung, itemsize: of the layer.
+        behind: whether another layer made its input.
+        joining: bytes that join its input's gradient.
+        inner: whether another layer consumes its output, so that its sums may come from that layer's epilogue.
+    """
+    x, dx, y, bits, w = _Sizes.of(layer, itemsize)
     yield Pass(x + w + y, layer.flops)
-    yield from _numbers(y, rung)
-    if end:
-        joined = y if shortcut in ("identity", "zero_pad", "residual", "projection") else 0
-        yield Pass(y + joined + y + bits)
-    elif not rung.prologue:
-        yield Pass(2 * y)
-    # What arrives at the layer's output, with its mask: bits at the end, else the rectified output or y itself.
-    mask = bits if end else 0 if rung.statistics else y
-    if end or not rung.statistics:
-        yield Pass(y + mask + y)
-    yield from [Pass()] * FINISHED
-    formed = y
-    if rung.prologue:
-        formed = 2 * y + (bits if end else 0)
-    else:
-        yield Pass(y + mask + y + y)
-    epilogue = x if behind and rung.statistics else 0
-    yield Pass(formed + w + epilogue + dx, layer.flops)
-    yield Pass(formed + x + FP32_BYTES * layer.weights, layer.flops)
-
-
-def _numbers(y: int, rung: Schedule) -> Iterator[Pass]:
     if not rung.statistics:
         yield Pass(y)
     yield from [Pass()] * FINALISED
-
-
-def _projection(layer: ConvShape, rung: Schedule, itemsize: int) -> Iterator[Pass]:
-    x, dx, y, bits, w = _sizes(layer, itemsize)
-    yield Pass(x + w + y, layer.flops)
-    yield from _numbers(y, rung)
-    if not rung.statistics:
+    if inner and not rung.prologue:
         yield Pass(2 * y)
-    yield Pass(y + bits + y)
+    # At the output's gradient stand bits at the block's end, and inside of it the rectified output or nothing.
+    mask = bits if not inner else 0 if rung.statistics else y
+    if not (inner and rung.statistics):
+        yield Pass(2 * y + mask)
     yield from [Pass()] * FINISHED
-    formed = 2 * y + bits if rung.prologue else y
+    formed = 2 * y + mask if rung.prologue else y
     if not rung.prologue:
-        yield Pass(y + bits + 2 * y)
-    yield Pass(formed + w + dx, layer.flops)
-    yield Pass(formed + x + FP32_BYTES * layer.weights, layer.flops)
+        yield Pass(3 * y + mask)
+    yield Pass(formed + w + (x if behind and rung.statistics else 0) + dx + joining, layer.flops)
+    yield from _weight_gradient(layer, formed + x, itemsize, parts=rung.prologue)
 
 
-def _moments(
-    layer: ConvShape, rung: Schedule, itemsize: int, *, end: bool, behind: bool, shortcut: str
-) -> Iterator[Pass]:
-    """A layer whose output exists only behind the block's last ReLU."""
-    x, dx, y, bits, w = _sizes(layer, itemsize)
-    gram = layer.c * (layer.c + 1) * layer.pixels
-    yield Pass(x, gram, exact=True)
+def _moments(layer: ConvShape, itemsize: int, *, residual: int | None = None, joining: int = 0) -> Iterator[Pass]:
+    """A layer whose output exists only behind the block's last ReLU; a projection has no ``residual``."""
+    x, dx, y, bits, w = _Sizes.of(layer, itemsize)
+    yield Pass(x, layer.c * (layer.c + 1) * layer.pixels, exact=True)
     yield from [Pass()] * (MOMENTS_FORWARD + FINALISED)
-    if end:
-        joined = y if shortcut in ("identity", "zero_pad", "residual") else 0
-        yield Pass(x + w + joined + y + bits, layer.flops)
-    else:  # contracted by the pass that ends the block
+    if residual is None:  # contracted in the pass that ends the block
         yield Pass(x + w, layer.flops)
-    yield Pass(y + bits + x + FP32_BYTES * layer.weights, layer.flops)
-    yield from [Pass()] * MOMENTS_BACKWARD
-    yield Pass(y + bits + w + x + dx, layer.flops + 2 * layer.pixels * layer.c**2)
-
-
-def _shortcut_gradient(chain: ChainShape, rung: Schedule, itemsize: int) -> Iterator[Pass]:
-    """What joins the gradient of the block's input."""
-    end, first = chain.layers[-1], chain.layers[0]
-    arriving, bits = end.pixels * end.k * itemsize, end.pixels * end.k // 8
-    at_input = first.whole * first.c * itemsize
-    if chain.shortcut == "none":
-        return
-    if chain.shortcut == "projection":
-        yield Pass(3 * at_input if not rung.statistics else at_input)
-    elif chain.shortcut == "residual":
-        yield Pass(2 * arriving + bits)
-    elif rung.statistics and chain.shortcut == "identity":
-        yield Pass(arriving + bits)
     else:
-        yield Pass(2 * arriving + bits)
-        yield Pass(3 * at_input)
+        yield Pass(x + w + residual + y + bits, layer.flops)
+    yield from _weight_gradient(layer, y + bits + x, itemsize, parts=True)
+    yield from [Pass()] * MOMENTS_BACKWARD
+    yield Pass(y + bits + w + x + dx + joining, layer.flops + 2 * layer.pixels * layer.c**2)
+
+
+def _weight_gradient(layer: ConvShape, read: int, itemsize: int, *, parts: bool) -> Iterator[Pass]:
+    """The contraction over the pixels, and the sum of its parts where it is a kernel of ours."""
+    (r, s), dw = layer.window, FP32_BYTES * layer.weights
+    shape = conv_tiles.ConvShape(
+        layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, r, s, itemsize
+    )
+    tiles = conv_tiles.weight_grad_tiles(shape) if parts else ()
+    if not tiles:
+        yield Pass(read + layer.weights * itemsize, layer.flops)
+        return
+    yield Pass(read + tiles[0].parts * dw, layer.flops)
+    if tiles[0].parts > 1:
+        yield Pass((tiles[0].parts + 1) * dw)
 
 
 def stem_passes(stem: StemShape, rung: Schedule, itemsize: int) -> Iterator[Pass]:
     """Every launch of a training step of convolution, batch norm, ReLU and max-pooling on a rung."""
     layer = stem.conv
-    x, dx, y, _, w = _sizes(layer, itemsize)
+    x, dx, y, _, w = _Sizes.of(layer, itemsize)
     pooled, indices = stem.pooled * layer.k * itemsize, stem.pooled * layer.k
     yield Pass(x + w + y, layer.flops)
-    yield from _numbers(y, rung)
+    if not rung.statistics:
+        yield Pass(y)
+    yield from [Pass()] * FINALISED
     yield Pass(y + pooled + indices)
     yield Pass(pooled + indices + y)
-    weight_grad = FP32_BYTES * layer.weights
     if rung.moments and not stem.images_grad:
-        yield Pass(y + x + weight_grad, layer.flops)
-        yield Pass(x, layer.flops // layer.k)
-        yield Pass(y + x + weight_grad, layer.flops)
-        yield from [Pass()] * MOMENTS_BACKWARD
+        for _ in ("of y, forward", "of its gradient"):
+            yield from _weight_gradient(layer, y + x, itemsize, parts=True)
+        yield from [Pass()] * EARLY
         return
     yield Pass(2 * y)
     yield from [Pass()] * FINISHED
     formed = 2 * y if rung.prologue else y
     if not rung.prologue:
         yield Pass(3 * y)
-    yield Pass(formed + x + weight_grad, layer.flops)
+    yield from _weight_gradient(layer, formed + x, itemsize, parts=rung.prologue)
     if stem.images_grad:
         yield Pass(formed + w + dx, layer.flops)
