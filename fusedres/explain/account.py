@@ -60,18 +60,19 @@ class Account(TorchDispatchMode):
     Args:
         names: of the modules that entries are put under, by module; the innermost one that is running counts, and in
             the backward pass the one whose forward pass made the node.
-        rest: the name of what belongs to none of them.
+        rest: the name of what belongs to none of them and runs before any, and of what runs behind one.
         target: the GPU whose launches a dry run makes; None where no kernel of ours shall run.
         grad_twice: as in `aten.costs`.
     """
 
     def __init__(
-        self, names: Mapping[nn.Module, str], *, rest: str, target: str | None, grad_twice: bool = True
+        self, names: Mapping[nn.Module, str], *, rest: tuple[str, str], target: str | None, grad_twice: bool = True
     ) -> None:
         super().__init__()
         self.entries: list[Entry] = []
         self.names, self.rest, self.target, self.grad_twice = names, rest, target, grad_twice
         self.running: list[str] = []
+        self._behind = False
         self._owner: dict[Any, str] = {}
         self._cleanup = ExitStack()
 
@@ -108,8 +109,11 @@ class Account(TorchDispatchMode):
         """The layer that is running now."""
         node: Any = torch._C._current_autograd_node()
         if node is not None:
-            return self._owner.get(node, self.rest)
-        return self.running[-1] if self.running else self.rest
+            return self._owner.get(node, self.rest[0])
+        return self._here()
+
+    def _here(self) -> str:
+        return self.running[-1] if self.running else self.rest[self._behind]
 
     def _add(self, cost: Cost, *, ours: bool) -> None:
         backward = torch._C._current_graph_task_id() != -1
@@ -117,7 +121,7 @@ class Account(TorchDispatchMode):
 
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            self._claim(args, self.running[-1] if self.running else self.rest)
+            self._claim(args, self._here())
             self.running.append(name)
 
         return hook
@@ -126,6 +130,7 @@ class Account(TorchDispatchMode):
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             self._claim(out, name)
             self.running.pop()
+            self._behind = True
 
         return hook
 

@@ -19,7 +19,7 @@ from ..swap import fuse, report
 from .account import Account, Entry
 from .autocast import meta_autocast
 
-STEM, REST = "stem", "between blocks"
+STEM, REST, HEAD = "stem", "between blocks", "head"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Twins:
     fused: nn.Module
     plain_names: Mapping[nn.Module, str]
     fused_names: Mapping[nn.Module, str]
-    rest: str
+    rest: tuple[str, str]
 
     @classmethod
     def of(cls, model: nn.Module) -> Twins:
@@ -72,7 +72,7 @@ class Twins:
             fused,
             {model.get_submodule(name): STEM if name in stem else name for name in names},
             {fused.get_submodule(name): name for name in names if name not in stem},
-            STEM if stem else REST,
+            (STEM, HEAD) if stem else (REST, REST),
         )
 
 
@@ -86,7 +86,9 @@ def _names(model: nn.Module, blocks: set[str]) -> list[str]:
     chosen: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") or not outer for outer in chosen if outer in blocks)
-        if not inside and (name in blocks or not any(module.children())):
+        # A global pool is the model's own affair where the model is fused.
+        leaf = not any(module.children()) and not isinstance(module, nn.AdaptiveAvgPool2d)
+        if not inside and (name in blocks or leaf):
             chosen.append(name)
     return chosen
 

@@ -102,7 +102,7 @@ def test_launches_of_both_passes_are_put_under_their_block(resnet50):
         for backward in (False, True):
             layers = list(dict.fromkeys(entry.layer for entry in step.entries if entry.backward is backward))
             expected = ["stem", *(f"layer{i}.{j}" for i, depth in enumerate((3, 4, 6, 3), 1) for j in range(depth))]
-            expected += ["avgpool", "fc"]
+            expected += ["head", "fc"]
             assert layers == (expected[::-1] if backward else expected)
 
 
