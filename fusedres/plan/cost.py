@@ -14,8 +14,10 @@ from . import conv_tiles
 from .schedule import Schedule
 
 FP32_BYTES = 4
-# Launches over channels or small matrices: a batch norm's numbers forward, backward, and those of the moments form.
-FINALISED, FINISHED, MOMENTS_FORWARD, MOMENTS_BACKWARD = 1, 1, 2, 2
+# Launches over small matrices in the moments form.
+MOMENTS_FORWARD, MOMENTS_BACKWARD = 2, 2
+# A batch norm's numbers are summed of the parts that its convolution's tiles of pixels make; of many, in two steps.
+TILE, MOST_PARTS = 128, 512
 # The stem's without its raw output, by the library.
 EARLY = 17
 
@@ -158,14 +160,14 @@ def _written(
     yield Pass(x + w + y, layer.flops)
     if not rung.statistics:
         yield Pass(y)
-    yield from [Pass()] * FINALISED
+    yield from _numbers(layer, parts=rung.statistics)
     if inner and not rung.prologue:
         yield Pass(2 * y)
     # At the output's gradient stand bits at the block's end, and inside of it the rectified output or nothing.
     mask = bits if not inner else 0 if rung.statistics else y
     if not (inner and rung.statistics):
         yield Pass(2 * y + mask)
-    yield from [Pass()] * FINISHED
+    yield from _numbers(layer, parts=rung.statistics and inner)
     formed = 2 * y + mask if rung.prologue else y
     if not rung.prologue:
         yield Pass(3 * y + mask)
@@ -173,11 +175,16 @@ def _written(
     yield from _weight_gradient(layer, formed + x, itemsize, parts=rung.prologue)
 
 
+def _numbers(layer: ConvShape, *, parts: bool) -> Iterator[Pass]:
+    """What makes a batch norm's numbers of its sums; ``parts``: whether these come in one for each tile of pixels."""
+    yield from [Pass()] * (2 if parts and layer.pixels > TILE * MOST_PARTS else 1)
+
+
 def _moments(layer: ConvShape, itemsize: int, *, residual: int | None = None, joining: int = 0) -> Iterator[Pass]:
     """A layer whose output exists only behind the block's last ReLU; a projection has no ``residual``."""
     x, dx, y, bits, w = _Sizes.of(layer, itemsize)
     yield Pass(x, layer.c * (layer.c + 1) * layer.pixels, exact=True)
-    yield from [Pass()] * (MOMENTS_FORWARD + FINALISED)
+    yield from [Pass()] * (MOMENTS_FORWARD + 1)
     if residual is None:  # contracted in the pass that ends the block
         yield Pass(x + w, layer.flops)
     else:
@@ -196,6 +203,8 @@ def _weight_gradient(layer: ConvShape, read: int, itemsize: int, *, parts: bool)
     tiles = conv_tiles.weight_grad_tiles(shape) if parts else ()
     if not tiles:
         yield Pass(read + layer.weights * itemsize, layer.flops)
+        if itemsize < FP32_BYTES:
+            yield Pass(layer.weights * (itemsize + FP32_BYTES))
         return
     yield Pass(read + tiles[0].parts * dw, layer.flops)
     if tiles[0].parts > 1:
@@ -210,7 +219,7 @@ def stem_passes(stem: StemShape, rung: Schedule, itemsize: int) -> Iterator[Pass
     yield Pass(x + w + y, layer.flops)
     if not rung.statistics:
         yield Pass(y)
-    yield from [Pass()] * FINALISED
+    yield from _numbers(layer, parts=rung.statistics)
     yield Pass(y + pooled + indices)
     yield Pass(pooled + indices + y)
     if rung.moments and not stem.images_grad:
@@ -219,7 +228,7 @@ def stem_passes(stem: StemShape, rung: Schedule, itemsize: int) -> Iterator[Pass
         yield from [Pass()] * EARLY
         return
     yield Pass(2 * y)
-    yield from [Pass()] * FINISHED
+    yield from _numbers(layer, parts=False)
     formed = 2 * y if rung.prologue else y
     if not rung.prologue:
         yield Pass(3 * y)
