@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
+from ..launch import wants_kernels
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import masked
 from ..ops.bn_forward import bn_forward
@@ -14,6 +15,7 @@ from ..ops.contract import ConvInput, OutputGrad, channels_last
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.conv_forward import conv_forward, formed
 from ..ops.conv_input_grad import Producer, ProducerGrad
+from ..ops.relu_mask import is_pooled
 from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
 from ..plan import Schedule
 from .layer import (
@@ -190,7 +192,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved: Kept = kept(ctx)
     needs, needed_x = _needs(ctx, spec)
     schedule, last = spec.schedule, len(spec.layers) - 1
-    arriving = OutputGrad(channels_last(dz), saved.mask)
+    pooled = is_pooled(dz) and wants_kernels(dz)  # kernels read it as it is
+    arriving = OutputGrad(dz if pooled else channels_last(dz), saved.mask)
     if saved.mask is not None and not schedule.bit_masks:
         arriving = OutputGrad(masked(arriving), scratch=True)
     g = arriving._replace(g=arriving.g.to(spec.dtype), scratch=False)

@@ -1,10 +1,16 @@
 """fusedres.autograd.global_pool: PyTorch's own pooling, with a gradient that takes no memory."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
+import fusedres
 from fusedres.autograd import GlobalPool
+from fusedres.plan import SCHEDULES
+from tests.comparison import assert_close
+from tests.vgpu_support import needs_vgpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -33,3 +39,25 @@ def test_the_gradient_has_a_value_per_image_and_channel():
     y.register_hook(lambda grad: seen.append(grad.stride()))
     GlobalPool.apply(y).sum().backward()
     assert seen[0][2:] == (0, 0)
+
+
+@needs_vgpu
+@pytest.mark.parametrize("shortcut", ["identity", pytest.param("projection", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(name, marks=() if name == "moments" else pytest.mark.slow) for name in SCHEDULES]
+)
+def test_the_last_block_on_kernels_reads_it_as_it_is(schedule, shortcut, monkeypatch):
+    """Against the formulas, on which the gradient is spread out."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    channels = 32 if shortcut == "identity" else 16
+    block = fusedres.fuse(fusedres.nn.Bottleneck(channels, 8), schedule=schedule)
+    x, dz = torch.randn(2, channels, 5, 4), torch.randn(2, 32, 1, 1)
+    grads = []
+    for backend in ("vgpu:sm_90", "reference"):
+        model, images = copy.deepcopy(block), x.clone().requires_grad_()
+        with fusedres.backend(backend), fusedres.record() as trace:
+            GlobalPool.apply(model(images)).backward(dz)
+        grads.append([images.grad, *(parameter.grad for parameter in model.parameters())])
+        assert trace.launches or backend == "reference"
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours, theirs, 1e-5)
