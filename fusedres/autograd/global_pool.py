@@ -1,16 +1,17 @@
-"""Global average pooling whose gradient is never spread out in memory."""
+"""Global average pooling whose gradient is one value per image and channel, expanded and not written out."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .saved import differentiable_once
+
 
 class GlobalPool(torch.autograd.Function):
-    """z = mean of x over its pixels, (N, C, 1, 1).
+    """z = mean of x over its pixels; the gradient at x is dz / (H W), expanded over the pixels.
 
-    ``apply(x)``: x (N, C, H, W). Its gradient is dz / (H * W), expanded: a value per image and channel in memory,
-    which kernels read as such. Differentiable as often as you like.
+    ``apply(x)``: x (N, C, H, W); z is (N, C, 1, 1).
     """
 
     @staticmethod
@@ -19,6 +20,7 @@ class GlobalPool(torch.autograd.Function):
         return x.mean((2, 3), keepdim=True)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Tensor:
+    @differentiable_once
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor]:
         pixels = ctx.size[2] * ctx.size[3]
-        return (dz / pixels).expand(ctx.size)
+        return ((dz / pixels).expand(ctx.size),)
