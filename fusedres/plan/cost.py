@@ -14,7 +14,7 @@ from . import conv_tiles
 from .schedule import Schedule
 
 FP32_BYTES = 4
-# Launches over small matrices in the moments form.
+# Launches over channels and small matrices in the moments form.
 MOMENTS_FORWARD, MOMENTS_BACKWARD = 2, 2
 # A batch norm's numbers are summed of the parts that its convolution's tiles of pixels make; of many, in two steps.
 TILE, MOST_PARTS = 128, 512
@@ -184,7 +184,7 @@ def _moments(layer: ConvShape, itemsize: int, *, residual: int | None = None, jo
     """A layer whose output exists only behind the block's last ReLU; a projection has no ``residual``."""
     x, dx, y, bits, w = _Sizes.of(layer, itemsize)
     yield Pass(x, layer.c * (layer.c + 1) * layer.pixels, exact=True)
-    yield from [Pass()] * (MOMENTS_FORWARD + 1)
+    yield from [Pass()] * MOMENTS_FORWARD
     if residual is None:  # contracted in the pass that ends the block
         yield Pass(x + w, layer.flops)
     else:
@@ -221,12 +221,12 @@ def stem_passes(stem: StemShape, rung: Schedule, itemsize: int) -> Iterator[Pass
         yield Pass(y)
     yield from _numbers(layer, parts=rung.statistics)
     yield Pass(y + pooled + indices)
-    yield Pass(pooled + indices + y)
     if rung.moments and not stem.images_grad:
-        for _ in ("of y, forward", "of its gradient"):
-            yield from _weight_gradient(layer, y + x, itemsize, parts=True)
+        for output in (y, pooled + indices):
+            yield from _weight_gradient(layer, output + x, itemsize, parts=True)
         yield from [Pass()] * EARLY
         return
+    yield Pass(pooled + indices + y)
     yield Pass(2 * y)
     yield from _numbers(layer, parts=False)
     formed = 2 * y if rung.prologue else y

@@ -90,8 +90,7 @@ def test_the_cost_is_what_is_launched(make, size, rung):
 
 def test_partial_sums_of_wide_weights_can_outweigh_what_a_prologue_spares():
     """Few pixels and weights as large as the activations: the library sums in one kernel, ours in fp32 parts."""
-    chain = bottleneck(64, 7, 512)
-    assert moved(chain, "stats") < moved(chain, "prologue")
+    assert moved(bottleneck(8, 7, 512), "stats") < moved(bottleneck(8, 7, 512), "prologue")
     assert moved(bottleneck(256, 7, 512), "stats") > moved(bottleneck(256, 7, 512), "prologue")
 
 
@@ -112,6 +111,12 @@ def test_the_choice_depends_on_the_shape_and_the_dtype_and_the_gpu():
     assert {choose(bottleneck(64, 14, 256), BF16, gpu).schedule.name for gpu in GPUS.values()} <= set(SCHEDULES)
     slow = dataclasses.replace(H100, name="slow", matrix_tflops=10.0)
     assert choose(bottleneck(256, 7, 512), BF16, slow).schedule is not SCHEDULES["moments"]
+
+
+def test_where_a_block_is_small_its_launches_decide():
+    """The moments form takes a launch more, and spares too few bytes of a small batch."""
+    assert choose(bottleneck(16, 7, 512), BF16, H100).schedule is SCHEDULES["prologue"]
+    assert choose(bottleneck(256, 7, 512), BF16, H100).schedule is SCHEDULES["moments"]
 
 
 def test_small_blocks_are_bound_by_launches():
