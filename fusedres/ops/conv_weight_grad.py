@@ -11,7 +11,7 @@ from .. import backends
 from ..launch import launch
 from ..offline import ALIGNMENT
 from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
-from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments
+from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments, operands_of
 from .contract import (
     ConvInput,
     Geometry,
@@ -98,7 +98,7 @@ def summed_weight_grad(
     if not storable(dy.g, dy.y, u.tensor) or dy.g.dtype != u.tensor.dtype:
         return None
     n, k, p, q = dy.g.shape if pooled is None else pooled.size
-    shape = shape_of(u, n * p * q, k, kernel, geometry)
+    shape = shape_of(u, n * p * q, k, kernel, geometry)._replace(operands=operands_of(dy))
     tiles = weight_grad_tiles(shape)
     if not tiles or depthwise(shape):
         return None
