@@ -60,7 +60,7 @@ def gradient_shape(
     pixels_ = n * -(-h // stride[0]) * -(-w // stride[1])
     return ConvShape(
         pixels_, k // groups, c // groups, groups, r, s, weight.element_size(), prologue=formed or second,
-        operands=operands_of(dy), gradient=True,
+        second=second, operands=operands_of(dy), gradient=True,
     )  # fmt: skip
 
 

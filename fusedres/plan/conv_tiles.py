@@ -93,7 +93,11 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     if shape.flat:
         block_c = 32
     amd = target.backend == "hip"
-    if amd or shape.second or (shape.gradient and not wide(target)):
+    if amd and shape.gradient and shape.second:
+        block_c = min(block_c, 32)
+    # The second contraction of a gradient adds to the same sums.
+    apart = shape.second and not shape.gradient
+    if amd or apart or (shape.gradient and not wide(target)):
         block_k = min(block_k, 64)
     sizes = [(128, block_k), (64, block_k)]
     if amd:
@@ -153,12 +157,12 @@ class WeightGradTile:
         return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
 
 
-def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
+def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile, ...]:
     """Tiles for the gradient of a weight, the default first; empty where groups do not fit into tiles.
 
     The pixels are cut into as many parts as keep a large GPU busy, each of several steps.
     """
-    grouped = shape.groups > 1
+    grouped, amd, formed = shape.groups > 1, target.backend == "hip", shape.operands > 1
     widest = 128 if shape.k >= 128 and shape.c >= 128 else 64
     block_k = max(NARROWEST, min(power_above(shape.k * shape.groups), widest))
     while grouped and block_k > NARROWEST and shape.k % block_k and block_k % shape.k:
@@ -167,8 +171,14 @@ def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
         return ()
     packed = max(1, block_k // shape.k) if grouped else 1
     width = shape.r * shape.s * shape.c if shape.flat else packed * shape.c
-    # A whole window of few channels, so that dy is read, or formed, once.
-    block_c = max(NARROWEST, min(power_above(width), 256 if shape.flat else widest))
+    # A whole window of few channels, so that dy is read, or formed, once: but on AMD, where every element of such a
+    # tile has a mask in scalar registers.
+    widest_c = (64 if amd else 256) if shape.flat else widest
+    if formed and not shape.flat and isinstance(target.arch, int) and 100 <= target.arch < 120:
+        widest_c = min(widest_c, 64)  # its compiler leaves 128 registers beside its accumulators' own memory
+    block_c = max(NARROWEST, min(power_above(width), widest_c))
+    if shape.flat and formed:
+        block_k = min(block_k, 32)
     tiles = []
     for block_pixels in (32, 16) if shape.flat else (64, 32):
         warps = 8 if block_k * block_c >= 128 * 128 or shape.flat else 4
@@ -178,7 +188,7 @@ def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
     # The shorter step where operands are wide or formed, or every element of one has a mask of its own.
-    return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat or shape.operands > 1 else tuple(tiles)
+    return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat or formed else tuple(tiles)
 
 
 def wide(target: Target) -> bool:
