@@ -104,6 +104,7 @@ def moments_weight_grad_kernel(
     sum_g_ptr,  # (K,) fp32
     mean_ptr,  # (C,) fp32 of the input; None under frozen statistics
     m2_ptr,  # (C, C) fp32; None under frozen statistics
+    product_ptr,  # (K, C) fp32, W m2 where it is at hand, in place of m2; or None
     w_ptr,  # (K, C) weights, storage dtype
     y_mean_ptr,  # (K,) fp32, the batch norm's own; read under frozen statistics
     invstd_ptr,  # (K,) fp32
@@ -144,7 +145,12 @@ def moments_weight_grad_kernel(
     tl.store(dgamma_ptr + o_k, dgamma, mask=m_k & is_first)
     if mean_ptr is not None:
         q = scale * invstd * dgamma / pixels
-        dw -= q[:, None] * _times_m2(w_ptr, m2_ptr, o_k, o_c, m_k, m_c, C, PRECISION, BLOCK_K, BLOCK_C)
+        if product_ptr is not None:
+            o = o_k[:, None] * C + o_c[None, :]
+            product = tl.load(product_ptr + o, mask=m_k[:, None] & m_c[None, :], other=0.0)
+        else:
+            product = _times_m2(w_ptr, m2_ptr, o_k, o_c, m_k, m_c, C, PRECISION, BLOCK_K, BLOCK_C)
+        dw -= q[:, None] * product
         tl.store(q_ptr + o_k, q, mask=m_k & is_first)
     tl.store(dw_ptr + o_k[:, None] * C + o_c[None, :], dw, mask=m_k[:, None] & m_c[None, :])
 

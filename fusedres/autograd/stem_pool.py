@@ -13,8 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..autocast import no_autocast
 from ..ops.contract import ConvInput, OutputGrad, channels_last
-from ..ops.moments_backward import frozen_weight_grad, moments_weight_grad
-from ..ops.stem_contractions import output_contraction, pooled_contraction
+from ..ops.stem_contractions import early_weight_grad, output_contraction, pooled_contraction
 from ..ops.stem_pool import stem_pool, stem_pool_backward
 from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure, needs_of
 from .saved import differentiable_once, keep, kept, on_forward_backend
@@ -22,7 +21,7 @@ from .spec import ConvBN, StemSpec
 
 
 class Early(NamedTuple):
-    """What stands for y in the backward pass: E (K, C R S) and the mean of the windows (C R S,)."""
+    """What stands for y in the backward pass: E (K, C, R, S) and the mean of the windows (C, R, S)."""
 
     product: Tensor
     mean: Tensor
@@ -95,11 +94,7 @@ def _backward_without_y(
     branch, layer, early = saved.branch, saved.parameters, saved.early
     window = (layer.weight.shape[2], layer.weight.shape[3])
     d, sum_g = pooled_contraction(arriving, saved.maxima, size, spec.pool, branch.source, window, spec.layer.geometry)
-    weight = spec.layer.weight(layer, spec.dtype).flatten(1).to(d.dtype)
-    if early is None:
-        dweight, dgamma = frozen_weight_grad(d, sum_g, weight, branch.norm)
-    else:
-        count = size[0] * size[2] * size[3]
-        dweight, dgamma, _ = moments_weight_grad(d, sum_g, count, early.mean, early.product, weight, branch.norm)
-    dweight = dweight.view(layer.weight.shape)
-    return in_parameter_dtypes(dweight, dgamma, sum_g, branch.norm, layer, spec.layer, needed)
+    weight, count = spec.layer.weight(layer, spec.dtype), size[0] * size[2] * size[3]
+    product, mean = early or (None, None)
+    small = early_weight_grad(d, sum_g, count, product, mean, weight, branch.norm)
+    return in_parameter_dtypes(small.dweight, small.dgamma, sum_g, branch.norm, layer, spec.layer, needed)

@@ -12,7 +12,7 @@ from .op import Op
 from .rows import empty_partials, storable
 
 # More than these (a convolution's tiles, of which there are thousands) a single program would take too long over.
-MOST_PARTS = 512
+MOST_PARTS = 2048
 
 
 def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,29 +155,14 @@ def _moments_backward_triton(
 ) -> tuple[MomentsGrad, InputGradMatrices]:
     if not storable(weight, d):
         return NotImplemented
-    from ..kernels.moments import moments_quadratic_kernel, moments_weight_grad_kernel
+    from ..kernels.moments import moments_quadratic_kernel
 
     (k, c), tile = d.shape, matrix_tile(target_of(weight))
     w = channels_last(weight).view(k, c)
-    batch = moments is not None
-    dw = torch.empty((k, c), dtype=torch.float32, device=d.device)
-    dgamma, q = torch.empty((2, k), dtype=torch.float32, device=d.device)
-    numbers = {
-        "pixels": moments.pixels if moments else 1, "C": c, "K": k, "PRECISION": tile.precision,
-        "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
-    }  # fmt: skip
-    read = {
-        "d_ptr": d.contiguous(), "sum_g_ptr": sum_g, "mean_ptr": moments and moments.mean,
-        "m2_ptr": moments and moments.m2, "w_ptr": w, "y_mean_ptr": None if batch else norm.mean,
-        "invstd_ptr": norm.invstd, "scale_ptr": norm.scale,
-    }  # fmt: skip
-    written = {"dw_ptr": dw, "dgamma_ptr": dgamma, "q_ptr": q if batch else None}
-    launch(
-        moments_weight_grad_kernel, (-(-k // tile.block_k), -(-c // tile.block_c)), {**read, **written, **numbers},
-        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 2) if batch else 4 * k * c,
-        num_warps=tile.num_warps,
+    small, q = launch_moments_weight_grad(
+        d.contiguous(), sum_g, moments and moments.pixels, moments and moments.mean, moments and moments.m2,
+        None, w, norm,
     )  # fmt: skip
-    small = MomentsGrad(dw, dgamma, sum_g)
     matrices = frozen_matrices(weight, norm)
     if moments is None:
         return small, matrices
@@ -188,10 +173,44 @@ def _moments_backward_triton(
     read = {"q_ptr": q, "w_ptr": w, "scale_ptr": norm.scale, "sum_g_ptr": sum_g, "mean_ptr": moments.mean}
     written = {"quadratic_ptr": quadratic, "constant_ptr": constants}
     launch(
-        moments_quadratic_kernel, (pieces, pieces), {**read, **written, **numbers, "TERMS": terms},
+        moments_quadratic_kernel, (pieces, pieces),
+        {
+            **read, **written, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
+            "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "TERMS": terms,
+        },
         reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 1), num_warps=tile.num_warps,
     )  # fmt: skip
     return small, matrices._replace(quadratic=quadratic, constants=constants)
+
+
+def launch_moments_weight_grad(
+    d: Tensor, sum_g: Tensor, count: int | None, mean: Tensor | None, m2: Tensor | None, product: Tensor | None,
+    w: Tensor, norm: Normaliser,
+) -> tuple[MomentsGrad, Tensor | None]:  # fmt: skip
+    """`moments_weight_grad` by its kernel, from ``m2`` or from ``product``; all matrices (K, C) in rows.
+
+    Without a ``mean`` statistics are frozen and there is no q.
+    """
+    from ..kernels.moments import moments_weight_grad_kernel
+
+    (k, c), tile, batch = d.shape, matrix_tile(target_of(w)), mean is not None
+    dw = torch.empty((k, c), dtype=torch.float32, device=d.device)
+    dgamma, q = torch.empty((2, k), dtype=torch.float32, device=d.device)
+    read = {
+        "d_ptr": d, "sum_g_ptr": sum_g, "mean_ptr": mean, "m2_ptr": m2, "product_ptr": product, "w_ptr": w,
+        "y_mean_ptr": None if batch else norm.mean, "invstd_ptr": norm.invstd, "scale_ptr": norm.scale,
+    }  # fmt: skip
+    written = {"dw_ptr": dw, "dgamma_ptr": dgamma, "q_ptr": q if batch else None}
+    launch(
+        moments_weight_grad_kernel, (-(-k // tile.block_k), -(-c // tile.block_c)),
+        {
+            **read, **written, "pixels": count or 1, "C": c, "K": k, "PRECISION": tile.precision,
+            "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+        },
+        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 2) if m2 is not None else 6 * k * c,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+    return MomentsGrad(dw, dgamma, sum_g), q if batch else None
 
 
 def frozen_matrices(weight: Tensor, norm: Normaliser) -> InputGradMatrices:

@@ -3,10 +3,17 @@
 import torch
 from torch import Tensor
 
-from .contract import ConvInput, Geometry, OutputGrad, PoolGeometry, pixels
+from .contract import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry, channels_last, pixels
 from .conv_weight_grad import Pooled, conv_weight_grad, summed_weight_grad
-from .moments_backward import moments_contraction
+from .moments_backward import (
+    MomentsGrad,
+    frozen_weight_grad,
+    launch_moments_weight_grad,
+    moments_contraction,
+    moments_weight_grad,
+)
 from .op import Op
+from .rows import storable
 from .stem_pool import stem_pool_backward
 
 
@@ -23,13 +30,13 @@ def _output_contraction(
         geometry: of the convolution, of a single group.
 
     Returns:
-        E (K, C R S) and the mean of the windows (C R S,), in the statistics dtype.
+        E (K, C, R, S) and the mean of the windows (C, R, S), in the statistics dtype.
     """
     one, zero = torch.ones_like(mean), torch.zeros_like(mean)
     centred = OutputGrad(y, None, y, p=zero, q=one, r=zero, mean=mean)
-    product = conv_weight_grad(centred, u, kernel, geometry).flatten(1)
+    product = conv_weight_grad(centred, u, kernel, geometry)
     everywhere = OutputGrad(torch.ones_like(y[:, :1]))
-    return product, conv_weight_grad(everywhere, u, kernel, geometry).flatten() / pixels(y)
+    return product, conv_weight_grad(everywhere, u, kernel, geometry)[0] / pixels(y)
 
 
 output_contraction = Op(_output_contraction)
@@ -43,8 +50,18 @@ def _output_contraction_triton(
     if launched is None or launched.sum_u is None:
         return NotImplemented
     # Centred afterwards: the products of 16-bit numbers are exact, those of their differences would be rounded.
-    total = launched.sum_u.flatten()
-    return torch.addr(launched.dw.flatten(1), mean, total, alpha=-1), total / pixels(y)
+    centred = torch.addr(_rows(launched.dw), mean, _rows(launched.sum_u[None])[0], alpha=-1)
+    return _windows(centred, kernel), launched.sum_u / pixels(y)
+
+
+def _rows(windows: Tensor) -> Tensor:
+    """(K, C, R, S), whose channels lie side by side, as a (K, R S C) view."""
+    return windows.permute(0, 2, 3, 1).reshape(len(windows), -1)
+
+
+def _windows(rows: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """The inverse of `_rows`."""
+    return rows.view(len(rows), *kernel, -1).permute(0, 3, 1, 2)
 
 
 def _pooled_contraction(
@@ -58,9 +75,11 @@ def _pooled_contraction(
         u, kernel, geometry: as of `moments_contraction`.
 
     Returns:
-        As `moments_contraction`.
+        D (K, C, R, S) and sum(g) (K,) in the statistics dtype.
     """
-    return moments_contraction(OutputGrad(stem_pool_backward(dz, index, size, pool)), u, kernel, geometry)
+    g = OutputGrad(stem_pool_backward(dz, index, size, pool))
+    d, sum_g = moments_contraction(g, u, kernel, geometry)
+    return d.view(len(d), -1, *kernel), sum_g
 
 
 pooled_contraction = Op(_pooled_contraction)
@@ -76,4 +95,46 @@ def _pooled_contraction_triton(
     launched = summed_weight_grad(dz, u, kernel, geometry, pooled=Pooled(index, pool, size))
     if launched is None or launched.sum_dy is None:
         return NotImplemented
-    return launched.dw.flatten(1), launched.sum_dy
+    return launched.dw, launched.sum_dy
+
+
+def _early_weight_grad(
+    d: Tensor, sum_g: Tensor, count: int, product: Tensor | None, mean: Tensor | None, weight: Tensor,
+    norm: Normaliser,
+) -> MomentsGrad:  # fmt: skip
+    """`moments_weight_grad` of a convolution of any window, W M being the product that `output_contraction` gave.
+
+    Args:
+        d: (K, C, R, S), sum_g: (K,), from `pooled_contraction`.
+        count: pixels of the output.
+        product, mean: from `output_contraction`; None under frozen statistics.
+        weight: (K, C, R, S), the rounded one that the contraction used.
+        norm: the `Normaliser` of the forward pass.
+
+    Returns:
+        `MomentsGrad` with dW (K, C, R, S).
+    """
+    w = weight.flatten(1).to(d.dtype)
+    if product is None or mean is None:
+        dweight, dgamma = frozen_weight_grad(d.flatten(1), sum_g, w, norm)
+    else:
+        flat = d.flatten(1), sum_g, count, mean.flatten(), product.flatten(1)
+        dweight, dgamma, _ = moments_weight_grad(*flat, w, norm)
+    return MomentsGrad(dweight.view(d.shape), dgamma, sum_g)
+
+
+early_weight_grad = Op(_early_weight_grad)
+
+
+@early_weight_grad.triton
+def _early_weight_grad_triton(
+    d: Tensor, sum_g: Tensor, count: int, product: Tensor | None, mean: Tensor | None, weight: Tensor,
+    norm: Normaliser,
+) -> MomentsGrad:  # fmt: skip
+    if not storable(d, weight):
+        return NotImplemented
+    small, _ = launch_moments_weight_grad(
+        _rows(d), sum_g, count, None if mean is None else _rows(mean[None])[0], None,
+        None if product is None else _rows(product), _rows(channels_last(weight)), norm,
+    )  # fmt: skip
+    return small._replace(dweight=_windows(small.dweight, (d.shape[2], d.shape[3])))

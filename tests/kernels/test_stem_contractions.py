@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.ops.contract import ConvInput, Geometry, OutputGrad, PoolGeometry
-from fusedres.ops.stem_contractions import output_contraction, pooled_contraction
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry
+from fusedres.ops.stem_contractions import early_weight_grad, output_contraction, pooled_contraction
 from fusedres.ops.stem_pool import stem_pool
 from tests.comparison import relative_error
 from tests.kernels.convolutions import Conv
@@ -32,22 +32,30 @@ def check(target: str, case: str, dtype: torch.dtype) -> None:
     dz, u = OutputGrad(activation(tuple(z.shape), dtype)), ConvInput(conv.input(dtype))
     rest = (conv.window, conv.geometry)
 
+    weight, vectors = conv.weight(dtype), Normaliser(mean, *torch.rand(3, conv.k))
+
     def forward_and_back() -> tuple[Tensor, ...]:
-        size = tuple(y.shape)
-        return *output_contraction(y, mean, u, *rest), *pooled_contraction(dz, index, size, pool, u, *rest)
+        early = output_contraction(y, mean, u, *rest)
+        late = pooled_contraction(dz, index, tuple(y.shape), pool, u, *rest)
+        small = early_weight_grad(*late, p * q * conv.size[0], *early, weight, vectors)
+        return *early, *late, small.dweight, small.dgamma
 
     ours, trace = executed(target, forward_and_back)
     assert trace.by_kernel()["conv_weight_grad_kernel"] == 2
-    wide = ConvInput(u.tensor.double())
-    exact = (
-        *output_contraction.reference(y.double(), mean.double(), wide, *rest),
-        *pooled_contraction.reference(OutputGrad(dz.g.double()), index, tuple(y.shape), pool, wide, *rest),
-    )
-    theirs = (
-        *output_contraction.reference(y, mean, u, *rest),
-        *pooled_contraction.reference(dz, index, tuple(y.shape), pool, u, *rest),
-    )
-    for name, mine, other, truth in zip(("E", "mean", "D", "sum(g)"), ours, theirs, exact, strict=True):
+
+    def computed(statistics: torch.dtype) -> tuple[Tensor, ...]:
+        def to(tensor: Tensor) -> Tensor:
+            return tensor.double() if statistics == torch.float64 else tensor
+
+        source, numbers = ConvInput(to(u.tensor)), Normaliser(*(to(vector) for vector in vectors))
+        early = output_contraction.reference(to(y), to(mean), source, *rest)
+        late = pooled_contraction.reference(OutputGrad(to(dz.g)), index, tuple(y.shape), pool, source, *rest)
+        small = early_weight_grad.reference(*late, p * q * conv.size[0], *early, to(weight), numbers)
+        return *early, *late, small.dweight, small.dgamma
+
+    exact, theirs = computed(torch.float64), computed(torch.float32)
+    names = ("E", "mean", "D", "sum(g)", "dweight", "dgamma")
+    for name, mine, other, truth in zip(names, ours, theirs, exact, strict=True):
         error, allowed = relative_error(mine, truth), max(1.5 * relative_error(other, truth), 2e-6)
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
 
