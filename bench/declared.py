@@ -56,7 +56,12 @@ def target_for(device: Device) -> str:
     """The target whose kernels ``device`` runs, or the dry run's own where it runs none."""
     if device.executed_on_cpu:
         return device.name.partition(":")[2]
-    if device.is_gpu and torch.version.hip is None:
+    if device.is_gpu and torch.version.hip is not None:
+        # Versions of torch differ in which of these their type stubs name.
+        properties: Any = torch.cuda.get_device_properties(device.torch)
+        name = properties.gcnArchName.split(":")[0]
+        return name if name in TARGETS else "gfx942"
+    if device.is_gpu:
         major, minor = torch.cuda.get_device_capability(device.torch)
         return nearest(10 * major + minor)
     return DRY_RUN_TARGET

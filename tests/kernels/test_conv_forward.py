@@ -18,7 +18,8 @@ from fusedres.ops.conv_forward import conv_forward
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW, assert_as_accurate_as_eager, assert_close
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
-from tests.kernels.executed import covering, executed, vgpu
+from tests.kernels.executed import TESTED, covering, executed
+from tests.kernels.on_device import emulated_only
 
 ODD = {
     "one pixel": Conv((1, 16, 1, 1), 24, (1, 1)),
@@ -102,7 +103,7 @@ def test_odd_shapes_the_other_way(case: str, target: str, dtype: torch.dtype) ->
 def test_a_shape_of_every_network(network: str) -> None:
     """The others are slow."""
     conv = convolutions_of(network)[len(network) % 5 + 1].smaller(4_000_000)
-    target, dtype = vgpu.TARGETS[len(network) % 3], LOW[len(network) % 2]
+    target, dtype = TESTED[len(network) % len(TESTED)], LOW[len(network) % 2]
     check(target, conv, dtype, prologue=True)
 
 
@@ -133,14 +134,14 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype, prologue: bool) 
             check(target, conv, dtype, prologue=prologue)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
 def test_exact_fp32(target: str, prologue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(target, ODD["tails of pixels, K and C"], torch.float32, prologue=prologue)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_padding_is_zero_and_not_relu_of_the_shift(target: str) -> None:
     """With a weight of ones and a zero image, an output counts the taps inside the image, each worth its shift."""
     x = torch.zeros(1, 16, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -152,7 +153,7 @@ def test_padding_is_zero_and_not_relu_of_the_shift(target: str) -> None:
 
 
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_what_is_not_finite_reaches_the_windows_that_hold_it(target: str, prologue: bool) -> None:
     x = torch.randn(1, 16, 9, 9).bfloat16().contiguous(memory_format=torch.channels_last)
     x[0, 3, 2, 2], x[0, 5, 7, 7] = float("nan"), float("inf")
@@ -183,7 +184,7 @@ def convolutions(draw: st.DrawFn) -> Conv:
 
 
 RANDOM = {
-    "conv": convolutions(), "target": st.sampled_from(vgpu.TARGETS), "dtype": st.sampled_from((torch.float32, *LOW)),
+    "conv": convolutions(), "target": st.sampled_from(TESTED), "dtype": st.sampled_from((torch.float32, *LOW)),
     "prologue": st.booleans(),
 }  # fmt: skip
 reproducible = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
@@ -202,7 +203,8 @@ def test_many_random_shapes(conv: Conv, target: str, dtype: torch.dtype, prologu
     check(target, conv, dtype, prologue=prologue)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@emulated_only
+@pytest.mark.parametrize("target", TESTED)
 def test_an_empty_batch_gives_an_empty_output(target: str) -> None:
     with patch("fusedres.ops.conv_forward.launch") as launch, fusedres.backend(f"vgpu:{target}"):
         y, _ = conv_forward(ConvInput(torch.empty(0, 16, 4, 4)), torch.randn(8, 16, 3, 3), Geometry())
@@ -210,7 +212,8 @@ def test_an_empty_batch_gives_an_empty_output(target: str) -> None:
     assert launch.call_args.args[1] == (0,)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@emulated_only
+@pytest.mark.parametrize("target", TESTED)
 def test_few_bank_conflicts(target: str) -> None:
     """On average no access to shared memory takes more than two passes for one."""
     _, _, trace = check(target, SHAPES["3x3"], torch.bfloat16)
@@ -233,6 +236,7 @@ def test_large_means_do_not_cancel_in_a_tile(monkeypatch: pytest.MonkeyPatch) ->
     assert_close(((partials.m2.double().sum(0) + spread) / 144)[1:], exact, 1e-5)
 
 
+@emulated_only
 @pytest.mark.parametrize(
     ("weight", "geometry", "error", "message"),
     [
@@ -263,6 +267,7 @@ def test_more_pixels_than_32_bits_count_are_refused() -> None:
         conv_forward(ConvInput(x), weight, Geometry(), statistics=True)
 
 
+@emulated_only
 @pytest.mark.parametrize(
     ("conv", "reason"),
     [

@@ -14,7 +14,8 @@ from fusedres.ops.conv_weight_grad import conv_weight_grad, weight_grad
 from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import LOW, assert_close
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
-from tests.kernels.executed import activation, covering, executed, vgpu
+from tests.kernels.executed import TESTED, activation, covering, executed
+from tests.kernels.on_device import emulated_only
 
 CASES = {
     "1x1": Conv((1, 64, 9, 9), 128, (1, 1)),
@@ -100,7 +101,7 @@ def test_every_form_of_every_case(case: str, form: str, target: str, dtype: torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_every_shape_of_every_network(network: str, target: str) -> None:
     for i, conv in enumerate(convolutions_of(network)):
         check(target, conv.smaller(8_000_000), LOW[i % 2], FORMS[i % 2])
@@ -116,6 +117,7 @@ def test_several_parts(case: str, target: str, dtype: torch.dtype) -> None:
         check(target, conv, dtype, "dy and u")
 
 
+@emulated_only
 def test_groups_that_no_tile_holds_have_no_kernel() -> None:
     conv = Conv((1, 30, 6, 6), 60, (3, 3), Geometry(padding=(1, 1), groups=5))
     dy, u = operands(conv, torch.float32, "dy and u")
