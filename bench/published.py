@@ -9,9 +9,9 @@ from fusedres.bench.rows import OK, Row
 
 __all__ = ["PUBLISHED", "Published", "beside"]
 
-MLPERF_4 = "MLPerf Training 4.0, closed division, NVIDIA"
-MLPERF_2 = "MLPerf Training 2.0, closed division, NVIDIA"
-TIMM = "timm's benchmark tables"
+MLPERF_4 = "MLPerf Training 4.0"
+MLPERF_2 = "MLPerf Training 2.0"
+TIMM = "timm"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Published:
     Attributes:
         gpu: words that a device's name must hold.
         mode: train or infer.
-        dtype: of the multiplications.
+        dtype: of the multiplications, or AMP where the source says no more.
         batch: per GPU; None where the source does not say.
         images_per_s: of one GPU.
         what: what ran.
@@ -52,13 +52,13 @@ PUBLISHED = (
         "MXNet, NHWC, cuDNN's main-loop fusion, CUDA graphs (SXM)", MLPERF_4,
     ),
     Published(("A100", "80GB"), "train", "fp16", 408, 3398, "MXNet, statistics fused", MLPERF_2),
-    Published(("A100", "80GB"), "train", "fp16", 256, 2470, "PyTorch, AMP", "NVIDIA's DeepLearningExamples"),
-    Published(("A100",), "train", "fp16", None, 2035, "PyTorch eager, AMP, channels_last", TIMM),
-    Published(("A100",), "train", "fp16", None, 2050, "torch.compile, AMP, channels_last", TIMM),
-    Published(("RTX 3090",), "train", "fp16", None, 1218, "PyTorch eager, AMP, channels_last", TIMM),
-    Published(("RTX 3090",), "train", "fp16", None, 826, "PyTorch eager, AMP, NCHW", TIMM),
-    Published(("A100",), "infer", "fp16", 256, 15445, "AITemplate", "AITemplate's ResNet-50 example"),
-    Published(("A100",), "infer", "fp16", 256, 5026, "PyTorch eager", "AITemplate's ResNet-50 example"),
+    Published(("A100", "80GB"), "train", "fp16", 256, 2470, "PyTorch, AMP", "NVIDIA's PyTorch example"),
+    Published(("A100",), "train", "AMP", None, 2035, "PyTorch eager", TIMM),
+    Published(("A100",), "train", "AMP", None, 2050, "torch.compile", TIMM),
+    Published(("RTX 3090",), "train", "AMP", None, 1218, "PyTorch eager, channels_last", TIMM),
+    Published(("RTX 3090",), "train", "AMP", None, 826, "PyTorch eager, NCHW", TIMM),
+    Published(("A100",), "infer", "fp16", 256, 15445, "AITemplate", "AITemplate"),
+    Published(("A100",), "infer", "fp16", 256, 5026, "PyTorch eager", "AITemplate"),
 )  # fmt: skip
 
 
