@@ -52,7 +52,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        """Of a channels_last tensor; PyTorch's own strides of a dimension of size 1 can be anything."""
+        _, c, h, w = tensor.shape
+        return cls(tuple(tensor.shape), (h * w * c, 1, w * c, c), tensor.dtype)
 
 
 def _data_type(dtype: torch.dtype) -> Any:
@@ -125,7 +127,8 @@ def inference_graph(
     graph = _new_graph(x.dtype, device)
     operands = [_placed(graph, x, "x"), _placed(graph, weight, "weight")]
     z = _convolved(graph, *operands, geometry)
-    vector = numbers or Layout((1, weight.size[0], 1, 1), (weight.size[0], 1, weight.size[0], weight.size[0]), x.dtype)
+    k = weight.size[0]
+    vector = numbers or Layout((1, k, 1, 1), (k, 1, k, k), x.dtype)
     if numbers is not None:
         operands.append(_placed(graph, vector, "scale"))
         z = graph.mul(a=z, b=operands[-1])
@@ -147,7 +150,7 @@ def _output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _vector(tensor: Tensor) -> Tensor:
-    return tensor.view(1, -1, 1, 1).contiguous(memory_format=torch.channels_last)
+    return tensor.view(1, -1, 1, 1)
 
 
 def conv_scale_add_relu(
