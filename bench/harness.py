@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -14,7 +15,7 @@ import torch
 
 from fusedres.bench import machine as machines
 from fusedres.bench import rows as statuses
-from fusedres.bench.cases import Case, OpCase
+from fusedres.bench.cases import Case
 from fusedres.bench.contenders import YARDSTICK, Contender, copied, placed
 from fusedres.bench.cudnn import NotSupported
 from fusedres.bench.declared import declared, flops_of
@@ -55,6 +56,8 @@ class Comparison:
         self.steps: dict[str, Step] = {}
         self.eager: Observed | None = None
         self.machine = asdict(machines.machine(setting.device))
+        # While the GPU's memory is empty.
+        self.peaks = machines.peaks(setting.device, setting.dtype) if measurement.timed else None
 
     def row(self, contender: str, status: str, reason: str | None = None, **figures: Any) -> Row:
         setting = self.setting
@@ -76,6 +79,7 @@ class Comparison:
             status = statuses.MEMORY
         self.rows[contender] = self.row(contender, status, described(error))
         self.steps.pop(contender, None)
+        traceback.clear_frames(error.__traceback__)  # their variables hold what was allocated
         gc.collect()
         if self.setting.device.is_gpu:
             try:
@@ -135,23 +139,32 @@ class Comparison:
         speeds = asdict(machines.clocks(self.setting.device))
         timings = {name: Timing.of(values) for name, values in seconds.items() if values}
         base = timings.get(YARDSTICK)
-        whole_flops = flops_of(self.case, self.setting)
-        of_ops = self.declared_of_op(contenders)
-        for contender in contenders:
-            timing = timings.get(contender.name)
-            if timing is None:
-                continue
+        for name, timing in timings.items():
+            contender = next(one for one in contenders if one.name == name)
             figures = {
                 "median_s": timing.median, "low_s": timing.low, "high_s": timing.high, "rounds": timing.rounds,
-                "images_per_s": None if of_ops else self.setting.batch / timing.median,
+                "images_per_s": None if self.case.kind == "op" else self.setting.batch / timing.median,
                 "speedup": base.median / timing.median if base is not None else None,
-                "launches": self.launches(runs[contender.name]), **speeds,
-                **(of_ops or self.declared_of(contender)),
+                "launches": self.launches(runs[name]), **speeds,
             }  # fmt: skip
-            figures.setdefault("flops", whole_flops)
-            self.rows[contender.name] = replace(
-                self.rows[contender.name], **figures, **self.achieved(timing.median, figures)
-            )
+            try:
+                figures |= self.counted(contender, contenders, timing.median)
+            except Exception as error:  # a time that was measured is worth more than what was not counted
+                figures["reason"] = f"not counted: {described(error)}"
+            self.rows[name] = replace(self.rows[name], **figures)
+
+    def counted(self, contender: Contender, contenders: Sequence[Contender], median: float) -> dict[str, Any]:
+        """Declared figures, and the rates that follow from them.
+
+        All contenders of an op are held to the bytes that the fused one declares: the same work.
+        """
+        if self.case.kind == "op":
+            fused = next((one for one in contenders if one.schedule is not None), None)
+            figures = {} if fused is None else self.declared_of(fused)
+            figures["flops"] = figures.get("declared_flops")
+        else:
+            figures = {**self.declared_of(contender), "flops": flops_of(self.case, self.setting)}
+        return figures | self.achieved(median, figures)
 
     def declared_of(self, contender: Contender) -> dict[str, Any]:
         if self.case.kind != "op" and self.setting.device.name == "cpu":
@@ -164,29 +177,21 @@ class Comparison:
             "library_calls": counted.library_calls,
         }  # fmt: skip
 
-    def declared_of_op(self, contenders: Sequence[Contender]) -> dict[str, Any]:
-        """All contenders of an op are held to the bytes that the fused one declares: the same work."""
-        if not isinstance(self.case, OpCase):
-            return {}
-        fused = next((c for c in contenders if c.schedule is not None), None)
-        figures = {} if fused is None else self.declared_of(fused)
-        return figures | {"flops": figures.get("declared_flops")}
-
     def achieved(self, median: float, figures: dict[str, Any]) -> dict[str, Any]:
         """Rates, and the share of what the machine was measured to be able to do."""
         nbytes, flops = figures.get("declared_bytes"), figures["flops"]
         if figures.get("library_calls") or not figures.get("declared_launches"):
             nbytes = None
-        peaks = machines.peaks(self.setting.device, (self.setting.dtype,))
+        peaks = self.peaks
         result: dict[str, Any] = {
             "gb_per_s": None if nbytes is None else nbytes / median / 1e9,
             "tflop_per_s": None if flops is None else flops / median / 1e12,
         }
         if peaks is not None:
             result["peak_gb_per_s"] = peaks.bandwidth / 1e9
-            result["peak_tflop_per_s"] = peaks.flops[self.setting.dtype] / 1e12
+            result["peak_tflop_per_s"] = peaks.flops / 1e12
             if nbytes is not None and flops is not None:
-                result["roofline_s"] = peaks.seconds(nbytes, flops, self.setting.dtype)
+                result["roofline_s"] = peaks.seconds(nbytes, flops)
                 result["of_roofline"] = result["roofline_s"] / median
         return result
 
@@ -211,10 +216,10 @@ class Comparison:
             with torch.profiler.profile(activities=activities) as profile:
                 run()
                 torch.cuda.synchronize(self.setting.device.torch)
-            kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            events = profile.events() or []
         except RuntimeError:  # a machine where nobody may count
             return None
-        return len([event for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]) or None
+        return sum(_is_kernel(event) for event in events) or None
 
 
 def compare(
@@ -258,6 +263,13 @@ def compare(
         clock = clock or clock_for(setting.device.torch, clear_cache=case.kind == "op")
         comparison.time(running, clock)
     return [comparison.rows[contender.name] for contender in running if contender.name in comparison.rows]
+
+
+def _is_kernel(event: Any) -> bool:
+    """Of the profiler's events: not a copy, not what the host did, not a range that somebody named."""
+    if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+        return False
+    return not event.name.startswith(("Memcpy", "Memset"))
 
 
 def out_of_memory(error: BaseException) -> bool:

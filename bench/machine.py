@@ -17,8 +17,8 @@ from fusedres.bench.timing import Timing, clock_for
 
 __all__ = ["Clocks", "Machine", "Peaks", "clocks", "machine", "peaks"]
 
-COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
-MULTIPLIED = {"cuda": 8192, "cpu": 1024}
+COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+MULTIPLIED = {"cuda": 8192, "cpu": 512}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def machine(device: Device) -> Machine:
         device=name,
         processor=_processor(),
         threads=torch.get_num_threads(),
-        driver=_queried(device, "driver_version") or "",
+        driver=_driver(device),
         python=platform.python_version(),
         torch=torch.__version__,
         triton=_triton(),
@@ -118,6 +118,11 @@ def _queried(device: Device, what: str) -> str | None:
     return _output(["nvidia-smi", f"--id={chosen}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]) or None
 
 
+@functools.cache
+def _driver(device: Device) -> str:
+    return _queried(device, "driver_version") or ""
+
+
 def clocks(device: Device) -> Clocks:
     """What a GPU runs at now."""
     answer = _queried(device, "clocks.sm,clocks.mem,power.draw,temperature.gpu")
@@ -135,20 +140,20 @@ def _whole(value: float | None) -> int | None:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The roof: bytes per second of a copy, FLOP per second of a large matrix product by dtype, both measured here."""
+    """The roof: bytes per second of a copy, FLOP per second of a large matrix product, both measured here."""
 
     bandwidth: float
-    flops: dict[str, float]
+    flops: float
 
-    def seconds(self, nbytes: int, flops: int, dtype: str) -> float:
+    def seconds(self, nbytes: int, flops: int) -> float:
         """What the bytes and FLOPs of a step take at least."""
-        return max(nbytes / self.bandwidth, flops / self.flops[dtype])
+        return max(nbytes / self.bandwidth, flops / self.flops)
 
 
 @functools.cache
-def peaks(device: Device, dtypes: tuple[str, ...]) -> Peaks | None:
+def peaks(device: Device, dtype: str) -> Peaks | None:
     """Measured on ``device`` in a second or two; None where kernels are emulated, and in 16 bits on a CPU."""
-    if device.executed_on_cpu or not (device.is_gpu or dtypes == ("fp32",)):
+    if device.executed_on_cpu or not (device.is_gpu or dtype == "fp32"):
         return None  # a CPU's library multiplies fp16 for a minute
     clock = clock_for(device.torch)
 
@@ -156,16 +161,23 @@ def peaks(device: Device, dtypes: tuple[str, ...]) -> Peaks | None:
         clock.seconds(step, 1)
         return Timing.of([clock.seconds(step, 3) for _ in range(5)]).low
 
+    side = MULTIPLIED[device.torch.type]
     bandwidth = 2 * COPIED_BYTES[device.torch.type] / best(_copy(device.torch))
-    side, flops = MULTIPLIED[device.torch.type], {}
     precision = torch.get_float32_matmul_precision()
-    for dtype in dtypes:
-        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-        a, b = torch.randn((2, side, side), device=device.torch).to(DTYPES[dtype])
-        out = torch.empty_like(a)
-        flops[dtype] = 2 * side**3 / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        flops = 2 * side**3 / best(_product(side, DTYPES[dtype], device.torch))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        if device.is_gpu:
+            torch.cuda.empty_cache()
     return Peaks(bandwidth, flops)
+
+
+def _product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    a, b = torch.randn((2, side, side), device=device).to(dtype)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
 
 
 def _copy(device: torch.device) -> Callable[[], object]:

@@ -64,10 +64,11 @@ def _tests(name: str, out: Path, *arguments: str, workers: int, limit: int, what
 
 
 def _sanitized(name: str, tools: Sequence[str], keywords: str, *, limit: int, essential: bool) -> Part:
+    # Allocations of their own show where each ends.
+    alone = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", SANITIZER[0])
+    options = ("--error-exitcode", "9", "--target-processes", "all")
     tests = (PYTHON, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", keywords)
-    commands = tuple(
-        (SANITIZER[0], "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *tests) for tool in tools
-    )
+    commands = tuple((*alone, "--tool", tool, *options, *tests) for tool in tools)
     what = f"bounds and races: compute-sanitizer {', '.join(tools)}"
     return Part(name, what, limit, commands, essential, SANITIZER)
 
@@ -125,7 +126,7 @@ def real_parts(out: Path, target: str, memory: int, device: str = "cuda") -> tup
                "--batch", "8", *ladder, "--gate-only", limit=3600, what="more networks, every format"),
         _tests("kernels-all", out, workers=workers, limit=5400, what="every op, every case in every format",
                essential=False),
-        _sanitized("sanitizer", ("memcheck", "racecheck", "initcheck"), ODD, limit=5400, essential=False),
+        _sanitized("sanitizer", ("memcheck", "racecheck", "synccheck"), ODD, limit=5400, essential=False),
     )  # fmt: skip
 
 

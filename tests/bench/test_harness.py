@@ -8,7 +8,7 @@ import torch
 from fusedres.bench import rows as statuses
 from fusedres.bench.cases import block, op
 from fusedres.bench.contenders import CONTENDERS, chosen
-from fusedres.bench.harness import Measurement, compare, described, out_of_memory
+from fusedres.bench.harness import Measurement, _is_kernel, compare, described, out_of_memory
 from fusedres.bench.setting import Setting
 from tests.bench.tiny import (
     CPU,
@@ -104,8 +104,12 @@ def test_those_that_are_done_are_left_out():
 
 # Training in fp16 takes a CPU's library a minute.
 @pytest.mark.parametrize(
-    ("mode", "dtype"), [("train", "fp32"), ("train", "bf16"), ("infer", "fp32"), ("infer", "bf16"), ("infer", "fp16")]
-)
+    ("mode", "dtype"),
+    [
+        ("train", "bf16"), ("infer", "fp32"),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("train", "fp32"), ("infer", "bf16"), ("infer", "fp16"))),
+    ],
+)  # fmt: skip
 def test_a_block_on_every_rung(mode, dtype):
     case = replace(block("basic1"), px=8)
     rows = compare(case, Setting(mode, dtype, 1, 8, CPU), chosen(["fused", "ladder"]), Measurement(rounds=1))
@@ -130,3 +134,24 @@ def test_an_op_is_rated_by_its_declared_bytes():
 def test_what_counts_as_out_of_memory():
     assert out_of_memory(MemoryError())
     assert not out_of_memory(ValueError("x"))
+
+
+def test_a_count_that_fails_leaves_the_times(monkeypatch):
+    monkeypatch.setattr("fusedres.bench.harness.flops_of", lambda *_: 1 / 0)
+    (row,) = compare(NETWORK, INFER, (EAGER,), THREE)
+    assert row.status == statuses.OK and row.median_s > 0
+    assert row.reason == "not counted: ZeroDivisionError: division by zero"
+
+
+class Event:
+    def __init__(self, name: str, device: str = "CUDA", annotation: bool = False) -> None:
+        self.name, self.is_user_annotation = name, annotation
+        self.device_type = getattr(torch.autograd.DeviceType, device)
+
+
+def test_launches_are_kernels_and_nothing_else():
+    events = [
+        Event("conv_forward_kernel"), Event("void at::native::elementwise"), Event("Memset (Device)"),
+        Event("Memcpy DtoD (Device -> Device)"), Event("aten::add", "CPU"), Event("Optimizer.step", annotation=True),
+    ]  # fmt: skip
+    assert [_is_kernel(event) for event in events] == [True, True, False, False, False, False]

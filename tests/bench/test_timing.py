@@ -1,8 +1,11 @@
 """fusedres.bench.timing: fair turns and right quantiles, on a clock that is not the machine's."""
 
-import pytest
+import contextlib
 
-from fusedres.bench.timing import CpuClock, Timing, in_turn, interleave
+import pytest
+import torch
+
+from fusedres.bench.timing import CpuClock, CudaClock, Timing, in_turn, interleave
 
 
 class FakeTime:
@@ -92,3 +95,36 @@ def test_no_rounds_are_refused():
         interleave({}, CpuClock(), rounds=0)
     with pytest.raises(ValueError, match="at least one measured round"):
         Timing.of([])
+
+
+def test_a_gpus_clock_clears_the_cache_outside_of_the_time(monkeypatch):
+    """On stand-ins for events and buffer: what is called, in which order."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, _: "Event") -> float:
+            return 4.0  # milliseconds
+
+    class Buffer:
+        def zero_(self) -> None:
+            calls.append("clear")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append("synchronize"))
+    clock = CudaClock(torch.device("cuda"))
+    assert clock.seconds(lambda: calls.append("step"), 2) == 2e-3
+    assert calls == ["synchronize", "event", "step", "step", "event", "wait"]
+    calls.clear()
+    clock.buffer = Buffer()
+    assert clock.seconds(lambda: calls.append("step"), 2) == 4e-3
+    assert calls == ["synchronize", *["clear", "event", "step", "event", "wait"] * 2]
