@@ -1,19 +1,34 @@
-"""What `fusedres bench` prints: a table for each comparison, the registry, counted figures, and what they are not."""
+"""What `fusedres bench` prints: a table for each comparison, the registry, counted figures, and what they are not.
+
+python -m fusedres.bench.tables bench.csv    # medians of a CSV as a Markdown table
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from fusedres.bench import cases
-from fusedres.bench.contenders import CONTENDERS, chosen
+from fusedres.bench.contenders import CONTENDERS, YARDSTICK, chosen
 from fusedres.bench.declared import declared
-from fusedres.bench.rows import OK, Row
+from fusedres.bench.rows import OK, Row, read_rows
 from fusedres.bench.setting import Device, Setting, device_named
 
-__all__ = ["EMULATED", "NO_GPU", "caveat", "print_caveat", "print_comparison", "print_counted", "print_registry"]
+__all__ = [
+    "EMULATED",
+    "NO_GPU",
+    "caveat",
+    "markdown",
+    "print_caveat",
+    "print_comparison",
+    "print_counted",
+    "print_registry",
+]
 
 NO_GPU = (
     "No GPU was used. These are times of a CPU, where fused blocks run on library calls and none of the kernels; they "
@@ -81,11 +96,15 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
             table.add_row(row.contender, *(cell(row) for _, cell in shown))
         else:
             table.add_row(row.contender, row.status, *[""] * (len(shown) - 1))
-    wide = console if console.is_terminal else Console(file=console.file, width=180)
-    wide.print(table)
+    _wide(console).print(table)
     for row in rows:
         if row.status != OK:
             console.print(f"  {row.contender}: {row.status}: {row.reason}", markup=False, highlight=False)
+
+
+def _wide(console: Console) -> Console:
+    """Into a file tables go at full width: nobody reads them folded to 80 columns."""
+    return console if console.is_terminal else Console(file=console.file, width=180)
 
 
 def print_registry(console: Console) -> None:
@@ -120,7 +139,7 @@ def print_counted(console: Console) -> None:
                         number(counted.nbytes / COUNTED_BATCH, 4, 1e6), number(counted.flops / COUNTED_BATCH, 4, 1e9),
                         f"{counted.library_calls} contractions",
                     )  # fmt: skip
-    console.print(table)
+    _wide(console).print(table)
     console.print(
         "Bytes and launches are those of fusedres' kernels as a GPU would run them; contractions that are left to the "
         "library, pooling, losses and the optimiser come on top.",
@@ -139,3 +158,33 @@ def print_caveat(console: Console, device: Device) -> None:
     said = caveat(device)
     if said is not None:
         console.print(said, style="bold", soft_wrap=True)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Milliseconds of a step, a line for each comparison and a column for each contender, with eager's multiple."""
+    contenders = list(dict.fromkeys(row.contender for row in rows))
+    groups: dict[str, dict[str, str]] = {}
+    for row in rows:
+        shown = row.status if row.median_s is None else f"{number(row.median_s, 4, 1e-3)}"
+        if row.median_s is not None and row.speedup is not None and row.contender != YARDSTICK:
+            shown += f" ({row.speedup:.2f}x)"
+        groups.setdefault(row.group, {})[row.contender] = shown
+    lines = ["| ms a step | " + " | ".join(contenders) + " |", "|---" * (len(contenders) + 1) + "|"]
+    for name, cells in groups.items():
+        lines.append(f"| {name} | " + " | ".join(cells.get(one, "-") for one in contenders) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fusedres.bench.tables", description="A CSV as a Markdown table.")
+    parser.add_argument("csv", type=Path, nargs="+", help="written by fusedres bench")
+    options = parser.parse_args(arguments)
+    try:
+        print(markdown([row for path in options.csv for row in read_rows(path)]))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

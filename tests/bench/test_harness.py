@@ -103,13 +103,10 @@ def test_those_that_are_done_are_left_out():
 
 
 # Training in fp16 takes a CPU's library a minute.
-@pytest.mark.parametrize(
-    ("mode", "dtype"),
-    [
-        ("train", "bf16"), ("infer", "fp32"),
-        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("train", "fp32"), ("infer", "bf16"), ("infer", "fp16"))),
-    ],
-)  # fmt: skip
+SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in (("train", "fp32"), ("infer", "bf16"), ("infer", "fp16"))]
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("train", "bf16"), ("infer", "fp32"), *SLOW])
 def test_a_block_on_every_rung(mode, dtype):
     case = replace(block("basic1"), px=8)
     rows = compare(case, Setting(mode, dtype, 1, 8, CPU), chosen(["fused", "ladder"]), Measurement(rounds=1))
