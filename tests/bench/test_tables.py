@@ -37,7 +37,7 @@ def test_a_csv_as_markdown(tmp_path, capsys):
 
 
 def test_a_comparison_shows_figures_and_says_why_there_are_none(capsys):
-    tables.print_comparison(Console(), ROWS[:2] + [row("cudnn", status=NOT_AVAILABLE, reason="needs a GPU")])
+    tables.print_comparison(Console(), [*ROWS[:2], row("cudnn", status=NOT_AVAILABLE, reason="needs a GPU")])
     printed = capsys.readouterr().out
     assert "resnet50, train, fp16, batch 256, 224 px" in printed
     assert "50 (50 - 60)" in printed
