@@ -95,6 +95,7 @@ def test_the_same_tests_run_through_a_device() -> None:
     assert "4 passed" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_an_error() -> None:
     done = run_on("cuda", "tests/kernels/test_relu_mask.py")
