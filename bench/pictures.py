@@ -23,6 +23,7 @@ COLORS = dict(
         strict=True,
     )
 )  # fmt: skip
+MOST_ROWS = 200
 MARKERS = {"op": "o", "block": "s", "network": "^"}
 
 
@@ -122,9 +123,22 @@ PICTURES: dict[str, Callable[[Axes, Sequence[Row]], None]] = {
 }
 
 
+def _pictured(rows: Sequence[Row]) -> Sequence[Row]:
+    """As many as a picture has room for, of networks if there are too many."""
+    if len(rows) > MOST_ROWS:
+        rows = [row for row in rows if row.kind == "network"] or rows
+    return rows[:MOST_ROWS]
+
+
+def _titled(axes: Axes, pictured: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Say in the title how many rows are left out."""
+    if len(pictured) < len(rows):
+        axes.set_title(f"{axes.get_title()}\n({len(pictured)} of {len(rows)} rows)")
+
+
 def _height(rows: Sequence[Row]) -> float:
     """Inches, for as many bars as there are."""
-    return min(60.0, max(4.0, 1.5 + 0.17 * len(rows)))
+    return max(4.0, 1.5 + 0.17 * len(rows))
 
 
 def _saved(figure: Figure) -> bytes:
@@ -135,14 +149,19 @@ def _saved(figure: Figure) -> bytes:
 
 def png(picture: str, rows: Sequence[Row]) -> bytes:
     """One of `PICTURES`."""
-    figure = Figure(figsize=(8.0, 6.0 if picture == "roofline" else _height(rows)), layout="constrained")
-    PICTURES[picture](figure.subplots(), rows)
+    shown = _pictured(rows)
+    figure = Figure(figsize=(8.0, 6.0 if picture == "roofline" else _height(shown)), layout="constrained")
+    axes = figure.subplots()
+    PICTURES[picture](axes, shown)
+    _titled(axes, shown, rows)
     return _saved(figure)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """All of them side by side in one PNG."""
-    figure = Figure(figsize=(21.0, _height(rows)), layout="constrained")
+    shown = _pictured(rows)
+    figure = Figure(figsize=(21.0, _height(shown)), layout="constrained")
     for axes, draw in zip(figure.subplots(1, len(PICTURES)), PICTURES.values(), strict=True):
-        draw(axes, rows)
+        draw(axes, shown)
+        _titled(axes, shown, rows)
     path.write_bytes(_saved(figure))

@@ -79,7 +79,6 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("of roofline", lambda row: "-" if row.of_roofline is None else f"{row.of_roofline:.0%}"),
     ("error", verdict),
 )
-ALWAYS = ("ms (20 - 80 %)", "x eager", "error")
 
 
 def print_comparison(console: Console, rows: Sequence[Row]) -> None:
@@ -88,14 +87,12 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
         return
     table = Table(title=rows[0].group, title_justify="left")
     table.add_column("contender", no_wrap=True)
-    shown = [(name, cell) for name, cell in COLUMNS if name in ALWAYS or any(cell(row) != "-" for row in rows)]
+    shown = [(name, cell) for name, cell in COLUMNS if any(cell(row) != "-" for row in rows)]
     for name, _ in shown:
         table.add_column(name, justify="right")
     for row in rows:
-        if row.status == OK:
-            table.add_row(row.contender, *(cell(row) for _, cell in shown))
-        else:
-            table.add_row(row.contender, row.status, *[""] * (len(shown) - 1))
+        cells = [cell(row) for _, cell in shown]
+        table.add_row(row.contender, *(cells if row.status == OK else [row.status, *cells[1:]][: len(cells)]))
     _wide(console).print(table)
     for row in rows:
         if row.status != OK:

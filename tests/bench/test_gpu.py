@@ -209,19 +209,21 @@ def test_the_whole_dry_run():
     assert done.stdout.count("passed after") == 6
 
 
+def collections() -> set[tuple[str, ...]]:
+    """What pytest is asked to choose, each once."""
+    found = set()
+    for parts in EVERY.values():
+        for command in (command for one in parts for command in one.commands if "pytest" in command):
+            tests = command[command.index("pytest") + 1 :]
+            found.add(
+                tuple(word for word in tests if not word.startswith(("--junitxml", "-n")) and not word.isdecimal())
+            )
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", EVERY)
-def test_keywords_choose_tests(machine):
-    for one in EVERY[machine]:
-        for command in one.commands:
-            if "pytest" in command:
-                tests = command[command.index("pytest") + 1 :]
-                tests = [word for word in tests if not word.startswith(("--junitxml", "-n"))]
-                tests = [word for word in tests if not word.isdecimal()]
-                done = subprocess.run(
-                    [sys.executable, "-m", "pytest", *tests, "--collect-only"],
-                    cwd=ROOT,
-                    capture_output=True,
-                    check=False,
-                )
-                assert done.returncode == 0, (one.name, done.stdout[-300:])
+def test_keywords_choose_tests():
+    for tests in sorted(collections()):
+        collect = [sys.executable, "-m", "pytest", *tests, "--collect-only"]
+        done = subprocess.run(collect, cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, (tests, done.stdout[-300:])

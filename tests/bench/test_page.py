@@ -71,6 +71,13 @@ def test_bars_are_as_long_as_the_speed_ups():
     assert bars(ROWS[:1]) == []
 
 
+def test_pictures_of_many_rows_show_networks_and_say_what_is_left_out():
+    ops = [row(kind="op", case=f"op{i}") for i in range(pictures.MOST_ROWS)]
+    assert pictures._pictured([*ops, *ROWS]) == ROWS
+    assert len(pictures._pictured([*ops, *ops])) == pictures.MOST_ROWS
+    assert pictures._pictured(ROWS) == ROWS
+
+
 def test_a_colour_for_every_contender():
     assert len(set(pictures.COLORS.values())) == len(pictures.CONTENDERS)
 
