@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fusedres.bench import command as bench
+from fusedres.explain import command as explain
 from fusedres.offline import Unavailable
 
 __all__ = ["main"]
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resnet50", action=argparse.BooleanOptionalAction, default=True, help="check torchvision's resnet50"
     )
     demo.set_defaults(run=_demo)
+
+    explain.add_parser(commands)
 
     compile_ = commands.add_parser(
         "compile",
