@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedres
 from fusedres.bench.cases import Case, ModelCase, OpCase
-from fusedres.bench.contenders import Contender
+from fusedres.bench.contenders import YARDSTICK, Contender
 from fusedres.bench.setting import Device, Setting
+from fusedres.explain import Explanation, Question, explain
+from fusedres.explain.models import Source
 from fusedres.launch import DRY_RUN_TARGET
 from fusedres.offline import TARGETS
+from fusedres.plan import AUTO
+from fusedres.plan.gpus import Gpu, nearest_gpu, target_gpu
 
-__all__ = ["Declared", "declared", "flops_of", "target_for"]
+__all__ = ["Declared", "declared", "flops_of", "gpu_of", "target_for"]
 
 # Library calls beside which the declared bytes of our kernels are not those of the whole step.
 CONTRACTIONS = (
@@ -29,17 +33,16 @@ CONTRACTIONS = (
 
 @dataclass(frozen=True)
 class Declared:
-    """Of fusedres' kernels in one step. ``library_calls``: contractions beside them, whose bytes are not in here."""
+    """Of one step: launches, bytes and FLOPs, and how many of the launches are the library's.
+
+    ``whole``: whether the bytes are those of the whole step.
+    """
 
     launches: int
     nbytes: int
     flops: int
     library_calls: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether the kernels do all of the step's work."""
-        return self.launches > 0 and self.library_calls == 0
+    whole: bool = True
 
 
 class _Contractions(TorchDispatchMode):
@@ -73,22 +76,51 @@ def nearest(capability: int) -> str:
     return f"sm_{max((one for one in known if one <= capability), default=known[0])}"
 
 
-def declared(case: Case, setting: Setting, contender: Contender) -> Declared | None:
-    """The launches, bytes and FLOPs of a fused contender's step on the setting's GPU; None for other contenders.
+def gpu_of(device: Device) -> Gpu:
+    """The entry of the table of GPUs that figures are computed for."""
+    target = target_for(device)
+    if device.is_gpu:
+        return nearest_gpu(torch.cuda.get_device_name(device.torch), target)
+    return target_gpu(TARGETS[target])
 
-    Nothing of the case's data is needed. In 16 bits a network's parameters are counted in 16 bits too, but for batch
-    norm's, as kernels see them under autocast.
+
+def declared(case: Case, setting: Setting, contender: Contender) -> Declared | None:
+    """What a step of eager PyTorch or of a fused contender declares on the setting's GPU; None for other contenders.
+
+    Nothing of the case's data is needed. Library calls read each input once and write each output once.
+
+    Raises:
+        ValueError: the model has nothing to fuse, or cannot be counted.
     """
-    if contender.schedule is None:
+    if isinstance(case, OpCase):
+        return None if contender.schedule is None else _declared_op(case, setting)
+    if contender.schedule is None and not contender.name.startswith(YARDSTICK):
         return None
+    explained = _explained(case, setting, contender.schedule or AUTO)
+    step = explained.eager if contender.schedule is None else explained.rungs[contender.schedule]
+    return Declared(
+        len(step.entries), sum(entry.bytes for entry in step.entries), sum(entry.flops for entry in step.entries),
+        sum(not entry.ours for entry in step.entries),
+    )  # fmt: skip
+
+
+def _declared_op(case: OpCase, setting: Setting) -> Declared:
     with fusedres.backend("auto"), _Contractions() as library, fusedres.record(target_for(setting.device)) as trace:
-        if isinstance(case, OpCase):
-            one = case.operands(1, setting.px, setting.storage, torch.Generator().manual_seed(0))
-            case.fused(*(_on_meta(operand, setting.batch) for operand in one))
-        else:
-            _model_step(case, setting, contender.schedule)
+        one = case.operands(1, setting.px, setting.storage, torch.Generator().manual_seed(0))
+        case.fused(*(_on_meta(operand, setting.batch) for operand in one))
     nbytes = trace.bytes_read + trace.bytes_written
-    return Declared(len(trace.launches), nbytes, trace.flops, library.count)
+    whole = bool(trace.launches) and not library.count
+    return Declared(len(trace.launches), nbytes, trace.flops, library.count, whole)
+
+
+@functools.lru_cache(maxsize=8)  # the contenders of a comparison ask for the same ones
+def _explained(case: ModelCase, setting: Setting, schedule: str) -> Explanation:
+    dtype = "fp32" if setting.dtype == "tf32" else setting.dtype
+    question = Question(
+        case.name, setting.batch, dtype, gpu_of(setting.device).name, (schedule,), not setting.train,
+        (case.channels, setting.px, setting.px), images_grad=case.kind == "block" and setting.train,
+    )  # fmt: skip
+    return explain(question, model=Source(case.name, case.build, (case.channels, case.px, case.px)))
 
 
 def _on_meta(operand: Tensor, batch: int) -> Tensor:
@@ -100,33 +132,14 @@ def _on_meta(operand: Tensor, batch: int) -> Tensor:
     return made.contiguous(memory_format=layout) if layout is not None else made
 
 
-def _plain_on_meta(case: ModelCase, setting: Setting) -> tuple[nn.Module, Tensor]:
-    with torch.device("meta"):
-        model = case.build().to(setting.storage).to(memory_format=torch.channels_last)
-        x = torch.empty(setting.batch, case.channels, setting.px, setting.px, dtype=setting.storage)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.float()
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_(setting.train and case.kind == "block")
-    return model.train(setting.train), x
-
-
-def _model_step(case: ModelCase, setting: Setting, schedule: str) -> None:
-    model, x = _plain_on_meta(case, setting)
-    fusedres.fuse(model, schedule=schedule)
-    with torch.set_grad_enabled(setting.train):
-        z = model(x)
-        if setting.train:
-            z.backward(torch.empty_like(z))
-
-
 def flops_of(case: Case, setting: Setting) -> int | None:
     """FLOPs of the plain model's convolutions and matrix products in one step, whoever computes it."""
     if isinstance(case, OpCase):
         return None
-    model, x = _plain_on_meta(case, setting)
-    model = copy.deepcopy(model).float()
-    x = x.detach().float().requires_grad_(x.requires_grad)
+    with torch.device("meta"):
+        model = case.build().train(setting.train)
+        x = torch.empty(setting.batch, case.channels, setting.px, setting.px)
+    x.requires_grad_(setting.train and case.kind == "block")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(setting.train):
         z = model(x)
         if setting.train:

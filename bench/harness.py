@@ -174,13 +174,13 @@ class Comparison:
             return {}
         return {
             "declared_launches": counted.launches, "declared_bytes": counted.nbytes, "declared_flops": counted.flops,
-            "library_calls": counted.library_calls,
+            "library_calls": counted.library_calls, "declared_whole": counted.whole,
         }  # fmt: skip
 
     def achieved(self, median: float, figures: dict[str, Any]) -> dict[str, Any]:
         """Rates, and the share of what the machine was measured to be able to do."""
         nbytes, flops = figures.get("declared_bytes"), figures["flops"]
-        if figures.get("library_calls") or not figures.get("declared_launches"):
+        if not figures.get("declared_whole"):
             nbytes = None
         peaks = self.peaks
         result: dict[str, Any] = {

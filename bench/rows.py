@@ -48,8 +48,10 @@ class Row:
         peak_bytes: most memory allocated on the GPU during a step, other contenders' left out.
         saved_bytes_per_image: what autograd keeps for backward, over the batch.
         launches: of kernels in a step, as the profiler counted them on the GPU.
-        declared_launches, declared_bytes, declared_flops: by fusedres' kernels in a step.
-        library_calls: contractions left to the library beside them, which the declarations do not hold.
+        declared_launches, declared_bytes, declared_flops: of a step, as `fusedres explain` counts them, the loss and
+            the optimiser left out; of an op, by its kernels.
+        library_calls: how many of these launches are the library's; of an op, contractions beside its kernels.
+        declared_whole: whether the bytes are those of the whole step.
         flops: of the plain model's contractions; of an op, as declared.
         gb_per_s: declared bytes over the median, where the declaration is of the whole step.
         tflop_per_s: ``flops`` over the median.
@@ -86,6 +88,7 @@ class Row:
     declared_bytes: int | None = None
     declared_flops: int | None = None
     library_calls: int | None = None
+    declared_whole: bool | None = None
     flops: int | None = None
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
@@ -127,7 +130,8 @@ _TYPES = {name: tuple(typing.get_args(hint)) or (hint,) for name, hint in typing
 def _parsed(name: str, text: str) -> Any:
     if text == "" and type(None) in _TYPES[name]:
         return None
-    return _TYPES[name][0](text)
+    kind = _TYPES[name][0]
+    return text == "True" if kind is bool else kind(text)
 
 
 def read_rows(path: Path) -> list[Row]:

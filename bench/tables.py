@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fusedres.bench import cases
 from fusedres.bench.contenders import CONTENDERS, YARDSTICK, chosen
-from fusedres.bench.declared import declared
+from fusedres.bench.declared import declared, gpu_of
 from fusedres.bench.rows import OK, Row, read_rows
 from fusedres.bench.setting import Device, Setting, device_named
 
@@ -119,29 +119,26 @@ def print_registry(console: Console) -> None:
 
 
 def print_counted(console: Console) -> None:
-    """Launches, bytes and FLOPs of our kernels in a step at full size, by declaration; nothing is computed."""
-    table = Table(title=f"Counted, not measured: kernels of a step, bf16, batch {COUNTED_BATCH}", title_justify="left")
-    for name in ("network", "mode", "contender", "launches", "MB/image", "GFLOP/image", "left to the library"):
+    """Launches and bytes of a step at full size, by declaration; nothing is computed."""
+    device = device_named("cpu")
+    title = f"Counted, not measured: a step in bf16, batch {COUNTED_BATCH}, as {gpu_of(device).name} would run it"
+    table = Table(title=title, title_justify="left")
+    for name in ("network", "mode", "contender", "launches", "MB/image", "GFLOP/image", "launches of the library"):
         table.add_column(name, justify="left" if name in ("network", "mode", "contender") else "right")
-    cpu = device_named("cpu")
     for name in COUNTED:
         case = cases.network(name)
-        for mode, contenders in (("train", ("ladder",)), ("infer", ("fused",))):
-            setting = Setting(mode, "bf16", COUNTED_BATCH, case.px, cpu)
-            for contender in chosen(contenders):
+        for mode in case.modes:
+            setting = Setting(mode, "bf16", COUNTED_BATCH, case.px, device)
+            for contender in chosen(("fused",) if mode == "infer" else ("ladder",)):
                 counted = declared(case, setting, contender)
-                if counted is not None:
-                    table.add_row(
-                        name, mode, contender.name, str(counted.launches),
-                        number(counted.nbytes / COUNTED_BATCH, 4, 1e6), number(counted.flops / COUNTED_BATCH, 4, 1e9),
-                        f"{counted.library_calls} contractions",
-                    )  # fmt: skip
+                assert counted is not None
+                table.add_row(
+                    name, mode, contender.name, str(counted.launches),
+                    number(counted.nbytes / COUNTED_BATCH, 4, 1e6), number(counted.flops / COUNTED_BATCH, 4, 1e9),
+                    str(counted.library_calls),
+                )  # fmt: skip
     _wide(console).print(table)
-    console.print(
-        "Bytes and launches are those of fusedres' kernels as a GPU would run them; contractions that are left to the "
-        "library, pooling, losses and the optimiser come on top.",
-        soft_wrap=True,
-    )
+    console.print("The loss and the optimiser come on top; `fusedres explain` says more.", soft_wrap=True)
 
 
 def caveat(device: Device) -> str | None:

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedres.bench.cases import op, ops
+from fusedres.bench.cases import block, op, ops
 from fusedres.bench.contenders import CONTENDERS
-from fusedres.bench.declared import declared
+from fusedres.bench.declared import declared, flops_of, gpu_of
 from fusedres.bench.gate import Gate
 from fusedres.bench.setting import Setting, device_named
+from tests.vgpu_support import needs_vgpu
 
 CPU = device_named("cpu")
 
@@ -36,6 +37,20 @@ def test_kernels_are_declared_at_full_size(name):
         operands = case.operands(1, case.px, torch.bfloat16, torch.Generator())
         largest = 2 * case.batch * max(operand.numel() for operand in operands if operand.dim() == 4)
         assert largest / 32 < counted.nbytes < 6 * largest
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("vgpu:sm_80", marks=needs_vgpu)])
+def test_steps_of_a_block_are_declared_whole(device):
+    case = block("bottleneck2")
+    setting = Setting("train", "bf16", 8, case.px, device_named(device))
+    eager, moments = (declared(case, setting, CONTENDERS[name]) for name in ("eager", "fused-moments"))
+    assert eager.whole and eager.library_calls == eager.launches
+    assert moments.whole and moments.library_calls < moments.launches
+    assert moments.nbytes < 0.45 * eager.nbytes
+    assert declared(case, setting, CONTENDERS["compile"]) is None
+    assert declared(case, setting, CONTENDERS["eager-nchw"]) == eager
+    assert flops_of(case, setting) == pytest.approx(eager.flops, rel=0.02)
+    assert gpu_of(setting.device).target == ("sm_90" if device == "cpu" else "sm_80")
 
 
 def test_a_wrong_op_is_refused():

@@ -10,7 +10,7 @@ from tests.bench.tiny import row
 SCHEMA = (
     "case,kind,mode,dtype,batch,px,contender,status,reason,images_per_s,speedup,median_s,low_s,high_s,rounds,"
     "first_step_s,error,bound,peak_bytes,saved_bytes_per_image,launches,declared_launches,declared_bytes,"
-    "declared_flops,library_calls,flops,gb_per_s,tflop_per_s,roofline_s,of_roofline,peak_gb_per_s,peak_tflop_per_s,"
+    "declared_flops,library_calls,declared_whole,flops,gb_per_s,tflop_per_s,roofline_s,of_roofline,peak_gb_per_s,peak_tflop_per_s,"
     "sm_mhz,memory_mhz,watts,celsius,device,processor,threads,driver,python,torch,triton,cuda,cudnn,fusedres,commit,"
     "date"
 )
