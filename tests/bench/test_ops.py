@@ -42,7 +42,7 @@ def test_kernels_are_declared_at_full_size(name):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("vgpu:sm_80", marks=needs_vgpu)])
 def test_steps_of_a_block_are_declared_whole(device):
     case = block("bottleneck2")
-    setting = Setting("train", "bf16", 8, case.px, device_named(device))
+    setting = Setting("train", "bf16", 256, case.px, device_named(device))  # small batches drown in partial sums
     eager, moments = (declared(case, setting, CONTENDERS[name]) for name in ("eager", "fused-moments"))
     assert eager.whole and eager.library_calls == eager.launches
     assert moments.whole and moments.library_calls < moments.launches
