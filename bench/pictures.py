@@ -97,7 +97,10 @@ def roofline(axes: Axes, rows: Sequence[Row]) -> None:
         ridge = peak / bandwidth
         xs = sorted({low, high, min(max(ridge, low), high)})
         axes.plot(xs, [min(x * bandwidth, peak) for x in xs], color="black", linewidth=0.8)
-        axes.annotate(f"{dtype}: {1e3 * bandwidth:.0f} GB/s, {peak:.3g} TFLOP/s", (low, low * bandwidth), fontsize=7)
+        axes.annotate(
+            f"{dtype}: {1e3 * bandwidth:.0f} GB/s, {peak:.3g} TFLOP/s", (high, min(high * bandwidth, peak)),
+            xytext=(0, 3), textcoords="offset points", ha="right", fontsize=7,
+        )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
