@@ -86,8 +86,6 @@ def _nchw(operand: Any) -> Any:
 
 def _compiled(mode: str) -> Callable[[Case, Setting, tuple[Any, ...]], Step]:
     def prepare(case: Case, setting: Setting, operands: tuple[Any, ...]) -> Step:
-        # Compiled code of an earlier case would count against the limit of recompilations.
-        torch.compiler.reset()
         if isinstance(case, OpCase):
             return op_step(_in_new_iteration(torch.compile(case.plain, mode=mode)), operands)
         model, x, target = operands

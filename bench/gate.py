@@ -139,8 +139,8 @@ class Gate:
             verdict = Verdict()
         if self.whole or contender.plain is not None:
             return verdict
-        if full is None or eager is None:
-            return Verdict("there is nothing of eager's to hold it against at this size")
+        if full is None or eager is None:  # eager had no memory, say
+            return Verdict("eager has no result to hold it against at this size") if contender.fixed_shapes else verdict
         at_size = self._against_eager(contender, full, eager)
         return at_size if at_size.reason is not None or contender.fixed_shapes else verdict
 
