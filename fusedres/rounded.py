@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .writes import backwards, state_of
+from .writes import backwards, steps
 
 # Each copy begins at a multiple of so many elements, as kernels ask of addresses.
 ALIGNMENT = 64
@@ -36,11 +36,12 @@ class _Copy(NamedTuple):
 
     weight: weakref.ref[Tensor]
     tensor: Tensor
-    state: tuple[Any, ...]
+    address: int
+    version: int
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether this is a copy of ``weight`` as it is now."""
-        return self.weight() is weight and self.state == _state(weight)
+        """Whether this is a copy of ``weight``, to which torch has seen no write since."""
+        return self.weight() is weight and (self.address, self.version) == (weight.data_ptr(), weight._version)
 
 
 class _Group:
@@ -58,6 +59,7 @@ class _Group:
         self._asked: dict[int, weakref.ref[Tensor]] = {}
         self._waiting: dict[int, _Copy] = {}
         self._first = 0
+        self._moment: tuple[Any, ...] = ()
 
     def copy_of(self, weight: Tensor) -> Tensor:
         key = id(weight)
@@ -67,29 +69,42 @@ class _Group:
             if copy is None and known is not None and known() is weight and (not self._waiting or key == self._first):
                 return self._begin(weight)
             self._asked[key] = weakref.ref(weight)
-        if copy is not None and copy.is_of(weight):
+        if copy is not None and copy.is_of(weight) and self._moment == _moment(weight):
             return copy.tensor
         return _alone(weight, self.dtype)
 
     def _begin(self, weight: Tensor) -> Tensor:
         """Round every weight that was asked for in the pass before, this one included."""
         asked = (known() for known in self._asked.values())
-        others = [other for other in asked if other is not None and other is not weight]
+        others = [other for other in asked if other is not None and other is not weight and _alike(other, weight)]
         copy, *copies = _copies([weight, *others], self.dtype)
         waiting = zip(others, copies, strict=True)
-        self._waiting = {id(other): _Copy(weakref.ref(other), made, _state(other)) for other, made in waiting}
+        self._waiting = {
+            id(other): _Copy(weakref.ref(other), made, other.data_ptr(), other._version) for other, made in waiting
+        }
         self._asked = {id(weight): weakref.ref(weight)}
-        self._first = id(weight)
+        self._first, self._moment = id(weight), _moment(weight)
         return copy
 
 
 _groups: dict[tuple[torch.device, torch.dtype, torch.dtype], _Group] = {}
 
 
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    """What a copy made now goes by. One that a CUDA graph makes is of no use outside of it, nor the other way."""
-    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (*state_of(weight), backwards(), capturing)
+def _alike(other: Tensor, weight: Tensor) -> bool:
+    """Whether both can be rounded together: a model may have been moved, or its weights be sharded, meanwhile."""
+    same = (other.device, other.dtype, other.dim()) == (weight.device, weight.dtype, weight.dim())
+    return same and other.untyped_storage().nbytes() >= other.numel() * other.element_size()
+
+
+def _moment(weight: Tensor) -> tuple[Any, ...]:
+    """Changes where weights may be written to unseen, and where work goes to another stream or into a CUDA graph.
+
+    A copy that a graph makes is of no use outside of it, nor the other way round.
+    """
+    if not weight.is_cuda:
+        return steps(), backwards()
+    stream = torch.cuda.current_stream(weight.device).cuda_stream
+    return steps(), backwards(), stream, torch.cuda.is_current_stream_capturing()
 
 
 @torch.no_grad()

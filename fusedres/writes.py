@@ -31,6 +31,11 @@ def state_of(tensor: Tensor) -> tuple[Any, ...]:
     return _steps, tensor.data_ptr(), tensor._version
 
 
+def steps() -> int:
+    """How many steps optimizers have taken in this process."""
+    return _steps
+
+
 def backwards() -> int:
     """How many backward passes of fused blocks have begun in this process."""
     return _backwards

@@ -133,6 +133,23 @@ def test_layers_that_are_left_out_are_rounded_no_more():
     assert asked(*weights) == [4]
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        pytest.param(lambda w: w.data.double(), id="of another dtype"),
+        pytest.param(lambda w: torch.empty(0), id="sharded away"),
+    ],
+)
+def test_a_weight_that_was_moved_meanwhile_is_not_rounded_with_the_others(elsewhere):
+    first, second, third = weight(), weight(), weight()
+    asked(first, second, third)
+    kept = second.data
+    second.data = elsewhere(second)
+    assert asked(first, third) == [2]
+    second.data = kept
+    assert asked(second) == [1]
+
+
 def test_two_models_that_take_turns():
     one, two = [weight(), weight()], [weight(), weight()]
     asked(*one)
@@ -158,11 +175,10 @@ def test_weights_without_gradients_are_rounded_where_they_are_used():
 def test_another_tensor_in_the_place_of_one_that_is_gone():
     first = weight()
     for _ in range(20):
-        second = weight()
+        second = weight()  # freed without the garbage collector, so that the next one may have its address
         asked(first, second)
         asked(first)
         del second
-        gc.collect()
         asked(weight())
 
 
