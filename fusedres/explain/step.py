@@ -15,7 +15,7 @@ from ..nn.fused import FusedStem
 from ..plan import Choice
 from ..plan.choose import listening
 from ..plan.gpus import Gpu, assume_gpu
-from ..swap import fuse, report
+from ..swap import fuse, report, unfuse
 from .account import Account, Entry
 from .autocast import meta_autocast
 
@@ -49,7 +49,7 @@ class Twins:
 
     @classmethod
     def of(cls, model: nn.Module) -> Twins:
-        """A copy of ``model`` fused, and both named alike.
+        """``model`` unfused and a copy of it fused, named alike.
 
         Raises:
             ValueError: nothing of the model can be fused; the message says why.
@@ -66,7 +66,7 @@ class Twins:
             if row.fused and isinstance(owner := fused.get_submodule(row.name), FusedStem)
             for name in _stem_modules(owner)
         }
-        names = _names(model, blocks)
+        names = _names(unfuse(model), blocks)
         return cls(
             model,
             fused,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..offline import TARGETS
 from ..ops.contract import Geometry
 from .cost import ChainShape, Pass, StemShape, chain_passes, stem_passes
 from .gpus import Gpu
@@ -93,8 +94,8 @@ def choose(shape: ChainShape | StemShape, dtype: torch.dtype, gpu: Gpu, *, tf32:
 
     def passes(rung: Schedule) -> Iterator[Pass]:
         if isinstance(shape, StemShape):
-            return stem_passes(shape, rung, dtype.itemsize)
-        return chain_passes(shape, rung, dtype.itemsize)
+            return stem_passes(shape, rung, dtype.itemsize, TARGETS[gpu.target])
+        return chain_passes(shape, rung, dtype.itemsize, TARGETS[gpu.target])
 
     found = tuple(estimate(name, passes(rung), dtype, gpu, tf32=tf32) for name, rung in SCHEDULES.items())
     best = min(found, key=lambda one: (one.seconds, one.moved, one.launches))

@@ -93,7 +93,7 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     if shape.flat:
         block_c = 32
     amd = target.backend == "hip"
-    if amd and shape.gradient and shape.second:
+    if shape.gradient and amd and (shape.second or narrow_waves(target)):
         block_c = min(block_c, 32)
     # The second contraction of a gradient adds to the same sums.
     apart = shape.second and not shape.gradient
@@ -163,7 +163,7 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     The pixels are cut into as many parts as keep a large GPU busy, each of several steps.
     """
     grouped, amd, formed = shape.groups > 1, target.backend == "hip", shape.operands > 1
-    widest = 128 if shape.k >= 128 and shape.c >= 128 else 64
+    widest = 128 if shape.k >= 128 and shape.c >= 128 and not narrow_waves(target) else 64
     block_k = max(NARROWEST, min(power_above(shape.k * shape.groups), widest))
     while grouped and block_k > NARROWEST and shape.k % block_k and block_k % shape.k:
         block_k //= 2
@@ -189,6 +189,11 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
     # The shorter step where operands are wide or formed, or every element of one has a mask of its own.
     return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat or formed else tuple(tiles)
+
+
+def narrow_waves(target: Target) -> bool:
+    """Whether a wave has 32 threads on AMD: half as many share a tile, and their registers spill sooner."""
+    return target.backend == "hip" and target.warp_size == 32
 
 
 def wide(target: Target) -> bool:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..offline import Target
 from . import conv_tiles
 from .schedule import Schedule
 
@@ -103,24 +104,24 @@ class _Sizes(NamedTuple):
         return cls(read * itemsize, whole * itemsize, y * itemsize, y // 8, layer.weights * itemsize)
 
 
-def chain_passes(chain: ChainShape, rung: Schedule, itemsize: int) -> Iterator[Pass]:
+def chain_passes(chain: ChainShape, rung: Schedule, itemsize: int, target: Target) -> Iterator[Pass]:
     """Every launch of a training step of the chain on a rung."""
     last = len(chain.layers) - 1
     for i, layer in enumerate(chain.layers):
         joining = _joining(chain, rung, itemsize) if i == 0 else 0
         if i == last and rung.moments and takes_moments(layer):
-            yield from _moments(layer, itemsize, residual=_residual(chain, rung, itemsize), joining=joining)
+            yield from _moments(layer, itemsize, target, residual=_residual(chain, rung, itemsize), joining=joining)
         elif i == last:
-            yield from _written(layer, rung, itemsize, behind=i > 0, joining=joining)
+            yield from _written(layer, rung, itemsize, target, behind=i > 0, joining=joining)
             sizes = _Sizes.of(layer, itemsize)
             yield Pass(2 * sizes.y + sizes.bits + _residual(chain, rung, itemsize))
         else:
-            yield from _written(layer, rung, itemsize, behind=i > 0, joining=joining, inner=True)
+            yield from _written(layer, rung, itemsize, target, behind=i > 0, joining=joining, inner=True)
     if chain.projection is not None:
         if rung.moments and takes_moments(chain.projection):
-            yield from _moments(chain.projection, itemsize)
+            yield from _moments(chain.projection, itemsize, target)
         else:
-            yield from _written(chain.projection, rung, itemsize)
+            yield from _written(chain.projection, rung, itemsize, target)
             if not rung.statistics:  # normalised before it joins
                 yield Pass(2 * _Sizes.of(chain.projection, itemsize).y)
     if chain.shortcut in ("zero_pad", "residual"):
@@ -146,7 +147,14 @@ def _joining(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
 
 
 def _written(
-    layer: ConvShape, rung: Schedule, itemsize: int, *, behind: bool = False, joining: int = 0, inner: bool = False
+    layer: ConvShape,
+    rung: Schedule,
+    itemsize: int,
+    target: Target,
+    *,
+    behind: bool = False,
+    joining: int = 0,
+    inner: bool = False,
 ) -> Iterator[Pass]:
     """A layer whose raw output is written, but for what ends its block.
 
@@ -172,7 +180,7 @@ def _written(
     if not rung.prologue:
         yield Pass(3 * y + mask)
     yield Pass(formed + w + (x if behind and rung.statistics else 0) + dx + joining, layer.flops)
-    yield from _weight_gradient(layer, formed + x, itemsize, parts=rung.prologue)
+    yield from _weight_gradient(layer, formed + x, itemsize, target, parts=rung.prologue)
 
 
 def _numbers(layer: ConvShape, *, parts: bool) -> Iterator[Pass]:
@@ -180,7 +188,9 @@ def _numbers(layer: ConvShape, *, parts: bool) -> Iterator[Pass]:
     yield from [Pass()] * (2 if parts and layer.pixels > TILE * MOST_PARTS else 1)
 
 
-def _moments(layer: ConvShape, itemsize: int, *, residual: int | None = None, joining: int = 0) -> Iterator[Pass]:
+def _moments(
+    layer: ConvShape, itemsize: int, target: Target, *, residual: int | None = None, joining: int = 0
+) -> Iterator[Pass]:
     """A layer whose output exists only behind the block's last ReLU; a projection has no ``residual``."""
     x, dx, y, bits, w = _Sizes.of(layer, itemsize)
     yield Pass(x, layer.c * (layer.c + 1) * layer.pixels, exact=True)
@@ -189,18 +199,18 @@ def _moments(layer: ConvShape, itemsize: int, *, residual: int | None = None, jo
         yield Pass(x + w, layer.flops)
     else:
         yield Pass(x + w + residual + y + bits, layer.flops)
-    yield from _weight_gradient(layer, y + bits + x, itemsize, parts=True)
+    yield from _weight_gradient(layer, y + bits + x, itemsize, target, parts=True)
     yield from [Pass()] * MOMENTS_BACKWARD
     yield Pass(y + bits + w + x + dx + joining, layer.flops + 2 * layer.pixels * layer.c**2)
 
 
-def _weight_gradient(layer: ConvShape, read: int, itemsize: int, *, parts: bool) -> Iterator[Pass]:
+def _weight_gradient(layer: ConvShape, read: int, itemsize: int, target: Target, *, parts: bool) -> Iterator[Pass]:
     """The contraction over the pixels, and the sum of its parts where it is a kernel of ours."""
     (r, s), dw = layer.window, FP32_BYTES * layer.weights
     shape = conv_tiles.ConvShape(
         layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, r, s, itemsize
     )
-    tiles = conv_tiles.weight_grad_tiles(shape) if parts else ()
+    tiles = conv_tiles.weight_grad_tiles(shape, target) if parts else ()
     if not tiles:
         yield Pass(read + layer.weights * itemsize, layer.flops)
         if itemsize < FP32_BYTES:
@@ -211,7 +221,7 @@ def _weight_gradient(layer: ConvShape, read: int, itemsize: int, *, parts: bool)
         yield Pass((tiles[0].parts + 1) * dw)
 
 
-def stem_passes(stem: StemShape, rung: Schedule, itemsize: int) -> Iterator[Pass]:
+def stem_passes(stem: StemShape, rung: Schedule, itemsize: int, target: Target) -> Iterator[Pass]:
     """Every launch of a training step of convolution, batch norm, ReLU and max-pooling on a rung."""
     layer = stem.conv
     x, dx, y, _, w = _Sizes.of(layer, itemsize)
@@ -223,7 +233,7 @@ def stem_passes(stem: StemShape, rung: Schedule, itemsize: int) -> Iterator[Pass
     yield Pass(y + pooled + indices)
     if rung.moments and not stem.images_grad:
         for output in (y, pooled + indices):
-            yield from _weight_gradient(layer, output + x, itemsize, parts=True)
+            yield from _weight_gradient(layer, output + x, itemsize, target, parts=True)
         yield from [Pass()] * EARLY
         return
     yield Pass(pooled + indices + y)
@@ -232,6 +242,6 @@ def stem_passes(stem: StemShape, rung: Schedule, itemsize: int) -> Iterator[Pass
     formed = 2 * y if rung.prologue else y
     if not rung.prologue:
         yield Pass(3 * y)
-    yield from _weight_gradient(layer, formed + x, itemsize, parts=rung.prologue)
+    yield from _weight_gradient(layer, formed + x, itemsize, target, parts=rung.prologue)
     if stem.images_grad:
         yield Pass(formed + w + dx, layer.flops)

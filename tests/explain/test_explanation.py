@@ -161,6 +161,17 @@ def test_a_function_in_a_file_is_a_model(tmp_path):
         source(f"{file}:number").on_meta()
 
 
+def test_a_model_that_is_fused_already_is_explained_like_its_plain_twin():
+    found = [
+        explain(
+            Question("cifar", batch=4, rungs=("prologue",)),
+            model=Source("cifar", lambda fused=fused: create("cifar_resnet20", fused=fused), (3, 32, 32)),
+        ).as_json()
+        for fused in (True, False)
+    ]
+    assert found[0] == found[1]
+
+
 def test_models_of_every_library_are_found():
     assert source("resnet101").size == (3, 224, 224)
     assert source("cifar_resnet20").size == (3, 32, 32)
