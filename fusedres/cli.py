@@ -13,6 +13,8 @@ from pathlib import Path
 from fusedres.bench import command as bench
 from fusedres.explain import command as explain
 from fusedres.offline import Unavailable
+from fusedres.studies.command import add_study
+from fusedres.train.command import add_train
 
 __all__ = ["main"]
 
@@ -86,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_.set_defaults(run=_compile)
 
     bench.add_parser(commands, names=_names, positive=_positive)
+    add_train(commands)
+    add_study(commands)
     return parser
 
 
