@@ -9,7 +9,7 @@ STAMP := $(VENV)/.set-up
 # One thread per worker: two workers with a thread pool each would fight over the same cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test test-all compile-report check format clean
+.PHONY: demo test test-all compile-report bench gpu check format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -25,6 +25,18 @@ test-all: $(STAMP)
 # Every kernel that the listed models launch, for every target: minutes at first, about one from the cache after that.
 compile-report: $(STAMP)
 	$(BIN)/fusedres compile --report --csv compile-report.csv
+
+# A first impression on whatever is here; make bench ARGS="--model resnet50 --train" asks for more.
+ARGS ?= --quick
+bench: $(STAMP)
+	$(BIN)/fusedres bench $(ARGS)
+
+# On a machine with a GPU: kernel tests, parity, benchmarks into bench/results/<gpu>, essential parts first. What has
+# passed is not run again: ESSENTIAL=1 stops after eight minutes, PARTS=headline,kernels chooses, FRESH=1 repeats.
+# DRY=1 goes through every step with tiny shapes on an emulated GPU.
+gpu: $(STAMP)
+	$(BIN)/python -m fusedres.bench.gpu $(if $(DRY),--dry) $(if $(ESSENTIAL),--essential) \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(FRESH),--fresh)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

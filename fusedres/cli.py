@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from fusedres.bench import command as bench
 from fusedres.explain import command as explain
 from fusedres.offline import Unavailable
 from fusedres.studies.command import add_study
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--jobs", type=_positive, help="processes (default: as many as there are cores)")
     compile_.add_argument("--csv", type=Path, metavar="FILE", help="write the report's figures there too")
     compile_.set_defaults(run=_compile)
+
+    bench.add_parser(commands, names=_names, positive=_positive)
     add_train(commands)
     add_study(commands)
     return parser

@@ -52,6 +52,10 @@ def test_wheel_holds_every_source_file(wheel_names):
     assert {"fusedres/kernels/__init__.py", "fusedres/bench/__init__.py"} <= installed
 
 
+def test_wheel_holds_the_page_of_the_benchmarks(wheel_names):
+    assert "fusedres/bench/page.html.jinja" in wheel_names
+
+
 def test_wheel_is_typed_and_licensed(wheel_names):
     assert "fusedres/py.typed" in wheel_names
     assert "fusedres-0.1.0.dist-info/licenses/LICENSE" in wheel_names

@@ -1,7 +1,11 @@
-"""Ops whose kernels are compiled for a GPU and executed on the CPU, in two warp orders, with what they move counted."""
+"""Ops whose kernels are compiled for a GPU and executed on the CPU, in two warp orders, with what they move counted.
+
+On a machine with a GPU the same tests run there (`tests.kernels.on_device`).
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +17,13 @@ import fusedres
 from fusedres import vgpu
 from fusedres.launch import Launch, Trace
 from tests.comparison import STORAGE
+from tests.kernels.on_device import DEVICE, TARGET, on_device
 from tests.vgpu_support import skip_module_without_vgpu
 
-skip_module_without_vgpu()
+if DEVICE is None:
+    skip_module_without_vgpu()
+# Those that the tests go through: all that can be executed, or the GPU at hand.
+TESTED = vgpu.TARGETS if TARGET is None else (TARGET,)
 
 Size = tuple[int, int, int, int]  # N, C, H, W
 
@@ -40,7 +48,7 @@ SIZES: dict[str, Size] = {
 }
 MEASURABLE = {name: size for name, size in SIZES.items() if size[0] * size[2] * size[3] > 1}
 SLOWEST = ("gfx1100", torch.float32)
-EVERY = [(target, dtype) for target in vgpu.TARGETS for dtype in STORAGE]
+EVERY = [(target, dtype) for target in TESTED for dtype in STORAGE]
 
 # Read once per program from the cache, in whichever pieces the tile's layout makes of them.
 PER_CHANNEL = {
@@ -80,16 +88,24 @@ def executed(target: str, op: Callable[[], Any], updated: Sequence[Tensor] = ())
     for order in (0, 1):
         for tensor, value in zip(updated, before, strict=True):
             tensor.copy_(value)
-        ordered = functools.partial(vgpu.run, warp_order=order)
-        with patch("fusedres.vgpu.run", ordered), fusedres.backend(f"vgpu:{target}"), fusedres.record() as trace:
+        with _recorded(target, order) if DEVICE is None else on_device(updated) as trace:
             results.append(op())
         bits.append([_bits(tensor) for tensor in (*_tensors(results[-1]), *updated)])
     for first, last in zip(*bits, strict=True):
         assert torch.equal(first, last), "the result depends on the order of warps"
     assert trace.launches, "no kernel was launched"
     for launch in trace.launches:
-        check_traffic(launch, target)
+        if DEVICE is None or launch.counters is not None:
+            check_traffic(launch, target)
     return results[-1], trace
+
+
+@contextmanager
+def _recorded(target: str, order: int) -> Iterator[Trace]:
+    """The kernels of a target, executed warp by warp in this order."""
+    ordered = functools.partial(vgpu.run, warp_order=order)
+    with patch("fusedres.vgpu.run", ordered), fusedres.backend(f"vgpu:{target}"), fusedres.record() as trace:
+        yield trace
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

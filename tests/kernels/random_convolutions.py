@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fusedres.ops.contract import Geometry
 from tests.comparison import LOW
 from tests.kernels.convolutions import Conv
-from tests.kernels.executed import vgpu
+from tests.kernels.executed import TESTED
 
 WINDOWS = ((1, 1), (3, 3), (5, 5), (1, 3))
 
@@ -28,6 +28,6 @@ def convolutions(draw: st.DrawFn) -> Conv:
 
 
 ON_TARGETS = {
-    "conv": convolutions(), "target": st.sampled_from(vgpu.TARGETS), "dtype": st.sampled_from((torch.float32, *LOW)),
+    "conv": convolutions(), "target": st.sampled_from(TESTED), "dtype": st.sampled_from((torch.float32, *LOW)),
 }  # fmt: skip
 reproducible = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])

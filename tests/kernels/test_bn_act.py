@@ -10,7 +10,7 @@ from fusedres.ops.bn_act import bn_act
 from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.plan.tiles import pinned, row_tiles
 from tests.comparison import STORAGE, assert_as_accurate_as_eager
-from tests.kernels.executed import SIZES, Size, activation, channels_last, covering, executed, vgpu
+from tests.kernels.executed import SIZES, TESTED, Size, activation, channels_last, covering, executed
 
 FORMS = ("alone", "plain residual", "normalised residual")
 
@@ -90,7 +90,7 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
             check(target, size, dtype, "plain residual")
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 @pytest.mark.parametrize("dtype", STORAGE[1:])
 def test_a_wide_shortcut_promotes_the_sum(target: str, dtype: torch.dtype) -> None:
     (y, scale, shift), _ = operands((1, 40, 3, 3), dtype, "alone")
@@ -101,7 +101,7 @@ def test_a_wide_shortcut_promotes_the_sum(target: str, dtype: torch.dtype) -> No
     assert_as_accurate_as_eager(z, eager(y, scale, shift, residual=residual), exact)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_what_is_not_finite_comes_out_where_it_went_in(target: str) -> None:
     y = activation((1, 8, 2, 4), torch.bfloat16)
     y[0, :, 0, 0] = float("nan")
@@ -115,7 +115,7 @@ def test_what_is_not_finite_comes_out_where_it_went_in(target: str) -> None:
     assert torch.equal(mask, pack_relu_mask(z))
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_other_layouts_are_laid_out_first(target: str) -> None:
     (y, scale, shift), _ = operands((2, 16, 6, 5), torch.float32, "alone")
     (expected, _), _ = executed(target, lambda: bn_act(y, scale, shift))

@@ -11,11 +11,11 @@ from fusedres.ops.contract import Normaliser, OutputGrad
 from fusedres.ops.relu_mask import pack_relu_mask, relu_backward
 from fusedres.plan.tiles import pinned, reduction_tiles
 from tests.comparison import assert_as_accurate_as_eager
-from tests.kernels.executed import MEASURABLE, SIZES, Size, activation, covering, executed, vgpu
+from tests.kernels.executed import MEASURABLE, SIZES, TESTED, Size, activation, covering, executed
 
 MASKS = ("none", "bits", "output")
 EPS = 1e-5
-each_target = pytest.mark.parametrize("target", vgpu.TARGETS)
+each_target = pytest.mark.parametrize("target", TESTED)
 
 
 class Operands:

@@ -14,9 +14,10 @@ from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.contract import Normaliser, Partials, pixels
 from fusedres.plan.tiles import pinned, reduction_tiles
 from tests.comparison import assert_as_accurate_as_eager, assert_close
-from tests.kernels.executed import MEASURABLE, SIZES, activation, covering, executed, vgpu
+from tests.kernels.executed import MEASURABLE, SIZES, TESTED, activation, covering, executed
+from tests.kernels.on_device import emulated_only
 
-each_target = pytest.mark.parametrize("target", vgpu.TARGETS)
+each_target = pytest.mark.parametrize("target", TESTED)
 
 
 def check_statistics(target: str, y: Tensor) -> Partials:
@@ -55,6 +56,7 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
             check_statistics(target, activation(size, dtype))
 
 
+@emulated_only
 @each_target
 def test_few_bank_conflicts(target: str) -> None:
     """An H100's memory delivers a sector to each multiprocessor in 2.4 cycles and a conflict costs one: at most 5 %."""

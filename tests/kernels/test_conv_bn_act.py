@@ -13,7 +13,7 @@ from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
-from tests.kernels.executed import activation, covering, executed, vgpu
+from tests.kernels.executed import TESTED, activation, covering, executed
 from tests.kernels.test_conv_forward import check_statistics
 
 CASES = {
@@ -138,7 +138,7 @@ def test_statistics_of_the_output(case: str, target: str, dtype: torch.dtype) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_every_shape_of_every_network(network: str, target: str) -> None:
     for i, conv in enumerate(convolutions_of(network)):
         check(target, conv.smaller(8_000_000), LOW[i % 2], SHORTCUTS[i % 4])
@@ -155,7 +155,7 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
             check(target, conv, dtype, "projection", prologue=True)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_a_wide_shortcut_promotes_the_sum(target: str) -> None:
     conv = CASES["3x3"]
     operands = Operands(conv, torch.bfloat16, "none", prologue=False)

@@ -19,7 +19,8 @@ from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW, assert_as_accurate_as_eager, assert_close
 from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
-from tests.kernels.executed import covering, executed, vgpu
+from tests.kernels.executed import TESTED, covering, executed
+from tests.kernels.on_device import emulated_only
 from tests.kernels.random_convolutions import reproducible
 
 ODD = {
@@ -104,7 +105,7 @@ def test_odd_shapes_the_other_way(case: str, target: str, dtype: torch.dtype) ->
 def test_a_shape_of_every_network(network: str) -> None:
     """The others are slow."""
     conv = convolutions_of(network)[len(network) % 5 + 1].smaller(4_000_000)
-    target, dtype = vgpu.TARGETS[len(network) % 3], LOW[len(network) % 2]
+    target, dtype = TESTED[len(network) % len(TESTED)], LOW[len(network) % 2]
     check(target, conv, dtype, prologue=True)
 
 
@@ -135,14 +136,14 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype, prologue: bool) 
             check(target, conv, dtype, prologue=prologue)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
 def test_exact_fp32(target: str, prologue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(target, ODD["tails of pixels, K and C"], torch.float32, prologue=prologue)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_padding_is_zero_and_not_relu_of_the_shift(target: str) -> None:
     """With a weight of ones and a zero image, an output counts the taps inside the image, each worth its shift."""
     x = torch.zeros(1, 16, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -154,7 +155,7 @@ def test_padding_is_zero_and_not_relu_of_the_shift(target: str) -> None:
 
 
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_what_is_not_finite_reaches_the_windows_that_hold_it(target: str, prologue: bool) -> None:
     x = torch.randn(1, 16, 9, 9).bfloat16().contiguous(memory_format=torch.channels_last)
     x[0, 3, 2, 2], x[0, 5, 7, 7] = float("nan"), float("inf")
@@ -182,7 +183,8 @@ def test_many_random_shapes(conv: Conv, target: str, dtype: torch.dtype, prologu
     check(target, conv, dtype, prologue=prologue)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@emulated_only
+@pytest.mark.parametrize("target", TESTED)
 def test_an_empty_batch_gives_an_empty_output(target: str) -> None:
     with patch("fusedres.ops.conv_forward.launch") as launch, fusedres.backend(f"vgpu:{target}"):
         y, _ = conv_forward(ConvInput(torch.empty(0, 16, 4, 4)), torch.randn(8, 16, 3, 3), Geometry())
@@ -190,7 +192,8 @@ def test_an_empty_batch_gives_an_empty_output(target: str) -> None:
     assert launch.call_args.args[1] == (0,)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@emulated_only
+@pytest.mark.parametrize("target", TESTED)
 def test_few_bank_conflicts(target: str) -> None:
     """On average no access to shared memory takes more than two passes for one."""
     _, _, trace = check(target, SHAPES["3x3"], torch.bfloat16)
@@ -213,6 +216,7 @@ def test_large_means_do_not_cancel_in_a_tile(monkeypatch: pytest.MonkeyPatch) ->
     assert_close(((partials.m2.double().sum(0) + spread) / 144)[1:], exact, 1e-5)
 
 
+@emulated_only
 @pytest.mark.parametrize(
     ("weight", "geometry", "error", "message"),
     [
@@ -243,6 +247,7 @@ def test_more_pixels_than_32_bits_count_are_refused() -> None:
         conv_forward(ConvInput(x), weight, Geometry(), statistics=True)
 
 
+@emulated_only
 @pytest.mark.parametrize(
     ("conv", "reason"),
     [

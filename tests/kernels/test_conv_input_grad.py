@@ -16,7 +16,7 @@ from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
 from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
-from tests.kernels.executed import activation, covering, executed, vgpu
+from tests.kernels.executed import TESTED, activation, covering, executed
 from tests.kernels.random_convolutions import reproducible
 
 CASES = {
@@ -147,7 +147,7 @@ def test_every_form_of_every_case(case: str, form: str, target: str, dtype: torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_every_shape_of_every_network(network: str, target: str) -> None:
     for i, conv in enumerate(convolutions_of(network)):
         check(target, conv.smaller(8_000_000), LOW[i % 2], FORMS[i % 5], JOINS[i % 4])

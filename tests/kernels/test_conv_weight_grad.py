@@ -17,7 +17,8 @@ from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import LOW, assert_close
 from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
-from tests.kernels.executed import activation, covering, executed, vgpu
+from tests.kernels.executed import TESTED, activation, covering, executed
+from tests.kernels.on_device import emulated_only
 from tests.kernels.random_convolutions import reproducible
 
 CASES = {
@@ -106,7 +107,7 @@ def test_every_form_of_every_case(case: str, form: str, target: str, dtype: torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_every_shape_of_every_network(network: str, target: str) -> None:
     for i, conv in enumerate(convolutions_of(network)):
         check(target, conv.smaller(8_000_000), LOW[i % 2], FORMS[i % 2])
@@ -122,6 +123,7 @@ def test_several_parts(case: str, target: str, dtype: torch.dtype) -> None:
         check(target, conv, dtype, "dy and u")
 
 
+@emulated_only
 def test_groups_that_no_tile_holds_have_no_kernel() -> None:
     conv = Conv((1, 30, 6, 6), 60, (3, 3), Geometry(padding=(1, 1), groups=5))
     dy, u = operands(conv, torch.float32, "dy and u")

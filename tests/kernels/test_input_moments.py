@@ -10,7 +10,7 @@ from fusedres.ops.contract import ConvInput, Moments
 from fusedres.ops.input_moments import input_moments
 from tests.comparison import relative_error
 from tests.kernels.convolutions import one_by_one
-from tests.kernels.executed import Size, activation, covering, executed, vgpu
+from tests.kernels.executed import TESTED, Size, activation, covering, executed
 
 CASES: dict[str, tuple[Size, tuple[int, int]]] = {
     "first stage of a bottleneck network": ((2, 64, 9, 9), (1, 1)),
@@ -74,7 +74,7 @@ def test_parts_of_several_steps(programs: int, target: str, dtype: torch.dtype) 
         check(target, activation((3, 72, 17, 15), dtype), (1, 1), prologue=True)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_large_means_do_not_cancel(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """|mean| / std = 500."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -5,7 +5,7 @@ import torch
 
 from fusedres.ops.relu_mask import pack_relu_mask, relu_backward
 from fusedres.plan.tiles import pinned, row_tiles
-from tests.kernels.executed import SIZES, activation, covering, executed, vgpu
+from tests.kernels.executed import SIZES, TESTED, activation, covering, executed
 
 
 @pytest.mark.parametrize("kind", ["bits", "output"])
@@ -28,7 +28,7 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
         assert torch.equal(out, torch.where(z > 0, g, 0.0))
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_a_closed_relu_stops_what_is_not_finite(target: str) -> None:
     g = torch.full((1, 8, 1, 2), float("nan"))
     z = torch.tensor([[0.0, 1.0]]).expand(1, 8, 1, 2).contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from fusedres.ops.contract import OutputGrad, PoolGeometry
 from fusedres.ops.stem_pool import NO_GRADIENT, stem_pool, stem_pool_backward
 from fusedres.plan.tiles import pinned, row_tiles
 from tests.comparison import assert_as_accurate_as_eager
-from tests.kernels.executed import Size, activation, covering, executed, vgpu
+from tests.kernels.executed import TESTED, Size, activation, covering, executed
 
 RESNET = PoolGeometry()
 
@@ -110,7 +110,7 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
         assert_as_accurate_as_eager(g, expected_g.to(dtype), expected_g)
 
 
-@pytest.mark.parametrize("target", vgpu.TARGETS)
+@pytest.mark.parametrize("target", TESTED)
 def test_ties_go_to_the_first_and_nan_to_the_last(target: str) -> None:
     """As the library's max-pooling has it."""
     y = torch.ones(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,106 @@
+"""What one row of a benchmark is measured under: mode, number format, sizes, device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+import fusedres
+from fusedres.backends import VGPU
+
+__all__ = ["DTYPES", "EXACT", "MODES", "Device", "Setting", "device_named"]
+
+MODES = ("train", "infer", "op")
+# Storage of what is multiplied. tf32 is fp32 in memory, rounded by the GPU as it multiplies.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What others are held against; never timed.
+EXACT = "fp64"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where tensors live, and the backend that fused contenders run on there."""
+
+    name: str
+    torch: torch.device
+    backend: str = "auto"
+
+    @property
+    def executed_on_cpu(self) -> bool:
+        """Whether kernels are emulated, so that times mean nothing."""
+        return self.backend.startswith(VGPU)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.torch.type == "cuda"
+
+
+def device_named(name: str) -> Device:
+    """The device called ``name``: ``auto``, ``cpu``, ``cuda``, ``cuda:<index>``, or ``vgpu:<target>``.
+
+    Raises:
+        ValueError: there is none, or this machine has not got it.
+        fusedres.vgpu.Unavailable: kernels can not be executed on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith(VGPU):
+        with fusedres.backend(name):
+            return Device(name, torch.device("cpu"), name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:<index> or vgpu:<target>, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: expected one of the {count} GPUs that PyTorch sees here, got {name!r}")
+    return Device(name, device)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``mode``: one of `MODES`; ``dtype``: one of `DTYPES`; ``batch`` images of ``px`` x ``px`` pixels."""
+
+    mode: str
+    dtype: str
+    batch: int
+    px: int
+    device: Device
+
+    @property
+    def storage(self) -> torch.dtype:
+        return torch.float64 if self.dtype == EXACT else DTYPES[self.dtype]
+
+    @property
+    def train(self) -> bool:
+        return self.mode == "train"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Training in 16 bits keeps its parameters in fp32, as users of mixed precision do."""
+        if self.train and self.storage.itemsize == 2:
+            return torch.autocast(self.device.torch.type, self.storage)
+        return nullcontext()
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """TF32 where the setting says so and nowhere else, for convolutions and matrix products."""
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        torch.backends.cudnn.allow_tf32 = self.dtype == "tf32"
+        torch.set_float32_matmul_precision("high" if self.dtype == "tf32" else "highest")
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = convolutions
+            torch.set_float32_matmul_precision(products)
+
+    def why_not(self) -> str | None:
+        """Why nothing can be measured under this setting, or None."""
+        if self.dtype == "tf32" and not self.device.is_gpu:
+            return "TF32 is a format of GPUs"
+        return None

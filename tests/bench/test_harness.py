@@ -1,0 +1,154 @@
+"""fusedres.bench.harness: what a row says of contenders that are right, slow, wrong, absent or too large."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusedres.bench import rows as statuses
+from fusedres.bench.cases import block, op
+from fusedres.bench.contenders import CONTENDERS, chosen
+from fusedres.bench.harness import Measurement, _is_kernel, compare, described, out_of_memory
+from fusedres.bench.setting import Setting
+from tests.bench.tiny import (
+    CPU,
+    INFER,
+    NETWORK,
+    TRAIN,
+    contender,
+    raising,
+    sleepy,
+    wrong_gradient,
+)  # fmt: skip
+
+EAGER = CONTENDERS["eager"]
+THREE = Measurement(rounds=3)
+
+
+def test_a_sleeping_contender_is_ranked_last():
+    contenders = (contender("sleepy", sleepy(0.02)), *chosen(["eager-nchw", "fused"]))
+    rows = compare(NETWORK, TRAIN, contenders, THREE)
+    assert [row.status for row in rows] == [statuses.OK] * 4
+    assert max(rows, key=lambda row: row.median_s).contender == "sleepy"
+    assert min(rows, key=lambda row: row.speedup).contender == "sleepy"
+    assert next(row for row in rows if row.contender == "sleepy").median_s >= 0.02
+    eager = next(row for row in rows if row.contender == "eager")
+    assert eager.speedup == 1.0
+    assert eager.images_per_s == pytest.approx(TRAIN.batch / eager.median_s)
+
+
+def test_a_wrong_contender_has_no_figures():
+    right, wrong = compare(NETWORK, TRAIN, (EAGER, contender("wrong", wrong_gradient)), THREE)
+    assert (right.status, wrong.status) == (statuses.OK, statuses.REFUSED)
+    assert "differs from fp64" in wrong.reason
+    measured = ("median_s", "images_per_s", "speedup", "first_step_s", "peak_bytes", "tflop_per_s")
+    assert all(getattr(wrong, name) is None for name in measured)
+    assert all(getattr(right, name) is not None for name in ("median_s", "first_step_s", "flops"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), statuses.MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), statuses.MEMORY),
+        (RuntimeError("\n  something else\n"), statuses.FAILED),
+    ],
+)
+def test_a_contender_that_raises_says_so_and_the_rest_goes_on(error, status):
+    broken, whole = compare(NETWORK, INFER, (contender("broken", raising(error)), EAGER), THREE)
+    assert broken.status == status
+    assert broken.reason == described(error)
+    assert broken.median_s is None
+    assert whole.status == statuses.OK and whole.median_s > 0
+
+
+def test_a_contender_that_raises_while_it_is_timed_says_so():
+    left = [6]
+
+    def change(model):
+        def count(*_):
+            left[0] -= 1
+            if not left[0]:
+                raise torch.OutOfMemoryError("out of memory")
+
+        model[0].register_forward_hook(count)
+
+    # A first step and three of the gate's pass, two of warm-up and what follows do not.
+    late, whole = compare(NETWORK, INFER, (contender("late", change), EAGER), THREE)
+    assert (late.status, late.median_s) == (statuses.MEMORY, None)
+    assert whole.rounds == 3
+
+
+def test_a_contender_that_is_not_installed_says_so(monkeypatch):
+    monkeypatch.setattr("fusedres.bench.contenders.cudnn.why_unavailable", lambda _: "not installed: pip install x")
+    rows = {row.contender: row for row in compare(NETWORK, INFER, chosen(["cudnn"]), THREE)}
+    assert (rows["cudnn"].status, rows["cudnn"].reason) == (statuses.NOT_AVAILABLE, "not installed: pip install x")
+    assert rows["eager"].status == statuses.OK
+
+
+def test_tf32_is_for_gpus():
+    rows = compare(NETWORK, replace(INFER, dtype="tf32"), chosen(["fused"]), THREE)
+    assert {row.reason for row in rows} == {"TF32 is a format of GPUs"}
+
+
+def test_the_gate_alone_times_nothing():
+    rows = compare(NETWORK, TRAIN, chosen(["fused"]), Measurement(timed=False))
+    assert [(row.status, row.median_s) for row in rows] == [(statuses.OK, None)] * 2
+    assert rows[1].error <= rows[1].bound
+
+
+def test_those_that_are_done_are_left_out():
+    rows = compare(NETWORK, INFER, chosen(["eager-nchw", "fused"]), THREE, done=["fused"])
+    assert [row.contender for row in rows] == ["eager-nchw", "eager"]
+
+
+# Training in fp16 takes a CPU's library a minute.
+SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in (("train", "fp32"), ("infer", "bf16"), ("infer", "fp16"))]
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("train", "bf16"), ("infer", "fp32"), *SLOW])
+def test_a_block_on_every_rung(mode, dtype):
+    case = replace(block("basic1"), px=8)
+    rows = compare(case, Setting(mode, dtype, 1, 8, CPU), chosen(["fused", "ladder"]), Measurement(rounds=1))
+    assert [(row.status, row.reason) for row in rows] == [(statuses.OK, None)] * 6
+    saved = {row.contender: row.saved_bytes_per_image for row in rows}
+    assert (saved["eager"] is None) == (mode == "infer")
+    if mode == "train":
+        assert saved["fused-prologue"] < saved["eager"]
+
+
+def test_an_op_is_rated_by_its_declared_bytes():
+    case = op("bn_add_relu.stage1")
+    rows = compare(case, Setting("op", "fp32", 1, 8, CPU), chosen(["fused"]), Measurement(rounds=3))
+    for row in rows:
+        assert row.status == statuses.OK
+        # y, residual and z, a bit for each value, a scale and a shift.
+        assert row.declared_bytes == 64 * 256 * (3 * 4 + 1 / 8) + 2 * 256 * 4
+        assert row.gb_per_s == pytest.approx(row.declared_bytes / row.median_s / 1e9)
+        assert row.of_roofline == pytest.approx(row.roofline_s / row.median_s)
+
+
+def test_what_counts_as_out_of_memory():
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(ValueError("x"))
+
+
+def test_a_count_that_fails_leaves_the_times(monkeypatch):
+    monkeypatch.setattr("fusedres.bench.harness.flops_of", lambda *_: 1 / 0)
+    (row,) = compare(NETWORK, INFER, (EAGER,), THREE)
+    assert row.status == statuses.OK and row.median_s > 0
+    assert row.reason == "not counted: ZeroDivisionError: division by zero"
+
+
+class Event:
+    def __init__(self, name: str, device: str = "CUDA", annotation: bool = False) -> None:
+        self.name, self.is_user_annotation = name, annotation
+        self.device_type = getattr(torch.autograd.DeviceType, device)
+
+
+def test_launches_are_kernels_and_nothing_else():
+    events = [
+        Event("conv_forward_kernel"), Event("void at::native::elementwise"), Event("Memset (Device)"),
+        Event("Memcpy DtoD (Device -> Device)"), Event("aten::add", "CPU"), Event("Optimizer.step", annotation=True),
+    ]  # fmt: skip
+    assert [_is_kernel(event) for event in events] == [True, True, False, False, False, False]
