@@ -12,6 +12,8 @@ from pathlib import Path
 
 from fusedres.explain import command as explain
 from fusedres.offline import Unavailable
+from fusedres.studies.command import add_study
+from fusedres.train.command import add_train
 
 __all__ = ["main"]
 
@@ -83,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--jobs", type=_positive, help="processes (default: as many as there are cores)")
     compile_.add_argument("--csv", type=Path, metavar="FILE", help="write the report's figures there too")
     compile_.set_defaults(run=_compile)
+    add_train(commands)
+    add_study(commands)
     return parser
 
 

@@ -128,7 +128,9 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # Where operands pass through registers, such a tile has the multiprocessor for itself.
     alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
     room = target.shared_bytes if alone else target.shared_bytes // 2
-    stages = max(2, min(MOST_STAGES, room // tile.stage_bytes(shape)))
+    # Where steps wait in registers, as they do on AMD, a third of a gradient's many operands spills.
+    most = 2 if shape.gradient and narrow_waves(target) else MOST_STAGES
+    stages = max(2, min(most, room // tile.stage_bytes(shape)))
     while stages > 1 and stages * tile.stage_bytes(shape) > target.shared_bytes:
         stages -= 1
     return replace(tile, num_stages=stages)
@@ -177,7 +179,7 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     if formed and not shape.flat and isinstance(target.arch, int) and 100 <= target.arch < 120:
         widest_c = min(widest_c, 64)  # its compiler leaves 128 registers beside its accumulators' own memory
     block_c = max(NARROWEST, min(power_above(width), widest_c))
-    if shape.flat and formed:
+    if shape.flat and (formed or not wide(target)):
         block_k = min(block_k, 32)
     tiles = []
     for block_pixels in (32, 16) if shape.flat else (64, 32):
@@ -187,8 +189,9 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
         wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // tile.tiles(shape)))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
-    # The shorter step where operands are wide or formed, or every element of one has a mask of its own.
-    return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat or formed else tuple(tiles)
+    # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.
+    crowded = formed or shape.flat or (block_k * block_c == 128 * 128 and not wide(target))
+    return tuple(reversed(tiles)) if shape.itemsize > 2 or crowded else tuple(tiles)
 
 
 def narrow_waves(target: Target) -> bool:

@@ -89,8 +89,8 @@ class MatrixTile:
 
 def matrix_tile(target: Target) -> MatrixTile:
     """The tile of the moments form's small matrices; three TF32 products are fp32's digits on tensor cores."""
-    # Compilers for sm_100 leave 128 registers to a thread, and spill where a tile is higher.
-    block_k = 16 if target.backend == "cuda" and 100 <= int(target.arch) < 120 else 32
+    # Compilers from sm_100 on leave 128 registers to a thread, and spill where a tile is higher.
+    block_k = 16 if target.backend == "cuda" and int(target.arch) >= 100 else 32
     return MatrixTile(block_k, 32, "tf32x3" if target.backend == "cuda" else "ieee")
 
 
