@@ -88,8 +88,8 @@ def run_chain(
         with no_autocast(x.device.type):
             return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
 
-    kernels = wants_kernels(x)
-    if schedule == AUTO and kernels and dtype != torch.float64:
+    kernels = wants_kernels(x) and dtype != torch.float64  # in which there are none
+    if schedule == AUTO and kernels:
         windows = tuple((layer.tensors.weight.shape, layer.geometry) for layer in every)
         choice = _chain_choice(x.shape, windows, len(layers), shortcut, dtype, _gpu(x), multiplies_in_tf32(x))
         announce(choice)
@@ -140,8 +140,8 @@ def run_stem(
     if not _differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
             return infer_stem(x.to(dtype), layer, pool)
-    kernels = wants_kernels(x)
-    if schedule == AUTO and kernels and dtype != torch.float64:
+    kernels = wants_kernels(x) and dtype != torch.float64  # in which there are none
+    if schedule == AUTO and kernels:
         window = (layer.tensors.weight.shape, layer.geometry)
         choice = _stem_choice(x.shape, window, pool, x.requires_grad, dtype, _gpu(x), multiplies_in_tf32(x))
         announce(choice)
