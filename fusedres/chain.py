@@ -97,7 +97,7 @@ def run_chain(
 
     def specified(layer: Layer, moments: bool) -> LayerSpec:
         moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype, kernels=kernels)
-        return _layer_spec(layer, dtype, moments=moments)
+        return layer_spec(layer, dtype, moments=moments)
 
     last = len(layers) - 1
     spec = ChainSpec(
@@ -147,12 +147,13 @@ def run_stem(
         announce(choice)
         schedule = choice.schedule.name
     chosen = chain_schedule(schedule, kernels=kernels)
-    spec = StemSpec(_layer_spec(layer, dtype), pool, chosen, dtype)
+    spec = StemSpec(layer_spec(layer, dtype), pool, chosen, dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)
     return z
 
 
-def _layer_spec(layer: Layer, dtype: torch.dtype, *, moments: bool = False) -> LayerSpec:
+def layer_spec(layer: Layer, dtype: torch.dtype, *, moments: bool = False) -> LayerSpec:
+    """What a Function is told of a layer, its weight in the dtype of the contractions included."""
     weight = layer.tensors.weight
     return LayerSpec(layer.geometry, layer.norm, moments, None if weight.dtype == dtype else rounded(weight, dtype))
 
