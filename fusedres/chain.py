@@ -88,8 +88,8 @@ def run_chain(
         with no_autocast(x.device.type):
             return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
 
-    kernels = wants_kernels(x)
-    if schedule == AUTO and kernels and dtype != torch.float64:
+    kernels = wants_kernels(x) and dtype != torch.float64  # in which there are none
+    if schedule == AUTO and kernels:
         windows = tuple((layer.tensors.weight.shape, layer.geometry) for layer in every)
         choice = _chain_choice(x.shape, windows, len(layers), shortcut, dtype, _gpu(x), multiplies_in_tf32(x))
         announce(choice)
@@ -97,7 +97,7 @@ def run_chain(
 
     def specified(layer: Layer, moments: bool) -> LayerSpec:
         moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype, kernels=kernels)
-        return _layer_spec(layer, dtype, moments=moments)
+        return layer_spec(layer, dtype, moments=moments)
 
     last = len(layers) - 1
     spec = ChainSpec(
@@ -140,19 +140,20 @@ def run_stem(
     if not _differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
             return infer_stem(x.to(dtype), layer, pool)
-    kernels = wants_kernels(x)
-    if schedule == AUTO and kernels and dtype != torch.float64:
+    kernels = wants_kernels(x) and dtype != torch.float64  # in which there are none
+    if schedule == AUTO and kernels:
         window = (layer.tensors.weight.shape, layer.geometry)
         choice = _stem_choice(x.shape, window, pool, x.requires_grad, dtype, _gpu(x), multiplies_in_tf32(x))
         announce(choice)
         schedule = choice.schedule.name
     chosen = chain_schedule(schedule, kernels=kernels)
-    spec = StemSpec(_layer_spec(layer, dtype), pool, chosen, dtype)
+    spec = StemSpec(layer_spec(layer, dtype), pool, chosen, dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)
     return z
 
 
-def _layer_spec(layer: Layer, dtype: torch.dtype, *, moments: bool = False) -> LayerSpec:
+def layer_spec(layer: Layer, dtype: torch.dtype, *, moments: bool = False) -> LayerSpec:
+    """What a Function is told of a layer, its weight in the dtype of the contractions included."""
     weight = layer.tensors.weight
     return LayerSpec(layer.geometry, layer.norm, moments, None if weight.dtype == dtype else rounded(weight, dtype))
 

@@ -118,6 +118,13 @@ def _copies(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     copies = []
     for begin, weight in zip(begins, weights, strict=True):
         _, c, r, s = weight.shape
-        copies.append(memory.as_strided(weight.shape, (c * r * s, 1, s * c, c), begin))
-    torch._foreach_copy_(copies, list(weights))
+        laid_out = weight.is_contiguous(memory_format=torch.channels_last)
+        strides = weight.stride() if laid_out else (c * r * s, 1, s * c, c)
+        copies.append(memory.as_strided(weight.shape, strides, begin))
+    # A list in which all strides agree is one launch; a single pair that does not makes it one for each.
+    alike = [copy.stride() == weight.stride() for copy, weight in zip(copies, weights, strict=True)]
+    for wanted in (True, False):
+        chosen = [i for i, agrees in enumerate(alike) if agrees is wanted]
+        if chosen:
+            torch._foreach_copy_([copies[i] for i in chosen], [weights[i] for i in chosen])
     return copies

@@ -109,13 +109,16 @@ def _generic(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], 
     flops = flop_registry.get(func.overloadpacket)
     kind = _KIND_OF.get(name, "other")
     total = Cost(name, kind, sum(read.values()), sum(written.values()), 0)
-    launches = _list_launches(args[0]) if name.startswith("_foreach") else 1
+    launches = _list_launches(name, args) if name.startswith("_foreach") else 1
     yield total._replace(flops=flops(*args, **kwargs, out_val=out) if flops else 0)
     for _ in range(launches - 1):
         yield total._replace(read=0, written=0)
 
 
-def _list_launches(tensors: Sequence[Tensor]) -> int:
+def _list_launches(name: str, args: Sequence[Any]) -> int:
+    tensors: Sequence[Tensor] = args[0]
+    if name == "_foreach_copy_" and any(a.stride() != b.stride() for a, b in zip(tensors, args[1], strict=True)):
+        return len(tensors)  # one by one where any two of a pair are laid out differently
     chunks = sum(-(-tensor.numel() // _LIST_CHUNK) for tensor in tensors)
     return max(1, -(-chunks // _LIST_BLOCKS), -(-len(tensors) // _LIST_TENSORS))
 

@@ -59,36 +59,41 @@ class Twins:
         if not any(row.fused for row in rows):
             reasons = "; ".join(dict.fromkeys(f"{row.name or 'the model'}: {row.reason}" for row in rows[:3]))
             raise ValueError(f"model: nothing to fuse in it ({reasons or 'no residual block that the library knows'})")
-        blocks = {row.name for row in rows if row.fused and not isinstance(fused.get_submodule(row.name), FusedStem)}
-        stem = {
-            f"{row.name}.{name}".lstrip(".")
-            for row in rows
-            if row.fused and isinstance(owner := fused.get_submodule(row.name), FusedStem)
-            for name in _stem_modules(owner)
-        }
-        names = _names(unfuse(model), blocks)
+        chosen = [row.name for row in rows if row.fused]
+        networks = {name for name in chosen if _is_network(name, fused, chosen)}
+        names = _names(unfuse(model), set(chosen) - networks, networks)
         return cls(
             model,
             fused,
-            {model.get_submodule(name): STEM if name in stem else name for name in names},
-            {fused.get_submodule(name): name for name in names if name not in stem},
-            (STEM, HEAD) if stem else (REST, REST),
+            {model.get_submodule(name): name for name in names},
+            {fused.get_submodule(name): name for name in names},
+            (STEM, HEAD) if networks else (REST, REST),
         )
 
 
-def _stem_modules(owner: FusedStem) -> list[str]:
-    parts = owner.checked_stem()
-    return [parts.pair.conv_name, parts.pair.bn_name, *(name for name, _ in parts.others)]
+def _is_network(name: str, model: nn.Module, fused: list[str]) -> bool:
+    """Whether a fused module is a network around blocks: what it does itself is its stem and its head."""
+    around = any(other != name and _is_inside(other, name) for other in fused)
+    return around or isinstance(model.get_submodule(name), FusedStem)
 
 
-def _names(model: nn.Module, blocks: set[str]) -> list[str]:
-    """The outermost blocks, and the modules without children that are in none of them, in the model's order."""
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
+
+
+def _names(model: nn.Module, blocks: set[str], networks: set[str]) -> list[str]:
+    """The outermost blocks, and what else has no modules inside, in the model's order.
+
+    Of a network's own modules only classifiers: a fused pass may stand for the others, and is not taken if these have
+    hooks.
+    """
     chosen: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") or not outer for outer in chosen if outer in blocks)
-        # A global pool is the model's own affair where the model is fused.
-        leaf = not any(module.children()) and not isinstance(module, nn.AdaptiveAvgPool2d)
-        if not inside and (name in blocks or leaf):
+        if any(_is_inside(name, outer) for outer in chosen if outer in blocks):
+            continue
+        own = any(_is_inside(name, network) for network in networks)
+        leaf = isinstance(module, nn.Linear) if own else not any(module.children())
+        if name in blocks or (leaf and name not in networks):
             chosen.append(name)
     return chosen
 

@@ -126,7 +126,7 @@ def chain_schedule(requested: str, *, kernels: bool) -> Schedule:
         requested: a rung or ``"auto"``.
         kernels: whether ops run theirs.
     """
-    return SCHEDULES.get(requested, SCHEDULES["block_end"] if kernels else LIBRARY)
+    return SCHEDULES.get(requested, SCHEDULES["prologue"] if kernels else LIBRARY)
 
 
 def use_moments(requested: str, weight: Tensor, geometry: Geometry, dtype: torch.dtype, *, kernels: bool) -> bool:

@@ -36,7 +36,7 @@ def test_a_rung_that_was_asked_for_is_what_runs(name, kernels):
 
 def test_auto_is_the_library_where_no_kernels_run():
     assert chain_schedule(AUTO, kernels=False) is LIBRARY
-    assert chain_schedule(AUTO, kernels=True) is SCHEDULES["block_end"]
+    assert chain_schedule(AUTO, kernels=True) is SCHEDULES["prologue"]
 
 
 @pytest.mark.parametrize("name", [AUTO, *SCHEDULES])
