@@ -2,6 +2,23 @@
 
 from . import plain
 from .fused import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
+from .plain import (
+    ActivationBasicBlock,
+    ActivationBottleneck,
+    BNAct,
+    DenseBlock,
+    DenseLayer,
+    DropoutShortcutBlock,
+    GatedBlock,
+    HighwayBlock,
+    NoShortcut,
+    PreActBasicBlock,
+    PreActBottleneck,
+    ScaledBlock,
+    StochasticBlock,
+    Transition,
+    ZeroPadShortcut,
+)
 
 
 class ConvBNAct(FusedConvBNAct, plain.ConvBNAct):
@@ -14,3 +31,25 @@ class BasicBlock(FusedBasicBlock, plain.BasicBlock):
 
 class Bottleneck(FusedBottleneck, plain.Bottleneck):
     __doc__ = plain.Bottleneck.__doc__
+
+
+__all__ = [
+    "ActivationBasicBlock",
+    "ActivationBottleneck",
+    "BNAct",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct",
+    "DenseBlock",
+    "DenseLayer",
+    "DropoutShortcutBlock",
+    "GatedBlock",
+    "HighwayBlock",
+    "NoShortcut",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "ScaledBlock",
+    "StochasticBlock",
+    "Transition",
+    "ZeroPadShortcut",
+]

@@ -129,7 +129,7 @@ class FusedConvBNAct(FusedBlock):
 
 
 class FusedStem(Fused):
-    """A network whose conv1, bn1, relu and maxpool run as one autograd node."""
+    """A network whose conv1, bn1, relu and maxpool (if it has one) run as one autograd node."""
 
     def checked_stem(self) -> StemParts:
         """The stem taken apart, every part of a kind that the fused pass replaces.
@@ -154,13 +154,14 @@ class FusedStem(Fused):
             except NotFusable:
                 pass
             else:
-                return run_stem(
-                    x,
-                    layer_of(parts.pair),
-                    parts.pool,
-                    schedule=self.fused_schedule,
-                    counters=counters_of((parts.pair,)),
-                )
-        modules: Any = self
-        plain: Tensor = modules.maxpool(modules.relu(modules.bn1(modules.conv1(x))))
-        return plain
+                return self._run_stem(x, parts)
+        for name in ("conv1", "bn1", "relu", "maxpool"):
+            part = self._modules.get(name)
+            x = x if part is None else part(x)
+        return x
+
+    def _run_stem(self, x: Tensor, parts: StemParts) -> Tensor:
+        layer, counters = layer_of(parts.pair), counters_of((parts.pair,))
+        if parts.pool is None:
+            return run_chain(x, [layer], schedule=self.fused_schedule, counters=counters)
+        return run_stem(x, layer, parts.pool, schedule=self.fused_schedule, counters=counters)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..autograd.spec import ConvBN, NormSpec
 from ..chain import Layer
 from ..ops.contract import Geometry, PoolGeometry
-from .plain import ZeroPadShortcut
+from .plain import NoShortcut, ZeroPadShortcut
 
 
 class Pair(NamedTuple):
@@ -64,6 +64,8 @@ def residual_parts(block: nn.Module, depth: int) -> BlockParts:
     elif type(shortcut) is ZeroPadShortcut:
         kind, zero_pad_stride = "zero_pad", (shortcut.stride, shortcut.stride)
         others.append(("downsample", shortcut))
+    elif type(shortcut) is NoShortcut:
+        kind = "none"
     elif shortcut is not None:
         raise NotFusable(f"downsample is a {type(shortcut).__name__}, not a convolution and a batch norm")
     return BlockParts(chain, projection, kind, "relu", zero_pad_stride, tuple(others))
@@ -141,29 +143,38 @@ def counters_of(pairs: Iterable[Pair]) -> list[Tensor]:
 
 
 class StemParts(NamedTuple):
-    """The first layers of a network taken apart: convolution, batch norm, ReLU, max-pooling."""
+    """The first layers of a network taken apart: convolution, batch norm, ReLU, and max-pooling if there is one."""
 
     pair: Pair
-    pool: PoolGeometry
+    pool: PoolGeometry | None
     others: tuple[tuple[str, nn.Module], ...]
 
 
 def stem_parts(model: nn.Module) -> StemParts:
-    """Take apart a stem with torchvision's names: conv1, bn1, relu, maxpool.
+    """Take apart a stem with torchvision's names: conv1, bn1, relu, maxpool (which may be missing).
 
     Raises:
-        NotFusable: the pooling is of a kind that no fused pass knows.
+        NotFusable: there is no batch norm, or the pooling is of a kind that no fused pass knows.
     """
     modules = model._modules
-    pool = modules["maxpool"]
+    if modules.get("bn1") is None:
+        raise NotFusable("conv1 has no batch norm behind it")
+    pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]
+    others: list[tuple[str, nn.Module]] = [("relu", modules["relu"])]  # type: ignore[list-item]
+    pool = modules.get("maxpool")
+    if pool is None:
+        return StemParts(pair, None, tuple(others))
+    others.append(("maxpool", pool))
+    return StemParts(pair, _pool_geometry(pool), tuple(others))
+
+
+def _pool_geometry(pool: nn.Module) -> PoolGeometry:
     if type(pool) is not nn.MaxPool2d:
         raise NotFusable(f"maxpool is a {type(pool).__name__}, not a plain MaxPool2d")
     kernel, stride, padding, dilation = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     if dilation != (1, 1) or pool.ceil_mode or pool.return_indices:
         raise NotFusable("maxpool is dilated, rounds up or returns indices")
-    pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]
-    others = (("relu", modules["relu"]), ("maxpool", pool))
-    return StemParts(pair, PoolGeometry(kernel, stride, padding), others)  # type: ignore[arg-type]
+    return PoolGeometry(kernel, stride, padding)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

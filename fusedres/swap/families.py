@@ -4,12 +4,14 @@ import sys
 
 from torch import nn
 
+from ..models.network import FusedResNet, ResNet
 from ..nn import blocks, plain
 
 OWN: dict[type[nn.Module], type[nn.Module]] = {
     plain.ConvBNAct: blocks.ConvBNAct,
     plain.BasicBlock: blocks.BasicBlock,
     plain.Bottleneck: blocks.Bottleneck,
+    ResNet: FusedResNet,
 }
 
 

@@ -17,7 +17,7 @@ def test_every_fused_class_derives_from_fused_and_then_from_its_plain_class():
 
     known = families()
     assert {plain.__name__ for plain in known} == {"ConvBNAct", "BasicBlock", "Bottleneck", "ResNet"}
-    assert len(known) == 6 and len(set(known.values())) == 6
+    assert len(known) == 7 and len(set(known.values())) == 7
     for plain, fused in known.items():
         assert issubclass(fused, plain) and issubclass(fused, Fused)
         order = inspect.getmro(fused)
