@@ -6,15 +6,16 @@ import triton.language as tl
 from .relu_mask import load_masked
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+@triton.jit(do_not_specialize=["rows", "rows_per_part", "image"])
 def bn_backward_reduce_kernel(
-    g_ptr,  # (rows, C) gradient behind the normalisation, storage dtype
+    g_ptr,  # (rows, C) gradient behind the normalisation, storage dtype; (rows // image, C)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
     y_ptr,  # (rows, C) raw convolution output
     mean_ptr,  # (C,) fp32
     part_g_ptr,  # (parts, C) fp32 out, sum(g)
     part_gd_ptr,  # (parts, C) fp32 out, sum(g * (y - mean))
     rows,
+    image,  # as in `load_masked`
     C,
     rows_per_part,  # a multiple of BLOCK_ROWS
     C_MULTIPLE: tl.constexpr,  # a power of two that divides C
@@ -36,7 +37,7 @@ def bn_backward_reduce_kernel(
     sum_gd = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_ROWS):
         m_row = o_row < count - start
-        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, C, BLOCK_ROWS, BLOCK_C)
+        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, C, BLOCK_ROWS, BLOCK_C)
         m = m_row[:, None] & m_c[None, :]
         y = tl.load(y_ptr + (first + start) * C + o, mask=m, other=0.0).to(tl.float32)
         sum_g += g
@@ -47,6 +48,29 @@ def bn_backward_reduce_kernel(
     tl.store(part_gd_ptr + o_out, tl.sum(sum_gd, axis=0), mask=m_c)
 
 
+@triton.jit(do_not_specialize=["parts"])
+def bn_backward_combine_kernel(
+    part_g_ptr,  # (parts, C) fp32
+    part_gd_ptr,  # (parts, C) fp32
+    out_g_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
+    out_gd_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
+    parts,
+    C,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """As many parts as a block holds become one, so that thousands of tiles are not added up by a few programs."""
+    i_part, i_c = tl.program_id(0), tl.program_id(1)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_part = i_part * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
+    m_c = o_c < C
+    o = o_part.to(tl.int64)[:, None] * C + o_c[None, :]
+    m = (o_part < parts)[:, None] & m_c[None, :]
+    o_out = i_part * C + o_c
+    tl.store(out_g_ptr + o_out, tl.sum(tl.load(part_g_ptr + o, mask=m, other=0.0), axis=0), mask=m_c)
+    tl.store(out_gd_ptr + o_out, tl.sum(tl.load(part_gd_ptr + o, mask=m, other=0.0), axis=0), mask=m_c)
+
+
 @triton.jit(do_not_specialize=["parts", "rows"])
 def bn_backward_finish_kernel(
     part_g_ptr,  # (parts, C) fp32
@@ -55,7 +79,7 @@ def bn_backward_finish_kernel(
     scale_ptr,  # (C,) fp32, gamma * invstd
     sum_g_ptr,  # (C,) fp32 out, the gradient of beta
     sum_gy_ptr,  # (C,) fp32 out, sum(g * y_hat), the gradient of gamma
-    q_ptr,  # (C,) fp32 out, -scale * invstd * sum_gy / rows; None: q and r are not wanted
+    q_ptr,  # (C,) fp32 out, -scale * invstd * sum_gy / rows
     r_ptr,  # (C,) fp32 out, -scale * sum_g / rows
     parts,
     rows,
@@ -78,15 +102,14 @@ def bn_backward_finish_kernel(
     total_gy = tl.sum(sum_gd, axis=0) * invstd
     tl.store(sum_g_ptr + o_c, total_g, mask=m_c)
     tl.store(sum_gy_ptr + o_c, total_gy, mask=m_c)
-    if q_ptr is not None:
-        factor = -tl.load(scale_ptr + o_c, mask=m_c, other=0.0) / rows
-        tl.store(q_ptr + o_c, factor * invstd * total_gy, mask=m_c)
-        tl.store(r_ptr + o_c, factor * total_g, mask=m_c)
+    factor = -tl.load(scale_ptr + o_c, mask=m_c, other=0.0) / rows
+    tl.store(q_ptr + o_c, factor * invstd * total_gy, mask=m_c)
+    tl.store(r_ptr + o_c, factor * total_g, mask=m_c)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "image"])
 def bn_backward_apply_kernel(
-    g_ptr,  # (rows, C) gradient behind the normalisation
+    g_ptr,  # (rows, C) gradient behind the normalisation; (rows // image, C)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
     y_ptr,  # (rows, C) raw convolution output; None together with q
     p_ptr,  # (C,) fp32
@@ -95,6 +118,7 @@ def bn_backward_apply_kernel(
     mean_ptr,  # (C,) fp32, or None: zero
     dy_ptr,  # (rows, C) out: p * g + q * (y - mean) + r
     rows,
+    image,  # as in `load_masked`
     C,
     C_MULTIPLE: tl.constexpr,  # a power of two that divides C
     BLOCK_ROWS: tl.constexpr,
@@ -110,7 +134,7 @@ def bn_backward_apply_kernel(
     m = m_row[:, None] & m_c[None, :]
     o = o_row[:, None] * C + o_c[None, :]
 
-    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, C, BLOCK_ROWS, BLOCK_C)
+    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, C, BLOCK_ROWS, BLOCK_C)
     dy *= tl.load(p_ptr + o_c, mask=m_c, other=0.0)[None, :]
     if q_ptr is not None:
         y = tl.load(y_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)

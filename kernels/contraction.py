@@ -49,6 +49,7 @@ def contract(
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     scale_ptr,  # (groups * C,) fp32 of the prologue, or None
     shift_ptr,  # (groups * C,) fp32 of the prologue, or None
+    acc,  # (BLOCK_PIXELS, BLOCK_K) fp32 that the product is added to
     o_pixel,  # (BLOCK_PIXELS,) output pixels, each inside the output
     i_group,  # first of the GROUPS_PER_TILE groups of this tile
     o_k,  # (BLOCK_K,) output channels, counted from the first of that group
@@ -76,7 +77,7 @@ def contract(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(BLOCK_PIXELS, BLOCK_K) fp32 accumulator."""
+    """``acc`` with the product."""
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     o_d = tl.arange(0, BLOCK_C)
     o_h = o_pixel // Q % P * stride_h - pad_h
@@ -90,7 +91,6 @@ def contract(
     # Channels beyond K read the last one's weights; nobody stores what they give.
     o_k = tl.minimum(o_k, live * K - 1)
     w_ptrs = w_ptr + ((i_group * K + o_k).to(tl.int64) * (R * S * C))[None, :] + o_d[:, None]
-    acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
 
     if FLAT:
         run = S * C

@@ -73,9 +73,10 @@ def conv_bn_act_kernel(
     o_row = tl.arange(0, BLOCK_PIXELS)
     # Rows beyond the output read the last pixel's window: no mask in the loop, and nobody stores what they give.
     o_pixel = tl.minimum(i_pixel * BLOCK_PIXELS + o_row, pixels - 1)
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
     acc = contract(
-        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h, stride_w,
-        pad_h, pad_w, dilation_h, dilation_w, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, TF32,
+        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h,
+        stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, TF32,
         BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
@@ -88,8 +89,9 @@ def conv_bn_act_kernel(
     z = acc * scale[None, :] + shift[None, :]
     if second_x_ptr is not None:
         second_C = second_C // SECOND_C_MULTIPLE * SECOND_C_MULTIPLE
+        acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
         acc = contract(
-            second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, o_pixel, 0, o_out, 1, second_C,
+            second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, acc, o_pixel, 0, o_out, 1, second_C,
             groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1,
             1, 1, False, False, 1, SECOND_EVEN_C, TF32, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip

@@ -11,9 +11,9 @@ from .contraction import SIZES, formed
 from .relu_mask import load_masked
 
 
-@triton.jit(do_not_specialize=[*SIZES, "pixels_per_part"])
+@triton.jit(do_not_specialize=[*SIZES, "pixels_per_part", "image"])
 def conv_weight_grad_kernel(
-    g_ptr,  # (pixels, groups * K) gradient behind the batch norm, or dy itself where p is None
+    g_ptr,  # (pixels, groups * K) gradient behind the batch norm, or dy itself where p is None; (pixels // image, ...)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
     y_ptr,  # (pixels, groups * K) raw convolution output; None together with q
     p_ptr,  # (groups * K,) fp32 of dy = p * g + q * (y - mean) + r, or None: dy = g
@@ -23,9 +23,10 @@ def conv_weight_grad_kernel(
     x_ptr,  # (N, H, W, groups * C) input, storage dtype
     scale_ptr,  # (groups * C,) fp32: u = relu(x * scale + shift); None: u = x
     shift_ptr,  # (groups * C,) fp32, or None
-    dw_ptr,  # (parts, groups * K, R * S * C) fp32 out
+    out_ptr,  # (parts, ...) fp32 out: dW (groups * K, R * S * C), (groups * K,) of SUM_DY, (R * S * C,) of SUM_U
     pixels,  # N * P * Q
     pixels_per_part,  # a multiple of BLOCK_PIXELS
+    image,  # as in `load_masked`
     groups,
     C,  # input channels of a group
     K,  # output channels of a group
@@ -43,6 +44,8 @@ def conv_weight_grad_kernel(
     S: tl.constexpr,
     FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of a row of the window too
     GROUPS_PER_TILE: tl.constexpr,
+    SUM_DY: tl.constexpr,  # whether the sum of dy is wanted too
+    SUM_U: tl.constexpr,  # whether the sum of u's windows is wanted too; of a single group
     TF32: tl.constexpr,
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K
     K_MULTIPLE: tl.constexpr,
@@ -70,16 +73,18 @@ def conv_weight_grad_kernel(
     o_pixel = tl.arange(0, BLOCK_PIXELS)
 
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    sum_dy = tl.zeros((BLOCK_K,), tl.float32)
+    sum_u = tl.zeros((BLOCK_C,), tl.float32)
     begin = i_part * pixels_per_part
     for start in range(begin, tl.minimum(begin + pixels_per_part, pixels), BLOCK_PIXELS):
         o_row = start + o_pixel
         m_row = o_row < pixels
         first = start.to(tl.int64)
-        if p_ptr is None and mask_ptr is None:
+        if p_ptr is None and mask_ptr is None and image is None:
             o = o_pixel[:, None] * (groups * K) + o_k[None, :]
             dy = tl.load(g_ptr + first * (groups * K) + o, mask=m_row[:, None] & m_k[None, :], other=0.0)
         else:
-            dy = load_masked(g_ptr, mask_ptr, first, i_k, m_row, groups * K, BLOCK_PIXELS, BLOCK_K)
+            dy = load_masked(g_ptr, mask_ptr, first, i_k, m_row, image, groups * K, BLOCK_PIXELS, BLOCK_K)
             if p_ptr is not None:
                 dy *= tl.load(p_ptr + o_k, mask=m_k, other=0.0)[None, :]
             if q_ptr is not None:
@@ -107,18 +112,32 @@ def conv_weight_grad_kernel(
             scale = tl.load(scale_ptr + o_x, mask=m_e, other=0.0)
             shift = tl.load(shift_ptr + o_x, mask=m_e, other=0.0)
             u = tl.where(m, formed(u, scale, shift), 0.0)
+        if SUM_DY:  # noqa: SIM102 (a choice of the compiler's, then one of the program's)
+            if i_column == 0:
+                sum_dy += tl.sum(dy.to(tl.float32), axis=0)
+        if SUM_U:  # noqa: SIM102
+            if i_k == 0:
+                sum_u += tl.sum(u.to(tl.float32), axis=0)
         acc = tl.dot(tl.trans(dy), u, acc, input_precision=PRECISION)
 
-    o_dw = (i_part * groups * K + o_k).to(tl.int64) * (R * S * C)
+    size = groups * K * (R * S * C)
+    whole = size + (groups * K if SUM_DY else 0) + (R * S * C if SUM_U else 0)
+    out_ptr += i_part.to(tl.int64) * whole
+    if SUM_DY:
+        tl.store(out_ptr + size + o_k, sum_dy, mask=m_k & (i_column == 0))
+    if SUM_U:
+        o_u = whole - R * S * C + (tap_r * S + tap_s) * C + o_e
+        tl.store(out_ptr + o_u, sum_u, mask=m_e & (i_k == 0))
+    o_dw = o_k.to(tl.int64) * (R * S * C)
     m = m_k[:, None] & m_e[None, :]
     if GROUPS_PER_TILE > 1:
         # Only the blocks on the diagonal are gradients of anything.
         in_group = o_e[None, :] - ((o_k // K - i_group) * C)[:, None]
         m = m & (in_group >= 0) & (in_group < C)
         o = (tap_r * S + tap_s) * C + in_group
-        tl.store(dw_ptr + o_dw[:, None] + o, acc, mask=m)
+        tl.store(out_ptr + o_dw[:, None] + o, acc, mask=m)
     else:
-        tl.store(dw_ptr + o_dw[:, None] + ((tap_r * S + tap_s) * C + o_e)[None, :], acc, mask=m)
+        tl.store(out_ptr + o_dw[:, None] + ((tap_r * S + tap_s) * C + o_e)[None, :], acc, mask=m)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -129,6 +148,7 @@ def sum_parts_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
+    """In the order of the parts, whichever of them was finished first."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     total = tl.zeros((BLOCK,), tl.float32)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import fusedres
 from fusedres.bench.saved_activations import image_loss, per_image, saved_bytes
+from fusedres.ops.bn_backward import NormSums
 from fusedres.plan import AUTO, SCHEDULES
 from tests.comparison import relative_error
 
@@ -293,12 +294,12 @@ def bfloat16(t: Tensor) -> Tensor:
     [
         pytest.param(
             "fusedres.ops.conv_input_grad.bn_backward_reduce",
-            lambda sums: tuple(map(bfloat16, sums)),
+            lambda sums: NormSums(*map(bfloat16, sums)),
             id="sums of batch norm's gradient in bfloat16",
         ),
         pytest.param(
-            "fusedres.autograd.layer.conv_backward",
-            lambda grads: (grads[0], tf32(grads[1])),
+            "fusedres.ops.conv_input_grad.input_grad",
+            tf32,
             id="input gradients in TF32",
         ),
     ],

@@ -13,14 +13,16 @@ from ..ops.bn_forward import bn_forward
 from ..ops.contract import ConvInput, OutputGrad, channels_last
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.conv_forward import conv_forward, formed
-from ..ops.conv_input_grad import Producer, at_producer
+from ..ops.conv_input_grad import Producer, ProducerGrad
 from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
 from ..plan import Schedule
 from .layer import (
     PARAMETERS,
+    Below,
     Branch,
     LayerGrads,
     Needs,
+    SourceGrad,
     branch_backward,
     contraction,
     grouped,
@@ -201,28 +203,35 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
             grads[-1], dx = branch_backward(
                 g, saved.projection, saved.parameters[-1], spec.projection, schedule, needs[-1]
             )
-            at_input = None if dx is None else OutputGrad(dx, scratch=True)
+            at_input = OutputGrad(dx, scratch=True) if isinstance(dx, Tensor) else None
     elif spec.shortcut == "identity":
         at_input = arriving
     elif spec.shortcut == "zero_pad" and needed_x:
         dx = zero_pad_shortcut_grad(masked(arriving), ctx.input_size, spec.zero_pad_stride)
         at_input = OutputGrad(dx, scratch=True)
 
-    du: Tensor | None = None
+    du: SourceGrad = None
     branch, out = saved.main, None
     for i in range(last, -1, -1):
         layer, layer_spec = saved.parameters[i], spec.layers[i]
-        add = at_input if i == 0 and needed_x else None
         if not needs[i].any:
             break
-        if i == last:
-            grads[i], du = branch_backward(g, branch, layer, layer_spec, schedule, needs[i], add)
+        below = Below(at_input if i == 0 and needed_x else None)
+        if i > 0 and needs[i].source and schedule.statistics and not is_idle(spec.layers[i - 1].norm, needs[i - 1]):
+            under = saved.inner[i - 1].branch
+            assert under.y is not None
+            below = Below(producer=Producer(under.y, under.norm))
+        if isinstance(du, ProducerGrad):
+            grads[i], du = layer_backward(
+                OutputGrad(du.g), du.sums, branch, layer, layer_spec, schedule, needs[i], below
+            )
         else:
-            grads[i], du = _inner_backward(du, out, branch, layer, layer_spec, schedule, needs[i], add)
+            arrived = g if du is None else _behind_relu(du, out, branch)
+            grads[i], du = branch_backward(arrived, branch, layer, layer_spec, schedule, needs[i], below)
         if i > 0:
             branch, out = saved.inner[i - 1]
 
-    dx = du.to(ctx.input_dtype) if needed_x and du is not None else None
+    dx = du.to(ctx.input_dtype) if needed_x and isinstance(du, Tensor) else None
     dresidual = None
     if ctx.needs_input_grad[1]:
         dresidual = masked(arriving).to(ctx.residual_dtype)
@@ -230,14 +239,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     return (dx, dresidual, None, *flat)
 
 
-def _inner_backward(
-    du: Tensor | None, out: Tensor | None, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule,
-    needs: Needs, add: OutputGrad | None,
-) -> tuple[LayerGrads, Tensor | None]:  # fmt: skip
-    """A layer whose rectified output (``out``, where it was written) received the gradient ``du``."""
-    assert du is not None and branch.y is not None
-    if schedule.statistics and not is_idle(spec.norm, needs):
-        at_layer = at_producer(du, Producer(branch.y, branch.norm), out)
-        return layer_backward(at_layer, None, branch, layer, spec, schedule, needs, add)
+def _behind_relu(du: Tensor, out: Tensor | None, branch: Branch) -> OutputGrad:
+    """The gradient at a layer's rectified output (``out``, where it was written), masked on load."""
+    assert branch.y is not None
     mask = formed(ConvInput(branch.y, branch.norm.scale, branch.norm.shift)) if out is None else out
-    return branch_backward(OutputGrad(du, mask, scratch=True), branch, layer, spec, schedule, needs, add)
+    return OutputGrad(du, mask, scratch=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_coefficients, bn_backward_reduce
+from ..ops.bn_backward import NormSums, bn_backward, bn_backward_apply, bn_backward_reduce, output_grad
 from ..ops.bn_finalize import bn_finalize, bn_from_running
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import (
@@ -15,16 +15,21 @@ from ..ops.contract import (
     Normaliser,
     OutputGrad,
     Partials,
-    pixels,
     statistics_dtype,
 )
 from ..ops.conv_backward import conv_backward
 from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import ProducerGrad, conv_input_grad
+from ..ops.conv_input_grad import Producer, ProducerGrad, conv_input_grad, conv_producer_grad
 from ..ops.conv_weight_grad import conv_weight_grad
 from ..ops.input_moments import input_moments, moments_statistics
-from ..ops.moments_backward import frozen_matrices, moments_backward, moments_contraction, moments_input_grad
+from ..ops.moments_backward import (
+    frozen_matrices,
+    moments_backward,
+    moments_contraction,
+    moments_input_grad,
+    moments_producer_grad,
+)
 from ..plan import Schedule
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
@@ -113,76 +118,73 @@ def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
     return Contraction(branch.source, weight, spec.geometry, branch.norm.scale, branch.norm.shift)
 
 
+class Below(NamedTuple):
+    """What is under a layer's source: a gradient that joins its own, or the layer that made it and wants sums of it."""
+
+    add: OutputGrad | None = None
+    producer: Producer | None = None
+
+
+SourceGrad = Tensor | ProducerGrad | None
+"""The gradient of a layer's source, behind the ReLU of the layer below and with its sums where there is one."""
+
+
 def convolution_backward(
-    dy: OutputGrad,
-    source: ConvInput,
-    layer: ConvBN,
-    spec: LayerSpec,
-    needs: Needs,
-    add: OutputGrad | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dW, du) of a convolution, each if asked for; ``add`` joins du."""
+    dy: OutputGrad, source: ConvInput, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
+) -> tuple[Tensor | None, SourceGrad]:
+    """dW and the source's gradient of a convolution, each if asked for."""
     weight = layer.weight.to(source.tensor.dtype)
+    window = (weight.shape[2], weight.shape[3])
+    if below.producer is not None:
+        dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
+        return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer)
     if needs.weight and needs.source:
-        return conv_backward(dy, source, weight, spec.geometry, add=add)
+        return conv_backward(dy, source, weight, spec.geometry, add=below.add)
     if needs.weight:
-        return conv_weight_grad(dy, source, (weight.shape[2], weight.shape[3]), spec.geometry), None
+        return conv_weight_grad(dy, source, window, spec.geometry), None
     if needs.source:
-        return None, conv_input_grad(dy, weight, tuple(source.tensor.shape), spec.geometry, add=add)
+        return None, conv_input_grad(dy, weight, tuple(source.tensor.shape), spec.geometry, add=below.add)
     return None, None
 
 
 def branch_backward(
-    g: OutputGrad,
-    branch: Branch,
-    layer: ConvBN,
-    spec: LayerSpec,
-    schedule: Schedule,
-    needs: Needs,
-    add: OutputGrad | None = None,
-) -> tuple[LayerGrads, Tensor | None]:
+    g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule, needs: Needs,
+    below: Below | None = None,
+) -> tuple[LayerGrads, SourceGrad]:  # fmt: skip
     """The gradients of a branch's parameters and of its source, from the gradient g behind its batch norm."""
+    below = below or Below()
     if branch.y is None:
-        return _moments_branch_backward(g, branch, layer, spec, needs, add)
+        return _moments_branch_backward(g, branch, layer, spec, needs, below)
     if is_idle(spec.norm, needs):
-        scaled = g._replace(p=branch.norm.scale)
+        scaled = output_grad(g, None, branch.y, branch.norm)
         if not schedule.prologue:
             scaled = OutputGrad(bn_backward_apply(scaled))
-        dweight, du = convolution_backward(scaled, branch.source, layer, spec, needs, add)
+        dweight, du = convolution_backward(scaled, branch.source, layer, spec, needs, below)
         return LayerGrads(None if dweight is None else dweight.to(layer.weight.dtype)), du
     if schedule.statistics:
-        sums = ProducerGrad(g.g, *bn_backward_reduce(g, branch.y, branch.norm))
-        return layer_backward(sums, g.mask, branch, layer, spec, schedule, needs, add)
+        sums = bn_backward_reduce(g, branch.y, branch.norm)
+        return layer_backward(g, sums, branch, layer, spec, schedule, needs, below)
     dy, dgamma, dbeta = bn_backward(g, branch.y, branch.norm, layer.gamma, batch_stats=spec.norm.batch_stats)
-    dweight, du = convolution_backward(OutputGrad(dy), branch.source, layer, spec, needs, add)
+    dweight, du = convolution_backward(OutputGrad(dy), branch.source, layer, spec, needs, below)
     return in_parameter_dtypes(dweight, dgamma, dbeta, branch.norm, layer, spec, needs), du
 
 
 def layer_backward(
-    grad: ProducerGrad,
-    mask: Tensor | None,
-    branch: Branch,
-    layer: ConvBN,
-    spec: LayerSpec,
-    schedule: Schedule,
-    needs: Needs,
-    add: OutputGrad | None = None,
-) -> tuple[LayerGrads, Tensor | None]:
+    g: OutputGrad, sums: NormSums, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule, needs: Needs,
+    below: Below,
+) -> tuple[LayerGrads, SourceGrad]:  # fmt: skip
     """As `branch_backward`, from a gradient that was already reduced; dy is formed on load where prologues are."""
     assert branch.y is not None
-    coefficients = bn_backward_coefficients(
-        grad.sum_g, grad.sum_gy, pixels(branch.y), branch.norm, batch_stats=spec.norm.batch_stats
-    )
-    dy = OutputGrad(grad.g, mask, branch.y, *coefficients, mean=branch.norm.mean)
+    dy = output_grad(g, sums if spec.norm.batch_stats else None, branch.y, branch.norm)
     if not schedule.prologue:
         dy = OutputGrad(bn_backward_apply(dy))
-    dweight, du = convolution_backward(dy, branch.source, layer, spec, needs, add)
-    return in_parameter_dtypes(dweight, grad.sum_gy, grad.sum_g, branch.norm, layer, spec, needs), du
+    dweight, du = convolution_backward(dy, branch.source, layer, spec, needs, below)
+    return in_parameter_dtypes(dweight, sums.sum_gy, sums.sum_g, branch.norm, layer, spec, needs), du
 
 
 def _moments_branch_backward(
-    g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, needs: Needs, add: OutputGrad | None
-) -> tuple[LayerGrads, Tensor | None]:
+    g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
+) -> tuple[LayerGrads, SourceGrad]:
     weight = layer.weight.to(branch.source.tensor.dtype)
     if is_idle(spec.norm, needs) and not needs.weight:
         grads, matrices = LayerGrads(), frozen_matrices(weight, branch.norm)
@@ -191,8 +193,11 @@ def _moments_branch_backward(
         small, matrices = moments_backward(d, sum_g, branch.moments, weight, branch.norm)
         dweight = small.dweight.view(layer.weight.shape)
         grads = in_parameter_dtypes(dweight, small.dgamma, small.dbeta, branch.norm, layer, spec, needs)
-    du = moments_input_grad(g, matrices, branch.source, spec.geometry, add=add) if needs.source else None
-    return grads, du
+    if below.producer is not None:
+        return grads, moments_producer_grad(g, matrices, spec.geometry, below.producer)
+    if not needs.source:
+        return grads, None
+    return grads, moments_input_grad(g, matrices, branch.source, spec.geometry, add=below.add)
 
 
 def in_parameter_dtypes(

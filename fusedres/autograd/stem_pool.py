@@ -94,7 +94,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     g = OutputGrad(stem_pool_backward(arriving, saved.maxima, ctx.size, spec.pool))
     if branch.y is not None:
         grads, dx = branch_backward(g, branch, layer, spec.layer, spec.schedule, needed)
-        return (None if dx is None else dx.to(ctx.input_dtype), None, *grads)
+        return (dx.to(ctx.input_dtype) if isinstance(dx, Tensor) else None, None, *grads)
     grads = _backward_without_y(g, branch, saved.early, layer, spec, needed)
     return (None, None, *grads)
 

@@ -1,15 +1,16 @@
 """The backward pass of batch norm: its two sums, the coefficients they make, and the gradient they give."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..launch import launch
 from ..plan.tiles import PartialTile
+from .bn_finalize import MOST_PARTS
 from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
-from .relu_mask import laid_out, relu_backward
+from .relu_mask import gradient, laid_out, relu_backward
 from .rows import empty_rows, launch_reduction, launch_rows, reduction_parts, storable
 
 
@@ -18,8 +19,21 @@ def masked(dy: OutputGrad) -> Tensor:
     return dy.g if dy.mask is None else relu_backward(dy.g, dy.mask, scratch=dy.scratch)
 
 
-def _bn_backward_reduce(g: OutputGrad, y: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
-    """sum(g) and sum(g * y_hat) over the pixels, with y_hat = (y - mean) * invstd: the gradients of beta and gamma.
+class NormSums(NamedTuple):
+    """What the backward pass of batch norm needs to know of all pixels, each (K,) in the statistics dtype.
+
+    ``sum_g`` and ``sum_gy``: sum(g) and sum(g * y_hat), the gradients of beta and gamma. ``q`` and ``r``: of
+    dy = p * g + q * (y - mean) + r under batch statistics, by `bn_backward_coefficients`.
+    """
+
+    sum_g: Tensor
+    sum_gy: Tensor
+    q: Tensor
+    r: Tensor
+
+
+def _bn_backward_reduce(g: OutputGrad, y: Tensor, norm: Normaliser) -> NormSums:
+    """sum(g) and sum(g * y_hat) over the pixels, with y_hat = (y - mean) * invstd, and q and r from them.
 
     Args:
         g: (N, K, P, Q), masked on load.
@@ -27,69 +41,79 @@ def _bn_backward_reduce(g: OutputGrad, y: Tensor, norm: Normaliser) -> tuple[Ten
         norm: the `Normaliser` of the forward pass.
 
     Returns:
-        Two (K,) tensors in the statistics dtype.
+        `NormSums`.
     """
     dtype = norm.mean.dtype
     grad = masked(g).to(dtype)
     normalised = (y.to(dtype) - per_channel(norm.mean)) * per_channel(norm.invstd)
-    return grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))
+    sum_g, sum_gy = grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))
+    return NormSums(sum_g, sum_gy, *bn_backward_coefficients(sum_g, sum_gy, pixels(y), norm))
 
 
 bn_backward_reduce = Op(_bn_backward_reduce)
 
 
 @bn_backward_reduce.triton
-def _bn_backward_reduce_triton(g: OutputGrad, y: Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
-    sums = _reduced(g, y, norm, coefficients=False)
-    return sums if sums is NotImplemented else sums[:2]
-
-
-def _reduced(g: OutputGrad, y: Tensor, norm: Normaliser, *, coefficients: bool) -> Any:
-    """sum(g), sum(g * y_hat) and, if asked for, q and r of `bn_backward_coefficients` (else None), by the kernels."""
+def _bn_backward_reduce_triton(g: OutputGrad, y: Tensor, norm: Normaliser) -> NormSums:
     if not storable(g.g, y):
         return NotImplemented
-    from ..kernels.bn_backward import bn_backward_finish_kernel, bn_backward_reduce_kernel
+    from ..kernels.bn_backward import bn_backward_reduce_kernel
 
-    parts, channels = reduction_parts(y), y.shape[1]
-    sums, products = torch.empty((2, parts, channels), dtype=torch.float32, device=y.device)
+    sums, products = torch.empty((2, reduction_parts(y), y.shape[1]), dtype=torch.float32, device=y.device)
     arguments = {
-        "g_ptr": channels_last(g.g), "mask_ptr": laid_out(g.mask), "y_ptr": channels_last(y), "mean_ptr": norm.mean,
+        **gradient(g.g), "mask_ptr": laid_out(g.mask), "y_ptr": channels_last(y), "mean_ptr": norm.mean,
         "part_g_ptr": sums, "part_gd_ptr": products,
     }  # fmt: skip
     launch_reduction(
         bn_backward_reduce_kernel, y, arguments, reads=("g_ptr", "mask_ptr", "y_ptr", "mean_ptr"),
         writes=("part_g_ptr", "part_gd_ptr"), flops=(4 + (g.mask is not None)) * y.numel(),
     )  # fmt: skip
+    return finished(sums, products, pixels(y), norm)
+
+
+def finished(sums: Tensor, products: Tensor, count: int, norm: Normaliser) -> NormSums:
+    """From (parts, K) partial sums of g and of g * (y - mean) over ``count`` pixels, by the kernels."""
+    from ..kernels.bn_backward import bn_backward_combine_kernel, bn_backward_finish_kernel
+
     tile = PartialTile()
-    results = torch.empty((4 if coefficients else 2, channels), dtype=torch.float32, device=y.device)
-    names = ("sum_g_ptr", "sum_gy_ptr", "q_ptr", "r_ptr")
-    written: dict[str, Tensor | None] = {**dict.fromkeys(names), **dict(zip(names, results, strict=False))}
-    read = {
-        "part_g_ptr": sums, "part_gd_ptr": products, "invstd_ptr": norm.invstd,
-        "scale_ptr": norm.scale if coefficients else None,
-    }  # fmt: skip
-    numbers = {
-        "parts": parts, "rows": pixels(y), "C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c,
-    }  # fmt: skip
+    parts, channels = sums.shape
+    columns = -(-channels // tile.block_c)
+    names = ("part_g_ptr", "part_gd_ptr")
+    numbers = {"C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c}
+    if parts > MOST_PARTS:
+        read = dict(zip(names, (sums, products), strict=True))
+        fewer = -(-parts // tile.block_parts)
+        sums, products = torch.empty((2, fewer, channels), dtype=torch.float32, device=sums.device)
+        launch(
+            bn_backward_combine_kernel, (fewer, columns),
+            {**read, "out_g_ptr": sums, "out_gd_ptr": products, "parts": parts, **numbers}, reads=names,
+            writes=("out_g_ptr", "out_gd_ptr"), flops=2 * parts * channels, num_warps=tile.num_warps,
+        )  # fmt: skip
+        parts = fewer
+    results = NormSums(*torch.empty((4, channels), dtype=torch.float32, device=sums.device))
+    read = {**dict(zip(names, (sums, products), strict=True)), "invstd_ptr": norm.invstd, "scale_ptr": norm.scale}
+    written = {f"{name}_ptr": tensor for name, tensor in results._asdict().items()}
     launch(
-        bn_backward_finish_kernel, (-(-channels // tile.block_c),), {**read, **written, **numbers},
-        reads=tuple(read), writes=names, flops=2 * parts * channels, num_warps=tile.num_warps,
+        bn_backward_finish_kernel, (columns,), {**read, **written, "parts": parts, "rows": count, **numbers},
+        reads=tuple(read), writes=tuple(written), flops=2 * parts * channels, num_warps=tile.num_warps,
     )  # fmt: skip
-    return tuple(written.values())
+    return results
 
 
-def bn_backward_coefficients(
-    sum_g: Tensor, sum_gy: Tensor, count: int, norm: Normaliser, *, batch_stats: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """p, q, r (K,) of dy = p * g + q * (y - mean) + r, from batch norm's two sums over ``count`` pixels.
+def bn_backward_coefficients(sum_g: Tensor, sum_gy: Tensor, count: int, norm: Normaliser) -> tuple[Tensor, Tensor]:
+    """q and r (K,) of dy = p * g + q * (y - mean) + r, from batch norm's two sums over ``count`` pixels.
 
     With a = scale, m1 = sum_g / count, m2 = sum_gy / count:  dy = a * (g - m1 - y_hat * m2), so
-    p = a,  q = -a * m2 * invstd,  r = -a * m1. With frozen statistics q and r are zero (None).
+    p = a,  q = -a * m2 * invstd,  r = -a * m1.
     """
-    if not batch_stats:
-        return norm.scale, None, None
-    q = -norm.scale * norm.invstd * sum_gy / count
-    return norm.scale, q, -norm.scale * sum_g / count
+    return -norm.scale * norm.invstd * sum_gy / count, -norm.scale * sum_g / count
+
+
+def output_grad(g: OutputGrad, sums: NormSums | None, y: Tensor, norm: Normaliser) -> OutputGrad:
+    """dy behind a batch norm, in parts; ``sums`` is None where its statistics are frozen, so that q and r are zero."""
+    if sums is None:
+        return g._replace(p=norm.scale)
+    return g._replace(y=y, p=norm.scale, q=sums.q, r=sums.r, mean=norm.mean)
 
 
 def _bn_backward_apply(dy: OutputGrad) -> Tensor:
@@ -115,12 +139,16 @@ def _bn_backward_apply(dy: OutputGrad) -> Tensor:
 bn_backward_apply = Op(_bn_backward_apply)
 
 
-def gradient_arguments(dy: OutputGrad) -> dict[str, Tensor | None]:
+GRADIENT = ("g_ptr", "mask_ptr", "y_ptr", "p_ptr", "q_ptr", "r_ptr", "mean_ptr")
+"""What kernels that form dy read for it."""
+
+
+def gradient_arguments(dy: OutputGrad) -> dict[str, Any]:
     """The parts of dy as kernels that form it are told of them; all of y's part or nothing of it."""
     whole = dy.q is not None and dy.r is not None and dy.y is not None
     y_part = {"y_ptr": laid_out(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
     return {
-        "g_ptr": channels_last(dy.g), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
+        **gradient(dy.g), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
         **(y_part if whole else dict.fromkeys(y_part)),
     }  # fmt: skip
 
@@ -136,7 +164,7 @@ def _bn_backward_apply_triton(dy: OutputGrad) -> Tensor:
     out = empty_rows(dy.g)
     arguments = gradient_arguments(dy)
     launch_rows(
-        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=tuple(arguments), writes=("dy_ptr",),
+        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=GRADIENT, writes=("dy_ptr",),
         flops=(1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None)) * out.numel(),
     )  # fmt: skip
     return out
@@ -157,23 +185,11 @@ def _bn_backward(
     Returns:
         dy (N, K, P, Q) in the dtype of y, dgamma and dbeta (K,) in the statistics dtype.
     """
-    dbeta, dgamma = bn_backward_reduce(g, y, norm)
-    p, q, r = bn_backward_coefficients(dbeta, dgamma, pixels(y), norm, batch_stats=batch_stats)
-    return bn_backward_apply(g._replace(y=y, p=p, q=q, r=r, mean=norm.mean)), dgamma, dbeta
+    sums = bn_backward_reduce(g, y, norm)
+    return bn_backward_apply(output_grad(g, sums if batch_stats else None, y, norm)), sums.sum_gy, sums.sum_g
 
 
 bn_backward = Op(_bn_backward)
-
-
-@bn_backward.triton
-def _bn_backward_triton(
-    g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    reduced = _reduced(g, y, norm, coefficients=batch_stats)
-    if reduced is NotImplemented:
-        return NotImplemented
-    dbeta, dgamma, q, r = reduced
-    return bn_backward_apply(g._replace(y=y, p=norm.scale, q=q, r=r, mean=norm.mean)), dgamma, dbeta
 
 
 @bn_backward.native

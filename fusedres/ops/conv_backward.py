@@ -34,6 +34,15 @@ def _conv_backward(
 conv_backward = Op(_conv_backward)
 
 
+@conv_backward.triton
+def _conv_backward_triton(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
+) -> tuple[Tensor, Tensor]:
+    if dy.p is None and dy.mask is None and u.scale is None and add is None:
+        return NotImplemented  # nothing to join: both in one call, where a library has one
+    return _conv_backward(dy, u, weight, geometry, add=add)
+
+
 @conv_backward.native
 def _conv_backward_native(
     dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None

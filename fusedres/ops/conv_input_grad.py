@@ -5,10 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backends
 from . import onednn
 from .bn_act import bn_act
-from .bn_backward import bn_backward_apply, bn_backward_reduce, masked
-from .contract import Geometry, Normaliser, OutputGrad, check_activation, statistics_dtype
+from .bn_backward import NormSums, bn_backward_apply, bn_backward_reduce, masked
+from .contract import ConvInput, Geometry, Normaliser, OutputGrad, check_activation, check_conv_shapes, statistics_dtype
+from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
 
 
@@ -18,13 +20,17 @@ class Producer(NamedTuple):
     y: Tensor
     norm: Normaliser
 
+    @property
+    def output(self) -> ConvInput:
+        """What the convolution consumed."""
+        return ConvInput(self.y, self.norm.scale, self.norm.shift)
+
 
 class ProducerGrad(NamedTuple):
-    """What the producer's batch norm needs: g behind its ReLU, sum(g) and sum(g * y_hat)."""
+    """The gradient behind the producer's ReLU and the sums of it that its batch norm needs."""
 
     g: Tensor
-    sum_g: Tensor
-    sum_gy: Tensor
+    sums: NormSums
 
 
 def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> Tensor:
@@ -38,12 +44,17 @@ def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geom
     return du
 
 
-def at_producer(du: Tensor, producer: Producer, u: Tensor | None = None) -> ProducerGrad:
-    """``du`` behind the producer's ReLU and the sums of it; ``u`` is the rectified output where it was written."""
-    if u is None:
-        u, _ = bn_act(producer.y, producer.norm.scale, producer.norm.shift)
-    g = masked(OutputGrad(du, u))
-    return ProducerGrad(g, *bn_backward_reduce(OutputGrad(g), producer.y, producer.norm))
+def at_producer(du: Tensor, producer: Producer) -> ProducerGrad:
+    """``du`` behind the producer's ReLU and the sums of it, in passes of their own."""
+    g = masked(OutputGrad(du, bn_act(producer.y, producer.norm.scale, producer.norm.shift)[0]))
+    return ProducerGrad(g, bn_backward_reduce(OutputGrad(g), producer.y, producer.norm))
+
+
+def _check(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> None:
+    check_activation("dy", dy.g, weight.shape[0])
+    p, q = check_conv_shapes("size", size, weight, geometry)
+    if dy.g.shape != (size[0], weight.shape[0], p, q):
+        raise ValueError(f"dy: expected shape {(size[0], weight.shape[0], p, q)}, got {tuple(dy.g.shape)}")
 
 
 def _conv_input_grad(
@@ -66,7 +77,7 @@ def _conv_input_grad(
     Returns:
         du (N, C, H, W) channels_last, in the wider dtype of dy and ``add``.
     """
-    check_activation("dy", dy.g, weight.shape[0])
+    _check(dy, weight, size, geometry)
     dtype = statistics_dtype(weight.dtype)
     du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
     if add is None:
@@ -75,6 +86,54 @@ def _conv_input_grad(
 
 
 conv_input_grad = Op(_conv_input_grad)
+
+
+@conv_input_grad.triton
+def _conv_input_grad_triton(
+    dy: OutputGrad,
+    weight: Tensor,
+    size: tuple[int, ...],
+    geometry: Geometry,
+    *,
+    add: OutputGrad | None = None,
+) -> Tensor:
+    _check(dy, weight, size, geometry)
+    # With nothing joined to it a convolution moves no fewer bytes than the library's.
+    if backends.runs_native() and add is None and dy.mask is None and dy.p is None:
+        return NotImplemented
+    if why_no_kernel(dy, weight, size, geometry) is not None:
+        return NotImplemented
+    return launch_input_grad(dy, weight, size, geometry, add=add).g
+
+
+def _conv_producer_grad(dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer) -> ProducerGrad:
+    """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
+
+    Args:
+        dy: (N, K, P, Q), formed on load.
+        weight: (K, C/groups, R, S) in the dtype of dy.
+        geometry: that of the forward convolution.
+        producer: of the convolution's input, (N, C, H, W).
+
+    Returns:
+        g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
+        of g as stored.
+    """
+    return at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry), producer)
+
+
+conv_producer_grad = Op(_conv_producer_grad)
+
+
+@conv_producer_grad.triton
+def _conv_producer_grad_triton(dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer) -> ProducerGrad:
+    size = tuple(producer.y.shape)
+    _check(dy, weight, size, geometry)
+    if why_no_kernel(dy, weight, size, geometry) is not None:
+        return NotImplemented
+    launched = launch_input_grad(dy, weight, size, geometry, x=producer.output, norm=producer.norm)
+    assert launched.sums is not None
+    return ProducerGrad(launched.g, launched.sums)
 
 
 def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> bool:
@@ -104,7 +163,7 @@ def _conv_input_grad_native(
     *,
     add: OutputGrad | None = None,
 ) -> Tensor:
-    check_activation("dy", dy.g, weight.shape[0])
+    _check(dy, weight, size, geometry)
     grad = bn_backward_apply(dy)
     if add is not None and joined_by_onednn(weight, geometry, add):
         shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())

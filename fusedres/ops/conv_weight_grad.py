@@ -1,12 +1,15 @@
 """The gradient of a convolution's weight, both operands formed on load."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..launch import launch
 from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
-from .bn_backward import bn_backward_apply, gradient_arguments
+from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments
 from .contract import ConvInput, Geometry, OutputGrad, channels_last, check_activation, pixels, statistics_dtype
 from .contractions import bytes_in_windows, shape_of, window_arguments
 from .conv_forward import formed
@@ -52,32 +55,61 @@ def _conv_weight_grad_triton(dy: OutputGrad, u: ConvInput, kernel: tuple[int, in
     check_activation("dy", dy.g)
     check_activation("u", u.tensor)
     plain = dy.p is None and dy.mask is None and u.scale is None
-    if (backends.runs_native() and plain) or not storable(dy.g, dy.y, u.tensor) or dy.g.dtype != u.tensor.dtype:
+    if backends.runs_native() and plain:
         return NotImplemented
+    launched = summed_weight_grad(dy, u, kernel, geometry, sum_dy=False)
+    return NotImplemented if launched is None else launched.dw
+
+
+class WeightSums(NamedTuple):
+    """dW (K, C/groups, R, S), and if asked for sum(dy) (K,) and the sum of u's windows (C, R, S); all fp32."""
+
+    dw: Tensor
+    sum_dy: Tensor | None
+    sum_u: Tensor | None
+
+
+def summed_weight_grad(
+    dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry, *, sum_dy: bool = True,
+    sum_u: bool = False,
+) -> WeightSums | None:  # fmt: skip
+    """dW by the kernel, with the sum of dy (which is the masked g alone then) and of u's windows if asked for.
+
+    None where there is no kernel.
+    """
+    if not storable(dy.g, dy.y, u.tensor) or dy.g.dtype != u.tensor.dtype:
+        return None
     shape = shape_of(u, pixels(dy.g), dy.g.shape[1], kernel, geometry)
     tiles = weight_grad_tiles(shape)
     if not tiles or depthwise(shape):
-        return NotImplemented
-    return _launched(dy, u, geometry, shape, tiles[0])
+        return None
+    return _launched(dy, u, geometry, shape, tiles[0], sum_dy=sum_dy, sum_u=sum_u)
 
 
-def _launched(dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape, tile: WeightGradTile) -> Tensor:
+def _launched(
+    dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape, tile: WeightGradTile, *, sum_dy: bool,
+    sum_u: bool,
+) -> WeightSums:  # fmt: skip
+    """The kernel, and a second that adds the parts of the pixels."""
     from ..kernels.conv_weight_grad import conv_weight_grad_kernel, sum_parts_kernel
 
     x = channels_last(u.tensor)
     k, p, q = dy.g.shape[1:]
-    parts = torch.empty((tile.parts, k, shape.r, shape.s, shape.c), dtype=torch.float32, device=x.device)
+    taps = (shape.r, shape.s, shape.c)
+    sizes = [k * math.prod(taps), k * sum_dy, math.prod(taps) * sum_u]
+    parts = torch.empty((tile.parts, sum(sizes)), dtype=torch.float32, device=x.device)
     read = {**gradient_arguments(dy), "x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
     covered = bytes_in_windows(x, (p, q), (shape.r, shape.s), geometry)
     launch(
         conv_weight_grad_kernel, (tile.tiles(shape) * tile.parts,),
         {
-            **read, "dw_ptr": parts, **window_arguments(x, shape, (p, q), geometry),
+            **read, "out_ptr": parts, **window_arguments(x, shape, (p, q), geometry),
             "pixels_per_part": tile.per_part(shape.pixels), "GROUPS_PER_TILE": tile.groups_per_tile,
+            "SUM_DY": sum_dy, "SUM_U": sum_u,
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
-        reads=tuple(read), writes=("dw_ptr",), partial={"x_ptr": covered},
-        flops=2 * shape.pixels * parts[0].numel(), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        reads=(*GRADIENT, "x_ptr", "scale_ptr", "shift_ptr"), writes=("out_ptr",), partial={"x_ptr": covered},
+        flops=2 * shape.pixels * sizes[0], num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     total = parts[0]
     if tile.parts > 1:
@@ -87,7 +119,11 @@ def _launched(dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape
             {"part_ptr": parts, "total_ptr": total, "parts": tile.parts, "size": total.numel(), "BLOCK": block},
             reads=("part_ptr",), writes=("total_ptr",), flops=parts.numel(),
         )  # fmt: skip
-    return total.permute(0, 3, 1, 2)
+    dw, dy_total, u_total = total.split(sizes)
+    return WeightSums(
+        dw.view(k, *taps).permute(0, 3, 1, 2), dy_total if sum_dy else None,
+        u_total.view(taps).permute(2, 0, 1) if sum_u else None,
+    )  # fmt: skip
 
 
 @conv_weight_grad.native

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..launch import launch, target_of
-from ..plan.tiles import alignment, moments_tile
+from ..plan.tiles import alignment, matrix_tile, moments_tile
 from . import onednn
 from .contract import (
     ConvInput,
@@ -21,7 +21,7 @@ from .contract import (
 from .conv_forward import formed
 from .conv_weight_grad import weight_grad
 from .op import Op
-from .rows import storable
+from .rows import empty_partials, storable
 
 # Rows are taken in pieces of 1 MiB of fp32, which stay in a core's second-level cache between the passes over them.
 _PIECE = 1 << 18
@@ -123,7 +123,7 @@ def _input_moments_native(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
     return Moments(n, row + rest / n, gram - torch.outer(rest, rest / n))
 
 
-def moments_statistics(moments: Moments, weight: Tensor) -> Partials:
+def _moments_statistics(moments: Moments, weight: Tensor) -> Partials:
     """The statistics of y = W u from the moments of u: mean = W mean_u, m2 = rowsum((W m2_u) * W), never negative.
 
     Args:
@@ -137,3 +137,28 @@ def moments_statistics(moments: Moments, weight: Tensor) -> Partials:
     m2 = ((w @ moments.m2) * w).sum(1).clamp_min(0)
     count = torch.full((1,), moments.pixels, dtype=m2.dtype, device=m2.device)
     return Partials(count, (w @ moments.mean).unsqueeze(0), m2.unsqueeze(0))
+
+
+moments_statistics = Op(_moments_statistics)
+
+
+@moments_statistics.triton
+def _moments_statistics_triton(moments: Moments, weight: Tensor) -> Partials:
+    if not storable(weight, moments.mean):
+        return NotImplemented
+    from ..kernels.moments import moments_statistics_kernel
+
+    k, c = weight.shape[:2]
+    tile = matrix_tile(target_of(weight))
+    partials = empty_partials(1, k, weight.device)
+    read = {"mean_ptr": moments.mean, "m2_ptr": moments.m2, "w_ptr": channels_last(weight).view(k, c)}
+    written = {"out_count_ptr": partials.counts, "out_mean_ptr": partials.mean, "out_m2_ptr": partials.m2}
+    launch(
+        moments_statistics_kernel, (-(-k // tile.block_k),),
+        {
+            **read, **written, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
+            "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+        },
+        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 2), num_warps=tile.num_warps,
+    )  # fmt: skip
+    return partials

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..launch import launch, target_of
+from ..plan.tiles import matrix_tile
 from . import onednn
 from .bn_backward import masked
 from .contract import (
@@ -31,9 +33,12 @@ from .contract import (
     statistics_dtype,
 )
 from .conv_forward import formed
-from .conv_weight_grad import weight_grad
+from .conv_input_grad import Producer, ProducerGrad, at_producer
+from .conv_weight_grad import summed_weight_grad, weight_grad
+from .input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
 from .input_moments import sampled
 from .op import Op
+from .rows import storable
 
 
 class MomentsGrad(NamedTuple):
@@ -45,15 +50,15 @@ class MomentsGrad(NamedTuple):
 
 
 class InputGradMatrices(NamedTuple):
-    """du = g ``weight`` - u ``quadratic`` - ``constant``, in the statistics dtype.
+    """du = g ``weight`` + u ``quadratic`` + sum of ``constants``.
 
-    ``weight`` = a * W (K, C), ``quadratic`` = Q (C, C) and ``constant`` = c (C,), the last two None under frozen
-    statistics.
+    ``weight`` = a * W (K, C), ``quadratic`` = -Q (C, C) and ``constants`` (T, C) whose sum is -c, the last two None
+    under frozen statistics. The matrices are in the statistics dtype, from kernels in the storage dtype.
     """
 
     weight: Tensor
     quadratic: Tensor | None
-    constant: Tensor | None
+    constants: Tensor | None
 
 
 def _moments_contraction(
@@ -80,6 +85,16 @@ def _moments_contraction(
 moments_contraction = Op(_moments_contraction)
 
 
+@moments_contraction.triton
+def _moments_contraction_triton(
+    g: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    launched = summed_weight_grad(g, u, kernel, geometry)
+    if launched is None or launched.sum_dy is None:
+        return NotImplemented
+    return launched.dw.flatten(1), launched.sum_dy
+
+
 def moments_weight_grad(
     d: Tensor, sum_g: Tensor, count: int, mean: Tensor, product: Tensor, weight: Tensor, norm: Normaliser
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +119,7 @@ def frozen_weight_grad(d: Tensor, sum_g: Tensor, weight: Tensor, norm: Normalise
     return norm.scale.unsqueeze(1) * d, norm.invstd * ((weight * d).sum(1) - norm.mean * sum_g)
 
 
-def moments_backward(
+def _moments_backward(
     d: Tensor, sum_g: Tensor, moments: Moments | None, weight: Tensor, norm: Normaliser
 ) -> tuple[MomentsGrad, InputGradMatrices]:
     """The small matrices from D and sum(g), by the formulas above.
@@ -121,10 +136,56 @@ def moments_backward(
         return MomentsGrad(dweight, dgamma, sum_g), frozen_matrices(weight, norm)
     count, mean, m2 = moments
     dweight, dgamma, q = moments_weight_grad(d, sum_g, count, mean, w @ m2, w, norm)
-    quadratic = w.t() @ (q.unsqueeze(1) * w)
-    constant = w.t() @ (norm.scale * sum_g / count) - quadratic @ mean
+    quadratic = -(w.t() @ (q.unsqueeze(1) * w))
+    constant = w.t() @ (norm.scale * sum_g / count) + quadratic @ mean
     scaled = norm.scale.unsqueeze(1) * w
-    return MomentsGrad(dweight, dgamma, sum_g), InputGradMatrices(scaled, quadratic, constant)
+    return MomentsGrad(dweight, dgamma, sum_g), InputGradMatrices(scaled, quadratic, -constant.unsqueeze(0))
+
+
+moments_backward = Op(_moments_backward)
+
+
+@moments_backward.triton
+def _moments_backward_triton(
+    d: Tensor, sum_g: Tensor, moments: Moments | None, weight: Tensor, norm: Normaliser
+) -> tuple[MomentsGrad, InputGradMatrices]:
+    if not storable(weight, d):
+        return NotImplemented
+    from ..kernels.moments import moments_quadratic_kernel, moments_weight_grad_kernel
+
+    (k, c), tile = d.shape, matrix_tile(target_of(weight))
+    w = channels_last(weight).view(k, c)
+    batch = moments is not None
+    scaled, dw = torch.empty_like(w), torch.empty_like(d, memory_format=torch.contiguous_format)
+    dgamma, q = torch.empty((2, k), dtype=torch.float32, device=d.device)
+    numbers = {
+        "pixels": moments.pixels if moments else 1, "C": c, "K": k, "PRECISION": tile.precision,
+        "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+    }  # fmt: skip
+    read = {
+        "d_ptr": d.contiguous(), "sum_g_ptr": sum_g, "mean_ptr": moments and moments.mean,
+        "m2_ptr": moments and moments.m2, "w_ptr": w, "y_mean_ptr": None if batch else norm.mean,
+        "invstd_ptr": norm.invstd, "scale_ptr": norm.scale,
+    }  # fmt: skip
+    written = {"dw_ptr": dw, "dgamma_ptr": dgamma, "q_ptr": q if batch else None, "scaled_ptr": scaled}
+    launch(
+        moments_weight_grad_kernel, (-(-k // tile.block_k), -(-c // tile.block_c)), {**read, **written, **numbers},
+        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 2) if batch else 4 * k * c,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+    small = MomentsGrad(dw, dgamma, sum_g)
+    if moments is None:
+        return small, InputGradMatrices(scaled, None, None)
+    pieces = -(-c // tile.block_c)
+    quadratic = torch.empty((c, c), dtype=w.dtype, device=w.device)
+    constants = torch.empty((pieces, c), dtype=torch.float32, device=w.device)
+    read = {"q_ptr": q, "w_ptr": w, "scale_ptr": norm.scale, "sum_g_ptr": sum_g, "mean_ptr": moments.mean}
+    written = {"quadratic_ptr": quadratic, "constant_ptr": constants}
+    launch(
+        moments_quadratic_kernel, (pieces, pieces), {**read, **written, **numbers}, reads=tuple(read),
+        writes=tuple(written), flops=2 * k * c * (c + 1), num_warps=tile.num_warps,
+    )  # fmt: skip
+    return small, InputGradMatrices(scaled, quadratic, constants)
 
 
 def frozen_matrices(weight: Tensor, norm: Normaliser) -> InputGradMatrices:
@@ -150,8 +211,8 @@ def _moments_input_grad(
     seen = sampled(u, geometry.stride)
     dtype = statistics_dtype(u.tensor.dtype)
     rows = as_rows(masked(g)).to(dtype) @ matrices.weight
-    if matrices.quadratic is not None and matrices.constant is not None:
-        rows.addmm_(as_rows(formed(seen)).to(dtype), matrices.quadratic, alpha=-1).sub_(matrices.constant)
+    if matrices.quadratic is not None and matrices.constants is not None:
+        rows.addmm_(as_rows(formed(seen)).to(dtype), matrices.quadratic).add_(matrices.constants.sum(0))
     du = _spread(from_rows(rows, seen.tensor), u.tensor, geometry.stride)
     if add is None:
         return du.to(u.tensor.dtype)
@@ -170,6 +231,60 @@ def _spread(seen: Tensor, like: Tensor, stride: tuple[int, int]) -> Tensor:
 moments_input_grad = Op(_moments_input_grad)
 
 
+@moments_input_grad.triton
+def _moments_input_grad_triton(
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+) -> Tensor:
+    launched = _launched(g, matrices, u, geometry, add=add)
+    return NotImplemented if launched is None else launched.g
+
+
+def _moments_producer_grad(
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer
+) -> ProducerGrad:
+    """du as `moments_input_grad` gives it, behind the ReLU of the layer that made u, and the sums of it.
+
+    Args:
+        g: (N, K, P, Q), masked on load.
+        matrices: from `moments_backward`.
+        geometry: of the 1x1 convolution.
+        producer: of its input (N, C, H, W).
+
+    Returns:
+        As `conv_producer_grad`.
+    """
+    return at_producer(moments_input_grad(g, matrices, producer.output, geometry), producer)
+
+
+moments_producer_grad = Op(_moments_producer_grad)
+
+
+@moments_producer_grad.triton
+def _moments_producer_grad_triton(
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer
+) -> ProducerGrad:
+    launched = _launched(g, matrices, producer.output, geometry, norm=producer.norm)
+    if launched is None or launched.sums is None:
+        return NotImplemented
+    return ProducerGrad(launched.g, launched.sums)
+
+
+def _launched(
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None,
+    norm: Normaliser | None = None,
+) -> Launched | None:  # fmt: skip
+    """One pass by `conv_input_grad_kernel`, or None where there is no kernel."""
+    dtype, size = u.tensor.dtype, tuple(u.tensor.shape)
+    weight = matrices.weight.to(dtype)[:, :, None, None]
+    if why_no_kernel(g, weight, size, geometry) is not None:
+        return None
+    square = None
+    if matrices.quadratic is not None and matrices.constants is not None:
+        square = InputMatrices(matrices.quadratic.to(dtype), matrices.constants)
+    consumed = u if square is not None or norm is not None else None
+    return launch_input_grad(g, weight, size, geometry, x=consumed, matrices=square, add=add, norm=norm)
+
+
 @moments_input_grad.native
 def _moments_input_grad_native(
     g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
@@ -177,11 +292,11 @@ def _moments_input_grad_native(
     if not onednn.runs(u.tensor) or (add is not None and add.g.dtype != u.tensor.dtype):
         return NotImplemented
     linear = onednn.pointwise(matrices.weight.t())
-    if matrices.quadratic is None or matrices.constant is None:
+    if matrices.quadratic is None or matrices.constants is None:
         du = onednn.conv_act(masked(g), linear)
     else:
         seen = channels_last(formed(sampled(u, geometry.stride)))
-        du = onednn.conv_act(seen, onednn.pointwise(-matrices.quadratic, -matrices.constant))
+        du = onednn.conv_act(seen, onednn.pointwise(matrices.quadratic, matrices.constants.sum(0)))
         onednn.conv_onto(du, masked(g), linear)
     du = _spread(du, u.tensor, geometry.stride)
     return du if add is None else du.add_(masked(add))

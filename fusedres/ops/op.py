@@ -53,5 +53,5 @@ class Op(Generic[P, T]):
 def _first_tensor(operands: Any) -> Tensor:
     """The first tensor of nested tuples; every op's first operand holds one."""
     while not isinstance(operands, Tensor):
-        operands = operands[0]
+        operands = next(part for part in operands if isinstance(part, Tensor | tuple))
     return operands

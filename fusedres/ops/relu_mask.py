@@ -1,5 +1,7 @@
 """The ReLU's open positions, eight to a byte, and gradients passed through them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def _relu_backward_triton(g: Tensor, mask: Tensor, *, scratch: bool = False) -> 
     from ..kernels.relu_mask import relu_backward_kernel
 
     out = empty_rows(g)
-    arguments = {"g_ptr": channels_last(g), "mask_ptr": laid_out(mask), "out_ptr": out}
+    arguments = {**gradient(g), "mask_ptr": laid_out(mask), "out_ptr": out}
     reads, writes = ("g_ptr", "mask_ptr"), ("out_ptr",)
     launch_rows(relu_backward_kernel, g, arguments, reads=reads, writes=writes, flops=g.numel())
     return out
@@ -65,6 +67,18 @@ def laid_out(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return tensor.contiguous() if tensor.dtype == torch.uint8 else channels_last(tensor)
+
+
+def is_pooled(g: Tensor) -> bool:
+    """Whether a gradient (N, C, H, W) has one value per image and channel in memory, as global pooling leaves it."""
+    return g.shape[2] * g.shape[3] > 1 and g.stride(2) * (g.shape[2] - 1) == g.stride(3) * (g.shape[3] - 1) == 0
+
+
+def gradient(g: Tensor) -> dict[str, Any]:
+    """A gradient as kernels are told of it: in rows of channels, with as many pixels to a row as share its values."""
+    if is_pooled(g):
+        return {"g_ptr": g[:, :, 0, 0].contiguous(), "image": g.shape[2] * g.shape[3]}
+    return {"g_ptr": channels_last(g), "image": None}
 
 
 @relu_backward.native

@@ -18,8 +18,9 @@ NARROWEST = 16
 class ConvShape(NamedTuple):
     """What the choice depends on: output pixels, channels of a group, groups, window, bytes of an element.
 
-    ``flat``: depth runs along the rows of the window. ``prologue``: the input is normalised on load. ``second``: a
-    projection is contracted after the convolution, whose outputs wait in registers.
+    ``flat``: depth runs along the rows of the window. ``prologue``: the left operand is formed on load, of so many
+    tensors (``operands``). ``second``: a projection is contracted after the convolution, whose outputs wait in
+    registers. Of an input gradient, ``c`` are the channels of the convolution's output and ``k`` those of its input.
     """
 
     pixels: int
@@ -32,6 +33,7 @@ class ConvShape(NamedTuple):
     flat: bool = False
     prologue: bool = False
     second: bool = False
+    operands: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class ConvTile:
         """Tiles along the pixels."""
         return -(-shape.pixels // self.block_pixels)
 
-    def stage_bytes(self, itemsize: int) -> int:
+    def stage_bytes(self, shape: ConvShape) -> int:
         """Shared memory of one step's operands."""
-        return (self.block_pixels + self.block_k) * self.block_c * itemsize
+        return (shape.operands * self.block_pixels + self.block_k) * self.block_c * shape.itemsize
 
 
 def depthwise(shape: ConvShape) -> bool:
@@ -116,8 +118,8 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # Where operands pass through registers, such a tile has the multiprocessor for itself.
     alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
     room = target.shared_bytes if alone else target.shared_bytes // 2
-    stages = max(2, min(MOST_STAGES, room // tile.stage_bytes(shape.itemsize)))
-    while stages > 1 and stages * tile.stage_bytes(shape.itemsize) > target.shared_bytes:
+    stages = max(2, min(MOST_STAGES, room // tile.stage_bytes(shape)))
+    while stages > 1 and stages * tile.stage_bytes(shape) > target.shared_bytes:
         stages -= 1
     return replace(tile, num_stages=stages)
 

@@ -77,6 +77,21 @@ def moments_tile(pixels: int, channels: int, itemsize: int, target: Target) -> M
     return replace(tile, parts=-(-pixels // replace(tile, parts=wanted).per_part(pixels)))
 
 
+@dataclass(frozen=True)
+class MatrixTile:
+    """``block_k`` x ``block_c`` of a product of small fp32 matrices; ``precision`` of `tl.dot`."""
+
+    block_k: int
+    block_c: int
+    precision: str
+    num_warps: int = 4
+
+
+def matrix_tile(target: Target) -> MatrixTile:
+    """The tile of the moments form's small matrices; three TF32 products are fp32's digits on tensor cores."""
+    return MatrixTile(32, 32, "tf32x3" if target.backend == "cuda" else "ieee")
+
+
 def row_tiles(rows: int, channels: int, itemsize: int, vectors: int = 4) -> tuple[RowTile, ...]:
     """Tiles for one pass over a (rows, channels) tensor of ``itemsize`` bytes an element, the default first.
 

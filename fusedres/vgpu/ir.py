@@ -22,16 +22,14 @@ _BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64, "ptr": 64}
 
 
 def size_of(type_: str) -> int:
-    """Bytes that a scalar or vector of LLVM type ``type_`` takes in memory."""
+    """Bytes that a scalar or vector of LLVM type ``type_`` takes in memory; a vector's elements lie bit to bit."""
     vector = re.fullmatch(r"<(\d+) x (\w+)>", type_)
-    if vector:
-        return int(vector[1]) * size_of(vector[2])
-    if type_ in _BITS:
-        return _BITS[type_] // 8
-    whole = re.fullmatch(r"i(\d+)", type_)
-    if not whole:
+    count, element = (int(vector[1]), vector[2]) if vector else (1, type_)
+    whole = re.fullmatch(r"i(\d+)", element)
+    if element not in _BITS and not whole:
         raise NotExecutable(f"a value of LLVM type {type_}")
-    return max(int(whole[1]) // 8, 1)
+    bits = int(whole[1]) if whole else _BITS[element]
+    return max(count * bits // 8, 1)
 
 
 class Body:

@@ -44,8 +44,9 @@ EVERY = [(target, dtype) for target in vgpu.TARGETS for dtype in STORAGE]
 
 # Read once per program from the cache, in whichever pieces the tile's layout makes of them.
 PER_CHANNEL = {
-    "scale_ptr", "shift_ptr", "x_scale_ptr", "x_shift_ptr", "residual_scale_ptr", "residual_shift_ptr", "mean_ptr",
-    "p_ptr", "q_ptr", "r_ptr", "second_scale_ptr", "second_shift_ptr", "second_x_scale_ptr", "second_x_shift_ptr",
+    "scale_ptr", "shift_ptr", "x_scale_ptr", "x_shift_ptr", "x_mean_ptr", "residual_scale_ptr", "residual_shift_ptr",
+    "mean_ptr", "p_ptr", "q_ptr", "r_ptr", "constant_ptr", "second_scale_ptr", "second_shift_ptr",
+    "second_x_scale_ptr", "second_x_shift_ptr",
 }  # fmt: skip
 
 
@@ -117,17 +118,16 @@ def check_traffic(launch: Launch, target: str) -> None:
     if target == "gfx1100" and launch.name.startswith(("conv_", "input_moments")):
         # The compiler may write outputs as the matrix units leave them, without gathering rows in shared memory.
         left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr", "dw_ptr"}
-    if (
-        target == "sm_90"
-        and launch.name == "conv_weight_grad_kernel"
-        and "fp32" in str(launch.specialisation.signature[0])
-    ):
-        # Its TF32 instruction wants both operands along the pixels, and the compiler loads them in that order.
-        left_out = left_out | {"x_ptr", "g_ptr"}
+    if target == "sm_90" and "fp32" in str(launch.specialisation.signature[0]):
+        # Its TF32 instruction wants both operands along the depth, and the compiler loads them in that order.
+        along_depth = {"conv_weight_grad_kernel": {"x_ptr", "g_ptr"}, "conv_input_grad_kernel": {"w_ptr"}}
+        left_out = left_out | along_depth.get(launch.name, set())
     tiled = [traffic for name, traffic in counters.arguments.items() if name not in left_out]
     sectors, ideal = sum(traffic.sectors for traffic in tiled), sum(traffic.ideal_sectors for traffic in tiled)
     allowed = sector_allowance(launch)
-    assert sectors <= allowed * ideal, f"{launch.name}: {sectors} sectors, {allowed} x {ideal} allowed"
+    assert sectors <= allowed * ideal, f"{launch.name}: {sectors} sectors, {allowed} x {ideal} allowed; " + ", ".join(
+        f"{name} {t.sectors}/{t.ideal_sectors}" for name, t in counters.arguments.items() if t.sectors
+    )
 
 
 def sector_allowance(launch: Launch) -> float:
@@ -139,7 +139,7 @@ def sector_allowance(launch: Launch) -> float:
     aligned = "C" in launch.specialisation.aligned
     constants = dict(launch.specialisation.constants)
     multiple = constants.get("C_MULTIPLE", 16 if aligned else 1)
-    if launch.name in ("conv_forward_kernel", "conv_bn_act_kernel", "input_moments_kernel", "conv_weight_grad_kernel"):
+    if launch.name.startswith(("conv_", "input_moments_kernel")):
         return contraction_allowance(launch, constants)
     if launch.name.startswith("stem_pool") and multiple < 16:
         return 2.5

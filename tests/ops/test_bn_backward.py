@@ -7,12 +7,12 @@ from torch.nn.functional import batch_norm
 from fusedres.ops.bn_backward import (
     bn_backward,
     bn_backward_apply,
-    bn_backward_coefficients,
     bn_backward_reduce,
     masked,
+    output_grad,
 )
 from fusedres.ops.bn_finalize import bn_from_running
-from fusedres.ops.contract import Normaliser, OutputGrad, pixels
+from fusedres.ops.contract import Normaliser, OutputGrad
 from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close
 
@@ -88,16 +88,17 @@ def test_reduce_coefficients_and_apply_are_the_same_in_parts(mask, frozen, each_
     behind = g.g if mask == "none" else g.g * open_
     exact = autograd_of_batch_norm(y, gamma, running, behind)
     norm = normaliser(y, gamma, running)
-    sum_g, sum_gy = bn_backward_reduce(g, y, norm)
-    assert_close(sum_g, behind.sum((0, 2, 3)))
-    assert_close(sum_gy, (behind * (y - norm.mean[:, None, None]) * norm.invstd[:, None, None]).sum((0, 2, 3)))
-    p, q, r = bn_backward_coefficients(sum_g, sum_gy, pixels(y), norm, batch_stats=not frozen)
+    sums = bn_backward_reduce(g, y, norm)
+    assert_close(sums.sum_g, behind.sum((0, 2, 3)))
+    normalised = (y - norm.mean[:, None, None]) * norm.invstd[:, None, None]
+    assert_close(sums.sum_gy, (behind * normalised).sum((0, 2, 3)))
+    dy = output_grad(g, None if frozen else sums, y, norm)
     if frozen:
-        assert q is r is None
+        assert dy.q is dy.r is None
     else:
         centred = y - norm.mean[:, None, None]
-        assert_close(p[:, None, None] * behind + q[:, None, None] * centred + r[:, None, None], exact[0])
-    assert_close(bn_backward_apply(g._replace(y=y, p=p, q=q, r=r, mean=norm.mean)), exact[0])
+        assert_close(dy.p[:, None, None] * behind + dy.q[:, None, None] * centred + dy.r[:, None, None], exact[0])
+    assert_close(bn_backward_apply(dy), exact[0])
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -157,7 +158,7 @@ def test_reduce_keeps_its_accuracy_with_a_large_mean(dtype, each_backend):
     y = (torch.randn(4, 6, 16, 16) + 100).to(dtype)
     g = torch.randn(4, 6, 16, 16).to(dtype) + 1
     norm = normaliser(y, None, None)
-    _, sum_gy = bn_backward_reduce(OutputGrad(g), y, norm)
+    sum_gy = bn_backward_reduce(OutputGrad(g), y, norm).sum_gy
     exact = (g.double() * (y.double() - y.double().mean((0, 2, 3), keepdim=True))).sum((0, 2, 3))
     assert_close(sum_gy, exact * normaliser(y.double(), None, None).invstd, 1e-4)
 

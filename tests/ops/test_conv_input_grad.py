@@ -6,7 +6,7 @@ from torch.nn.functional import conv2d
 
 from fusedres.ops.bn_backward import masked
 from fusedres.ops.contract import Geometry, Normaliser, OutputGrad
-from fusedres.ops.conv_input_grad import Producer, at_producer, conv_input_grad
+from fusedres.ops.conv_input_grad import Producer, at_producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
 
@@ -115,22 +115,21 @@ def test_wider_shortcut_gradient_keeps_its_dtype(each_backend):
     assert_close(du, exact + other, torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.parametrize("written", [False, True], ids=["formed", "written"])
 @pytest.mark.parametrize("dtype", [torch.float64, *STORAGE])
-def test_at_the_producer(dtype, written, each_backend):
+def test_at_the_producer(dtype, each_backend):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y, du = torch.randn(2, 3, 5, 7, 4, dtype=wide).to(dtype)
     mean, invstd, scale, shift = torch.rand(4, 5, dtype=wide)
     norm = Normaliser(mean, invstd, scale, shift)
     z = y.double() * scale.double()[:, None, None] + shift.double()[:, None, None]
-    grad = at_producer(du, Producer(y, norm), z.to(dtype).relu() if written else None)
+    grad = at_producer(du, Producer(y, norm))
     exact = du.double() * (z > 0)
     assert torch.equal(grad.g.double(), exact)
     normalised = (y.double() - mean.double()[:, None, None]) * invstd.double()[:, None, None]
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
-    assert_close(grad.sum_g, exact.sum((0, 2, 3)), tolerance)
-    assert_close(grad.sum_gy, (exact * normalised).sum((0, 2, 3)), tolerance)
-    assert grad.sum_g.dtype == grad.sum_gy.dtype == wide
+    assert_close(grad.sums.sum_g, exact.sum((0, 2, 3)), tolerance)
+    assert_close(grad.sums.sum_gy, (exact * normalised).sum((0, 2, 3)), tolerance)
+    assert {vector.dtype for vector in grad.sums} == {wide}
     assert grad.g.dtype == dtype
 
 
@@ -142,9 +141,24 @@ def test_at_the_producer_uses_the_rounded_output_as_its_mask(each_backend):
     assert not masked(OutputGrad(grad.g)).any()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_to_the_producer_is_one_after_the_other(case, each_backend):
+    weight, size, geometry, grad, _, exact = setting(case, torch.float64, "all")
+    mean, invstd, scale, shift = torch.rand(4, size[1], dtype=torch.float64)
+    producer = Producer(torch.randn(size, dtype=torch.float64), Normaliser(mean, invstd, scale, -shift))
+    ours, apart = conv_producer_grad(grad, weight, geometry, producer), at_producer(exact, producer)
+    assert_close(ours.g, apart.g)
+    for name, mine, theirs in zip(apart.sums._fields, ours.sums, apart.sums, strict=True):
+        assert_close(mine, theirs, name=name)
+
+
 def test_refused_by_name(each_backend):
     weight, size = torch.zeros(6, 4, 1, 1), (2, 4, 5, 5)
     with pytest.raises(ValueError, match="dy: expected 6 channels, got 5"):
         conv_input_grad(OutputGrad(torch.zeros(2, 5, 5, 5)), weight, size, Geometry())
     with pytest.raises(ValueError, match="dy: expected a 4-D tensor"):
         conv_input_grad(OutputGrad(torch.zeros(6, 5, 5)), weight, size, Geometry())
+    with pytest.raises(ValueError, match=r"dy: expected shape \(2, 6, 5, 5\), got \(2, 6, 5, 4\)"):
+        conv_input_grad(OutputGrad(torch.zeros(2, 6, 5, 4)), weight, size, Geometry())
+    with pytest.raises(ValueError, match="size: expected 4 channels"):
+        conv_input_grad(OutputGrad(torch.zeros(2, 6, 5, 5)), weight, (2, 3, 5, 5), Geometry())

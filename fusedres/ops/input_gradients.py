@@ -1,0 +1,170 @@
+"""What the launches of `conv_input_grad_kernel` have in common: whether there is a kernel, its tile, its arguments."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import launch, target_of
+from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
+from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked
+from .contract import ConvInput, Geometry, Normaliser, OutputGrad, channels_last, pixels
+from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
+from .relu_mask import is_pooled, laid_out
+from .rows import empty_rows, storable
+
+
+class InputMatrices(NamedTuple):
+    """What the moments form adds at the pixels that a 1x1 convolution reads: u ``quadratic`` + sum of ``constants``.
+
+    ``quadratic`` is (C, C), symmetric, in the storage dtype; ``constants`` (T, C) in fp32.
+    """
+
+    quadratic: Tensor
+    constants: Tensor
+
+
+class Launched(NamedTuple):
+    """The input's gradient, and its sums where a producer's numbers were given."""
+
+    g: Tensor
+    sums: NormSums | None
+
+
+def why_no_kernel(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> str | None:
+    """Why an input gradient runs on the library and not on our kernels, or None."""
+    shape = gradient_shape(dy, weight, size, geometry)
+    if not storable(dy.g, dy.y, weight):
+        return f"{dy.g.dtype} has no kernels"
+    if dy.g.dtype != weight.dtype or (dy.y is not None and dy.y.dtype != weight.dtype):
+        return f"dy in {dy.g.dtype} and the weight in {weight.dtype}"
+    if depthwise(shape):
+        return "depthwise: too few channels of a group for tensor cores"
+    if max(shape.r, shape.s) > LARGEST_WINDOW:
+        return f"a window of {shape.r} x {shape.s} pixels: kernels take at most {LARGEST_WINDOW}"
+    if shape.r * geometry.dilation[0] * dy.g.shape[3] * dy.g.shape[1] >= LARGEST_OFFSET:
+        return "a window of more than 2**31 values"
+    return None
+
+
+def gradient_shape(
+    dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, second: bool = False
+) -> ConvShape:
+    """What tiles depend on; its pixels are those of the largest class."""
+    n, c, h, w = size
+    k, _, r, s = weight.shape
+    groups, stride = geometry.groups, geometry.stride
+    formed = dy.p is not None or dy.mask is not None
+    pixels_ = n * -(-h // stride[0]) * -(-w // stride[1])
+    return ConvShape(
+        pixels_, k // groups, c // groups, groups, r, s, weight.element_size(), prologue=formed or second,
+        operands=1 + (dy.q is not None) + (dy.mask is not None and dy.mask.dtype != torch.uint8),
+    )  # fmt: skip
+
+
+def launch_input_grad(
+    dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
+    matrices: InputMatrices | None = None, add: OutputGrad | None = None, norm: Normaliser | None = None,
+) -> Launched:  # fmt: skip
+    """The kernel, with whatever is joined to it.
+
+    Args:
+        dy, weight, size, geometry: as of `conv_input_grad`.
+        x: (N, C, H, W) what the convolution consumed, with ``matrices`` or ``norm``.
+        matrices: of the moments form.
+        add: another gradient of the input.
+        norm: the numbers of the batch norm in x, behind whose ReLU the gradient is wanted with its sums.
+    """
+    from ..kernels.conv_input_grad import conv_input_grad_kernel
+
+    n, c, h, w = size
+    shape = gradient_shape(dy, weight, size, geometry, second=matrices is not None)
+    stride, padding, dilation, groups = geometry
+    tile = conv_tile(shape, target_of(weight))
+    packed, per_tile = tile.groups_per_tile, tile.groups_per_tile * shape.c
+    if groups > 1 and packed * shape.c % 8 and dy.mask is not None and dy.mask.dtype == torch.uint8:
+        dy = dy._replace(g=masked(dy), mask=None)
+    if groups > 1 and packed * shape.k % 8 and add is not None and add.mask is not None:
+        add = OutputGrad(masked(add))
+    add = add or OutputGrad(None)  # type: ignore[arg-type]
+    out = empty_rows(dy.g, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype), size)
+    classes = math.prod(stride)
+    tiles = tile.tiles(shape)
+    sums = products = None
+    if norm is not None:
+        sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
+    window = (shape.r, shape.s)
+    consumed = None if x is None else channels_last(x.tensor)
+    gradient = gradient_arguments(dy)
+    pooled = gradient.pop("image") is not None
+    beside: dict[str, Any] = {
+        "w_ptr": channels_last(weight), "quadratic_ptr": matrices and matrices.quadratic,
+        "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
+        "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
+        "add_ptr": _rows(add.g), "add_mask_ptr": laid_out(add.mask),
+    }  # fmt: skip
+    written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
+    steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+    rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+    whole = groups % packed == 0
+    partial = _partial(dy, size, window, geometry)
+    if norm is None and consumed is not None:
+        partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
+    arguments = window_arguments(
+        out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry
+    )
+    del arguments["FLAT"]
+    launch(
+        conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
+        {
+            **gradient, **beside, **written, **arguments, "tiles": tiles,
+            "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
+            "constants": 0 if matrices is None else len(matrices.constants),
+            "STRIDED": classes > 1, "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
+            "ADD_POOLED": add.g is not None and is_pooled(add.g), "GROUPS_PER_TILE": packed,
+            "EVEN_K": whole and per_tile % tile.block_c == 0,
+            "EVEN_C": whole and packed * shape.k % tile.block_k == 0,
+            "EVEN_DEPTH": matrices is not None and c % tile.block_c == 0,
+            "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_k, "BLOCK_K": tile.block_c,
+        },
+        reads=(*GRADIENT, *beside), writes=tuple(written), partial=partial, flops=_flops(dy, weight, x, matrices),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if sums is None or products is None or norm is None:
+        return Launched(out, None)
+    return Launched(out, finished(sums, products, n * h * w, norm))
+
+
+def _rows(g: Tensor | None) -> Tensor | None:
+    """A gradient in rows of channels, one for each pixel or, as pooling leaves it, for each image."""
+    if g is None:
+        return None
+    return g[:, :, 0, 0].contiguous() if is_pooled(g) else channels_last(g)
+
+
+def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputMatrices | None) -> int:
+    flops = 2 * pixels(dy.g) * weight.numel()
+    if matrices is not None:
+        flops += 2 * pixels(dy.g) * matrices.quadratic.numel()
+    return flops
+
+
+def _partial(dy: OutputGrad, size: tuple[int, ...], window: tuple[int, int], geometry: Geometry) -> dict[str, int]:
+    """Bytes of dy's parts that some pixel of the input is under: all of them, but for windows wholly in the padding."""
+    reached, whole = 1, dy.g.shape[2] * dy.g.shape[3]
+    steps = geometry.stride, geometry.padding, geometry.dilation
+    for side, windows, kernel, *step in zip(size[2:], dy.g.shape[2:], window, *steps, strict=True):
+        reached *= windows_inside(side, windows, kernel, *step)
+    if reached == whole:
+        return {}
+    parts = {"g_ptr": None if is_pooled(dy.g) else dy.g, "mask_ptr": dy.mask, "y_ptr": dy.y}
+    return {name: part.nbytes * reached // whole for name, part in parts.items() if part is not None}
+
+
+@functools.cache
+def windows_inside(side: int, windows: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many windows hold one of ``side`` pixels."""
+    places = range(side)
+    return sum(any(i * stride - padding + j * dilation in places for j in range(kernel)) for i in range(windows))

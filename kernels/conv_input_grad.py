@@ -1,0 +1,312 @@
+"""The gradient of a convolution's input, with all that surrounds it joined: one pass from gradient to gradient.
+
+Depth runs over the window's taps and, within a tap, over the output's channels, whose gradient dy is formed on load. A
+strided convolution's input falls into classes of pixels (row and column modulo the stride), each of which some of the
+taps reach: a tile holds pixels of one class and goes through its taps alone, so that nothing is multiplied by zero.
+
+The moments form adds a second contraction (the input with a small square matrix). Behind the sum stand the shortcut's
+gradient, or the producer's ReLU with the two sums that its batch norm needs.
+"""
+
+import triton
+import triton.language as tl
+
+from .contraction import SIZES, contract, tile_of
+from .relu_mask import load_masked_rows, unpacked
+
+
+@triton.jit
+def _first_tap(
+    remainder,  # of the class's pixels along this side
+    pad,
+    dilation,
+    stride,
+    WINDOW: tl.constexpr,
+):
+    """The first tap that reaches pixels of a class, WINDOW where none does."""
+    first = WINDOW
+    for i in tl.static_range(WINDOW):
+        tap = WINDOW - 1 - i
+        first = tl.where((remainder + pad - tap * dilation) % stride == 0, tap, first)
+    return first
+
+
+@triton.jit
+def _contract_gradient(
+    g_ptr,
+    mask_ptr,
+    y_ptr,
+    p_ptr,
+    q_ptr,
+    r_ptr,
+    mean_ptr,
+    w_ptr,
+    o_n,  # (BLOCK_PIXELS,) images
+    o_p,  # (BLOCK_PIXELS,) row and column of dy under the first tap
+    o_q,
+    first_r,  # first tap of the class along each side, the taps from one to the next, and how many there are
+    first_s,
+    step_r,
+    step_s,
+    taps_r,
+    taps_s,
+    row_step,  # rows and columns of dy between two taps
+    column_step,
+    i_group,
+    o_c,  # (BLOCK_C,) input channels, counted from the first of the group
+    groups,
+    C,
+    K,
+    P,
+    Q,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    POOLED: tl.constexpr,
+    GROUPS_PER_TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    TF32: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(BLOCK_PIXELS, BLOCK_C) fp32: dy with the transposed weight."""
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    o_d = tl.arange(0, BLOCK_K)
+    o_row = (o_n.to(tl.int64) * P + o_p) * Q + o_q
+    o_g = o_n.to(tl.int64) if POOLED else o_row
+    o_in = (i_group * K + o_d)[None, :]
+    g_ptrs = g_ptr + (o_g * (groups * K))[:, None] + o_in
+    if q_ptr is not None:
+        y_ptrs = y_ptr + (o_row * (groups * K))[:, None] + o_in
+    if mask_ptr is not None:
+        BITS: tl.constexpr = mask_ptr.dtype.element_ty == tl.uint8
+        width = tl.cdiv(groups * K, 8) if BITS else groups * K
+        if BITS:
+            mask_ptrs = mask_ptr + (o_row * width)[:, None] + (i_group * K // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
+        else:
+            mask_ptrs = mask_ptr + (o_row * width)[:, None] + o_in
+    live = 1
+    if GROUPS_PER_TILE > 1:
+        live = tl.minimum(GROUPS_PER_TILE, groups - i_group)  # the last tile may hold fewer groups
+    depth = live * K
+    m_c = o_c < live * C
+    w_ptrs = w_ptr + ((i_group * K + o_d).to(tl.int64) * (R * S * C))[:, None] + o_c[None, :]
+    if GROUPS_PER_TILE > 1:
+        w_ptrs = w_ptrs - (o_c // C * C)[None, :]
+
+    if WINDOWED:
+        # Bit i of rows and columns: whether dy exists under the i-th tap of the class.
+        rows = tl.zeros((BLOCK_PIXELS,), tl.int32)
+        columns = tl.zeros((BLOCK_PIXELS,), tl.int32)
+        for i_r in tl.static_range(R):
+            under = o_p - i_r * row_step
+            rows |= ((under >= 0) & (under < P)).to(tl.int32) << i_r
+        for i_s in tl.static_range(S):
+            under = o_q - i_s * column_step
+            columns |= ((under >= 0) & (under < Q)).to(tl.int32) << i_s
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+    pieces = tl.cdiv(depth, BLOCK_K)
+    i_r, i_s, k = 0, 0, 0
+    for _ in range(taps_r * taps_s * pieces):
+        o_tap = -(i_r * row_step * Q + i_s * column_step)
+        m_k = k + o_d < depth
+        if WINDOWED:
+            m_in = ((rows >> i_r) & (columns >> i_s) & 1) != 0
+        o = o_tap * (groups * K) + k
+        o_pooled = k if POOLED else o
+        if WINDOWED and EVEN_K:
+            dy = tl.load(g_ptrs + o_pooled, mask=m_in[:, None], other=0.0)
+        elif WINDOWED:
+            dy = tl.load(g_ptrs + o_pooled, mask=m_in[:, None] & m_k[None, :], other=0.0)
+        elif EVEN_K:
+            dy = tl.load(g_ptrs + o_pooled)
+        else:
+            dy = tl.load(g_ptrs + o_pooled, mask=m_k[None, :], other=0.0)
+        if mask_ptr is not None:
+            if BITS:
+                m_byte = k + tl.arange(0, BLOCK_K // 8) * 8 < depth
+                if WINDOWED:
+                    bits = tl.load(mask_ptrs + (o_tap * width + k // 8), mask=m_in[:, None] & m_byte[None, :], other=0)
+                else:
+                    bits = tl.load(mask_ptrs + (o_tap * width + k // 8), mask=m_byte[None, :], other=0)
+                open_ = unpacked(bits, BLOCK_PIXELS, BLOCK_K)
+            elif WINDOWED:
+                open_ = tl.load(mask_ptrs + o, mask=m_in[:, None] & m_k[None, :], other=0.0) > 0
+            else:
+                open_ = tl.load(mask_ptrs + o, mask=m_k[None, :], other=0.0) > 0
+            dy = tl.where(open_, dy, 0.0)
+        if p_ptr is not None:
+            formed = dy.to(tl.float32) * tl.load(p_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)[None, :]
+            if q_ptr is not None:
+                if WINDOWED and EVEN_K:
+                    y = tl.load(y_ptrs + o, mask=m_in[:, None], other=0.0).to(tl.float32)
+                elif WINDOWED:
+                    y = tl.load(y_ptrs + o, mask=m_in[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+                elif EVEN_K:
+                    y = tl.load(y_ptrs + o).to(tl.float32)
+                else:
+                    y = tl.load(y_ptrs + o, mask=m_k[None, :], other=0.0).to(tl.float32)
+                if mean_ptr is not None:
+                    y -= tl.load(mean_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)[None, :]
+                q = tl.load(q_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)
+                r = tl.load(r_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)
+                formed += y * q[None, :] + r[None, :]
+                if WINDOWED:
+                    # Where there is no dy its parts are not zero with r. A product is one instruction for each;
+                    # choosing between packed 16-bit ones, as the compiler would a mask, is three.
+                    formed *= m_in.to(tl.float32)[:, None]
+            dy = formed.to(dy.dtype)
+        o_w = ((first_r + i_r * step_r) * S + first_s + i_s * step_s) * C + k * (R * S * C)
+        if GROUPS_PER_TILE > 1:
+            # Block diagonal: a column's own group's channels, zero for the others'.
+            in_group = k + o_d[:, None] - (o_c // C * K)[None, :]
+            w = tl.load(w_ptrs + o_w, mask=(in_group >= 0) & (in_group < K) & m_c[None, :], other=0.0)
+        elif EVEN_K and EVEN_C:
+            w = tl.load(w_ptrs + o_w)
+        else:
+            w = tl.load(w_ptrs + o_w, mask=m_k[:, None] & m_c[None, :], other=0.0)
+        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+        k += BLOCK_K
+        step = (k >= depth).to(tl.int32)
+        i_s += step
+        k = tl.where(step != 0, 0, k)
+        i_r = tl.where(i_s < taps_s, i_r, i_r + 1)
+        i_s = tl.where(i_s < taps_s, i_s, 0)
+    return acc
+
+
+@triton.jit(do_not_specialize=[*SIZES, "tiles", "step_r", "step_s", "row_step", "column_step", "constants"])
+def conv_input_grad_kernel(
+    g_ptr,  # (N, P, Q, groups * K) gradient behind the batch norm, or dy itself without p; POOLED: (N, groups * K)
+    mask_ptr,  # bits or rectified output (`load_masked`), or None
+    y_ptr,  # (N, P, Q, groups * K) raw convolution output; None together with q
+    p_ptr,  # (groups * K,) fp32 of dy = p * g + q * (y - mean) + r, or None: dy = g
+    q_ptr,  # (groups * K,) fp32, or None
+    r_ptr,  # (groups * K,) fp32; None together with q
+    mean_ptr,  # (groups * K,) fp32, or None: zero
+    w_ptr,  # (groups * K, R, S, C) weights, storage dtype
+    quadratic_ptr,  # (C, C) of the moments form, symmetric, storage dtype: the input with it is added; or None
+    constant_ptr,  # (constants, C) fp32, terms of what is added to every pixel that the convolution reads; or None
+    x_ptr,  # (N, H, W, groups * C) what the convolution consumed; None where neither of its uses is wanted
+    x_scale_ptr,  # (groups * C,) fp32 where it consumed relu(x * scale + shift), or None
+    x_shift_ptr,  # (groups * C,) fp32, or None
+    x_mean_ptr,  # (groups * C,) fp32, with the producer's sums
+    add_ptr,  # (N, H, W, groups * C) another gradient of the input, or None; ADD_POOLED: (N, groups * C)
+    add_mask_ptr,  # its bits or rectified output, or None
+    out_ptr,  # (N, H, W, groups * C) out: the gradient of the input, behind the producer's ReLU if sums are wanted
+    part_g_ptr,  # (classes * tiles, groups * C) fp32 out, sum(out); None: the producer's ReLU is not joined
+    part_gd_ptr,  # (classes * tiles, groups * C) fp32 out, sum(out * (x - mean))
+    pixels,  # N * H * W
+    groups,
+    C,  # input channels of a group
+    K,  # output channels of a group
+    H,
+    W,
+    P,
+    Q,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    tiles,  # tiles along the pixels of the largest class
+    step_r,  # taps from one that reaches a class to the next
+    step_s,
+    row_step,  # rows of dy between these
+    column_step,
+    constants,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDED: tl.constexpr,
+    WINDOWED: tl.constexpr,  # whether some tap of some pixel has no dy
+    POOLED: tl.constexpr,
+    ADD_POOLED: tl.constexpr,
+    GROUPS_PER_TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # whether BLOCK_K divides every tile's output channels
+    EVEN_C: tl.constexpr,  # whether BLOCK_C divides the input channels
+    EVEN_DEPTH: tl.constexpr,  # whether BLOCK_K divides C
+    TF32: tl.constexpr,
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K
+    K_MULTIPLE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    i_tile, i_column, i_group, o_c = tile_of(groups, C, GROUPS_PER_TILE, BLOCK_C)
+    o_row = tl.arange(0, BLOCK_PIXELS)
+    i_class = 0
+    if STRIDED:
+        i_class, i_pixel = i_tile // tiles, i_tile % tiles
+        class_h, class_w = i_class // stride_w, i_class % stride_w
+        high, wide = tl.cdiv(H - class_h, stride_h), tl.cdiv(W - class_w, stride_w)
+        first = i_pixel * BLOCK_PIXELS
+        count = pixels // (H * W) * high * wide
+        m_row = o_row < count - first
+        # Rows beyond the class read its last pixel's window: no mask in the loop, and nobody stores what they give.
+        # A class may be empty; then its first pixel lies outside, where there is no dy.
+        o_pixel = tl.maximum(tl.minimum(first + o_row, count - 1), 0)
+        high, wide = tl.maximum(high, 1), tl.maximum(wide, 1)
+        o_n, o_h, o_w = o_pixel // (high * wide), o_pixel // wide % high, o_pixel % wide
+        seen = o_pixel
+        o_h, o_w = class_h + o_h * stride_h, class_w + o_w * stride_w
+        first_r = _first_tap(class_h, pad_h, dilation_h, stride_h, R)
+        first_s = _first_tap(class_w, pad_w, dilation_w, stride_w, S)
+        o_p, o_q = (o_h + pad_h - first_r * dilation_h) // stride_h, (o_w + pad_w - first_s * dilation_w) // stride_w
+        taps_r, taps_s = tl.cdiv(R - first_r, step_r), tl.cdiv(S - first_s, step_s)
+        o_at = (o_n.to(tl.int64) * H + o_h) * W + o_w
+    else:
+        first = i_tile.to(tl.int64) * BLOCK_PIXELS
+        m_row = o_row < pixels - first
+        seen = tl.minimum(i_tile * BLOCK_PIXELS + o_row, pixels - 1)
+        o_n, o_p, o_q = seen // (H * W), seen // W % H + pad_h, seen % W + pad_w
+        first_r, first_s, taps_r, taps_s = 0, 0, R, S
+        o_at = first + o_row
+    acc = _contract_gradient(
+        g_ptr, mask_ptr, y_ptr, p_ptr, q_ptr, r_ptr, mean_ptr, w_ptr, o_n, o_p, o_q, first_r, first_s, step_r, step_s,
+        taps_r, taps_s, row_step, column_step, i_group, o_c, groups, C, K, P, Q, R, S, WINDOWED, POOLED,
+        GROUPS_PER_TILE, EVEN_K, EVEN_C, TF32, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+
+    o_out = i_group * C + o_c
+    m_c = (o_c < GROUPS_PER_TILE * C) & (o_out < groups * C)
+    # The pixels that a strided 1x1 convolution reads are its first class.
+    if quadratic_ptr is not None:  # noqa: SIM102 (a choice of the compiler's, then one of the program's)
+        if i_class == 0:
+            acc = contract(
+                x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, H, W, P, Q, stride_h,
+                stride_w, 0, 0, 1, 1, 1, 1, False, False, 1, EVEN_DEPTH, TF32, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+            )  # fmt: skip
+            constant = tl.zeros((BLOCK_C,), tl.float32)
+            for i in range(constants):
+                constant += tl.load(constant_ptr + i * C + o_out, mask=m_c, other=0.0)
+            acc += constant[None, :]
+
+    m = m_row[:, None] & m_c[None, :]
+    o = o_at[:, None] * (groups * C) + o_out[None, :]
+    if add_ptr is not None:
+        o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
+        first_c = i_group * C + i_column % tl.cdiv(GROUPS_PER_TILE * C, BLOCK_C) * BLOCK_C
+        last_c = tl.minimum((i_group + GROUPS_PER_TILE) * C, groups * C)
+        acc += load_masked_rows(
+            add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, BLOCK_PIXELS, BLOCK_C
+        )
+    if part_g_ptr is not None:
+        x = tl.load(x_ptr + o, mask=m, other=0.0)
+        scale = tl.load(x_scale_ptr + o_out, mask=m_c, other=0.0)
+        shift = tl.load(x_shift_ptr + o_out, mask=m_c, other=0.0)
+        mean = tl.load(x_mean_ptr + o_out, mask=m_c, other=0.0)
+        wide_x = x.to(tl.float32)
+        # Rounded as it was when the convolution consumed it: what became zero then has no gradient.
+        u = (wide_x * scale[None, :] + shift[None, :]).to(x.dtype)
+        g = tl.where(u > 0, acc, 0.0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + o, g, mask=m)
+        g = tl.where(m, g.to(tl.float32), 0.0)
+        o_part = i_tile.to(tl.int64) * (groups * C) + o_out
+        tl.store(part_g_ptr + o_part, tl.sum(g, axis=0), mask=m_c)
+        tl.store(part_gd_ptr + o_part, tl.sum(g * (wide_x - mean[None, :]), axis=0), mask=m_c)
+    else:
+        tl.store(out_ptr + o, acc.to(out_ptr.dtype.element_ty), mask=m)
