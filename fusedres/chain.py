@@ -64,22 +64,22 @@ def run_chain(
     check_activation("x", x)
     check_act(act)
     dtype = contraction_dtype(x)
-    size = _checked_size("x", x, layers[0], tuple(x.shape), dtype)
+    size = checked_size("x", x, layers[0], tuple(x.shape), dtype)
     for i, layer in enumerate(layers[1:], start=2):
-        size = _checked_size(f"layer {i}", x, layer, size, dtype)
+        size = checked_size(f"layer {i}", x, layer, size, dtype)
     if projection is not None:
-        _check_joins("projection", _checked_size("projection", x, projection, tuple(x.shape), dtype), size)
+        check_joins("projection", checked_size("projection", x, projection, tuple(x.shape), dtype), size)
     elif shortcut == "identity":
-        _check_joins("x", tuple(x.shape), size)
+        check_joins("x", tuple(x.shape), size)
     elif shortcut == "zero_pad":
-        _check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
+        check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
     elif residual is not None:
         check_activation("residual", residual)
-        _check_joins("residual", tuple(residual.shape), size)
+        check_joins("residual", tuple(residual.shape), size)
 
-    _advance(counters)
+    advance(counters)
     every = [*layers, projection] if projection is not None else list(layers)
-    if not _differentiated(x, residual, every) and not any(layer.norm.batch_stats for layer in every):
+    if not is_differentiated(x, residual, every) and not any(layer.norm.batch_stats for layer in every):
         with no_autocast(x.device.type):
             return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
 
@@ -123,11 +123,11 @@ def run_stem(
     """
     check_activation("x", x)
     dtype = contraction_dtype(x)
-    _, _, height, width = _checked_size("x", x, layer, tuple(x.shape), dtype)
+    _, _, height, width = checked_size("x", x, layer, tuple(x.shape), dtype)
     if min(pool.output_size(height, width)) < 1:
         raise ValueError(f"pool: {height} x {width} pixels are too few for {pool}")
-    _advance(counters)
-    if not _differentiated(x, None, [layer]) and not layer.norm.batch_stats:
+    advance(counters)
+    if not is_differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
             return infer_stem(x.to(dtype), layer, pool)
     chosen = chain_schedule(schedule, kernels=wants_kernels(x))
@@ -136,19 +136,23 @@ def run_stem(
     return z
 
 
-def _advance(counters: Sequence[Tensor]) -> None:
+def advance(counters: Sequence[Tensor]) -> None:
+    """Count a batch."""
     for counter in counters:
         counter.add_(1)
 
 
-def _differentiated(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:
+def is_differentiated(
+    x: Tensor, residual: Tensor | None, layers: Sequence[Layer], others: Sequence[Tensor | None] = ()
+) -> bool:
+    """Whether autograd follows a call on these tensors."""
     if not torch.is_grad_enabled():
         return False
-    tensors = [x, residual, *(tensor for layer in layers for tensor in layer.tensors)]
+    tensors = [x, residual, *(tensor for layer in layers for tensor in layer.tensors), *others]
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _checked_size(name: str, x: Tensor, layer: Layer, size: Size, dtype: torch.dtype) -> Size:
+def checked_size(name: str, x: Tensor, layer: Layer, size: Size, dtype: torch.dtype) -> Size:
     """The (N, K, P, Q) that a layer makes of an input of ``size``; refuses what eager PyTorch would refuse."""
     weight = layer.tensors.weight
     n = size[0]
@@ -171,6 +175,7 @@ def check_norm(name: str, norm: NormSpec, values: int) -> None:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, got {values}")
 
 
-def _check_joins(name: str, size: Size, expected: Size) -> None:
+def check_joins(name: str, size: Size, expected: Size) -> None:
+    """Refuse a branch of another shape than the chain's output."""
     if size != expected:
         raise ValueError(f"{name}: expected shape {expected} to join the chain's output, got {size}")

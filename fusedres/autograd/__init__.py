@@ -3,6 +3,7 @@
 from .add_act import AddAct
 from .bn_add_act import BNAddAct
 from .conv_chain import ConvChain
+from .preact import PreAct
 from .stem_pool import StemPool
 
-__all__ = ["AddAct", "BNAddAct", "ConvChain", "StemPool"]
+__all__ = ["AddAct", "BNAddAct", "ConvChain", "PreAct", "StemPool"]

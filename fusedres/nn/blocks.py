@@ -2,18 +2,16 @@
 
 from . import plain
 from .fused import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
+from .fused_preact import FusedBNAct, FusedPreAct
 from .plain import (
     ActivationBasicBlock,
     ActivationBottleneck,
-    BNAct,
     DenseBlock,
     DenseLayer,
     DropoutShortcutBlock,
     GatedBlock,
     HighwayBlock,
     NoShortcut,
-    PreActBasicBlock,
-    PreActBottleneck,
     ScaledBlock,
     StochasticBlock,
     Transition,
@@ -31,6 +29,18 @@ class BasicBlock(FusedBasicBlock, plain.BasicBlock):
 
 class Bottleneck(FusedBottleneck, plain.Bottleneck):
     __doc__ = plain.Bottleneck.__doc__
+
+
+class BNAct(FusedBNAct, plain.BNAct):
+    __doc__ = plain.BNAct.__doc__
+
+
+class PreActBasicBlock(FusedPreAct, plain.PreActBasicBlock):
+    __doc__ = plain.PreActBasicBlock.__doc__
+
+
+class PreActBottleneck(FusedPreAct, plain.PreActBottleneck):
+    __doc__ = plain.PreActBottleneck.__doc__
 
 
 __all__ = [

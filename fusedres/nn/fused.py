@@ -32,8 +32,8 @@ class Fused(nn.Module):
     fused_schedule: str = AUTO
     """The schedule asked for; what `fuse` sets on the instance."""
 
-    def fused_pairs(self) -> tuple[Pair, ...]:
-        """Every convolution with its batch norm that the fused pass runs.
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        """Every convolution that the fused pass runs.
 
         Raises:
             NotFusable: with the reason.
@@ -43,8 +43,8 @@ class Fused(nn.Module):
     def train(self, mode: bool = True) -> Any:
         # Writes through .data are not counted by torch; a change of mode is where a stale cache would show.
         try:
-            for pair in self.fused_pairs():
-                forget(pair.conv.weight)  # type: ignore[arg-type]
+            for conv in self.fused_convs():
+                forget(conv.weight)  # type: ignore[arg-type]
         except NotFusable:
             pass
         return super().train(mode)
@@ -78,8 +78,8 @@ class FusedBlock(Fused):
             raise NotFusable(reason)
         return parts
 
-    def fused_pairs(self) -> tuple[Pair, ...]:
-        return self.checked_parts().pairs
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        return tuple(pair.conv for pair in self.checked_parts().pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         if not traced(x):
@@ -143,8 +143,8 @@ class FusedStem(Fused):
             raise NotFusable(reason)
         return parts
 
-    def fused_pairs(self) -> tuple[Pair, ...]:
-        return (self.checked_stem().pair,)
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        return (self.checked_stem().pair.conv,)
 
     def stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x))))."""

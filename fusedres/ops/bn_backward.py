@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..plan.tiles import PartialTile
+from .add_act import add_act
 from .bn_finalize import MOST_PARTS
 from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
@@ -116,15 +117,20 @@ def output_grad(g: OutputGrad, sums: NormSums | None, y: Tensor, norm: Normalise
     return g._replace(y=y, p=norm.scale, q=sums.q, r=sums.r, mean=norm.mean)
 
 
-def _bn_backward_apply(dy: OutputGrad) -> Tensor:
-    """dy = p * g + q * (y - mean) + r, written to memory.
+def _bn_backward_apply(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
+    """dy = p * g + q * (y - mean) + r, plus the masked ``add``, written to memory.
 
     Args:
         dy: its parts; ``q``, ``r`` may be None (zero), as may ``p`` (the masked g itself).
+        add: a gradient of the same tensor from elsewhere (the shortcut), without p, q, r, or None.
 
     Returns:
-        (N, K, P, Q) in the dtype of ``g``.
+        (N, K, P, Q) in the dtype of ``g``, or the wider one of it and ``add``.
     """
+    if add is not None:
+        dtype = torch.promote_types(dy.g.dtype, add.g.dtype)
+        wide = torch.promote_types(dtype, statistics_dtype(dtype))
+        return (_bn_backward_apply(dy._replace(g=dy.g.to(wide))) + masked(add)).to(dtype)
     grad = masked(dy)
     if dy.p is None:
         return grad
@@ -154,7 +160,10 @@ def gradient_arguments(dy: OutputGrad) -> dict[str, Any]:
 
 
 @bn_backward_apply.triton
-def _bn_backward_apply_triton(dy: OutputGrad) -> Tensor:
+def _bn_backward_apply_triton(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
+    if add is not None:
+        # The kernel does not take a second gradient: one pass more.
+        return add_act(bn_backward_apply(dy), masked(add), act=None)[0]
     if dy.p is None:
         return masked(dy)
     if not storable(dy.g, dy.y):

@@ -11,6 +11,9 @@ OWN: dict[type[nn.Module], type[nn.Module]] = {
     plain.ConvBNAct: blocks.ConvBNAct,
     plain.BasicBlock: blocks.BasicBlock,
     plain.Bottleneck: blocks.Bottleneck,
+    plain.BNAct: blocks.BNAct,
+    plain.PreActBasicBlock: blocks.PreActBasicBlock,
+    plain.PreActBottleneck: blocks.PreActBottleneck,
     ResNet: FusedResNet,
 }
 

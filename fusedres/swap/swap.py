@@ -21,7 +21,7 @@ def _check_model(model: nn.Module) -> None:
 def _reason(module: Fused) -> str:
     """Why a module of a fused class would run its plain forward now, or an empty string."""
     try:
-        module.fused_pairs()
+        module.fused_convs()
     except NotFusable as why:
         return str(why)
     return ""
