@@ -20,11 +20,21 @@ from .plan import AUTO, chain_schedule, use_moments
 
 
 class Layer(NamedTuple):
-    """One convolution and its batch norm: tensors, window, numbers."""
+    """One convolution and its batch norm: tensors, window, numbers, and what the result is multiplied by."""
 
     tensors: ConvBN
     geometry: Geometry
     norm: NormSpec
+    gain: float = 1.0
+
+    @property
+    def gained(self) -> ConvBN:
+        """The tensors with the gain in gamma and beta, as autograd sees it."""
+        if self.gain == 1:
+            return self.tensors
+        weight, _, gamma, beta, *_ = self.tensors
+        gamma = weight.new_full(weight.shape[:1], self.gain) if gamma is None else gamma * self.gain
+        return self.tensors._replace(gamma=gamma, beta=None if beta is None else beta * self.gain)
 
 
 Size = tuple[int, ...]
@@ -99,7 +109,7 @@ def run_chain(
         act=act,
         zero_pad_stride=zero_pad_stride,
     )
-    tensors = [tensor for layer in every for tensor in layer.tensors]
+    tensors = [tensor for layer in every for tensor in layer.gained]
     z: Tensor = ConvChain.apply(x, residual, spec, *tensors)
     return z
 

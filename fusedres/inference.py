@@ -98,7 +98,8 @@ def contraction_of(u: Tensor, layer: "Layer") -> Contraction:
 def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What batch norm does to the convolution's output: its scale and shift."""
     norm = normaliser_of(None, layer.tensors.norm, layer.norm, dtype)
-    return norm.scale.detach(), norm.shift.detach()
+    scale, shift = norm.scale.detach(), norm.shift.detach()
+    return (scale, shift) if layer.gain == 1 else (scale * layer.gain, shift * layer.gain)
 
 
 def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
@@ -106,7 +107,13 @@ def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
     tensors = [tensor for tensor in layer.tensors if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return (_steps, layer.norm.eps, layer.geometry, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+    return (
+        _steps,
+        layer.norm.eps,
+        layer.gain,
+        layer.geometry,
+        *((tensor.data_ptr(), tensor._version) for tensor in tensors),
+    )
 
 
 def _once(layer: "Layer", kind: object, make: Callable[[], T]) -> T:

@@ -3,20 +3,8 @@
 from . import plain
 from .fused import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
 from .fused_preact import FusedBNAct, FusedPreAct
-from .plain import (
-    ActivationBasicBlock,
-    ActivationBottleneck,
-    DenseBlock,
-    DenseLayer,
-    DropoutShortcutBlock,
-    GatedBlock,
-    HighwayBlock,
-    NoShortcut,
-    ScaledBlock,
-    StochasticBlock,
-    Transition,
-    ZeroPadShortcut,
-)
+from .fused_variants import FusedBeside, FusedGated, FusedOrdered, FusedScaled, FusedStochastic
+from .plain import DenseBlock, DenseLayer, HighwayBlock, NoShortcut, Transition, ZeroPadShortcut
 
 
 class ConvBNAct(FusedConvBNAct, plain.ConvBNAct):
@@ -41,6 +29,30 @@ class PreActBasicBlock(FusedPreAct, plain.PreActBasicBlock):
 
 class PreActBottleneck(FusedPreAct, plain.PreActBottleneck):
     __doc__ = plain.PreActBottleneck.__doc__
+
+
+class ScaledBlock(FusedScaled, plain.ScaledBlock):
+    __doc__ = plain.ScaledBlock.__doc__
+
+
+class DropoutShortcutBlock(FusedBeside, plain.DropoutShortcutBlock):
+    __doc__ = plain.DropoutShortcutBlock.__doc__
+
+
+class GatedBlock(FusedGated, plain.GatedBlock):
+    __doc__ = plain.GatedBlock.__doc__
+
+
+class StochasticBlock(FusedStochastic, plain.StochasticBlock):
+    __doc__ = plain.StochasticBlock.__doc__
+
+
+class ActivationBasicBlock(FusedOrdered, plain.ActivationBasicBlock):
+    __doc__ = plain.ActivationBasicBlock.__doc__
+
+
+class ActivationBottleneck(FusedOrdered, plain.ActivationBottleneck):
+    __doc__ = plain.ActivationBottleneck.__doc__
 
 
 __all__ = [

@@ -93,9 +93,14 @@ class FusedBlock(Fused):
         return plain
 
     def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
+        return self._run_chain(x, parts)
+
+    def _run_chain(self, x: Tensor, parts: BlockParts, *, gain: float = 1.0) -> Tensor:
+        """The block's chain with its own shortcut; ``gain`` multiplies the last batch norm's output."""
+        *inner, last = (layer_of(pair) for pair in parts.chain)
         return run_chain(
             x,
-            [layer_of(pair) for pair in parts.chain],
+            [*inner, last if gain == 1 else last._replace(gain=gain)],
             projection=None if parts.projection is None else layer_of(parts.projection),
             shortcut=parts.shortcut,
             zero_pad_stride=parts.zero_pad_stride,

@@ -14,8 +14,20 @@ OWN: dict[type[nn.Module], type[nn.Module]] = {
     plain.BNAct: blocks.BNAct,
     plain.PreActBasicBlock: blocks.PreActBasicBlock,
     plain.PreActBottleneck: blocks.PreActBottleneck,
+    **{
+        getattr(plain, name): getattr(blocks, name)
+        for name in (
+            "ScaledBlock", "DropoutShortcutBlock", "GatedBlock", "StochasticBlock", "ActivationBasicBlock",
+            "ActivationBottleneck",
+        )
+    },
     ResNet: FusedResNet,
+}  # fmt: skip
+
+NOTHING_TO_FUSE: dict[type[nn.Module], str] = {
+    plain.HighwayBlock: "a highway block has no batch norm: its two convolutions and its gate run as they are",
 }
+"""Blocks of the project that have no fused pass, and why; `report` names them."""
 
 
 def families() -> dict[type[nn.Module], type[nn.Module]]:

@@ -7,7 +7,7 @@ from torch import nn
 from ..nn.fused import Fused, FusedStem
 from ..nn.parts import NotFusable
 from ..plan import AUTO, check_schedule
-from .families import families
+from .families import NOTHING_TO_FUSE, families
 from .report import Report, Row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,6 +117,8 @@ def report(model: nn.Module) -> Report:
             kind = _kind(plain, known[plain])
             module.__class__ = plain
             rows.append(Row(name, kind, False, None, reason or "not fused yet: call fusedres.fuse(model)"))
+        elif type(module) in NOTHING_TO_FUSE:
+            rows.append(Row(name, type(module).__name__, False, None, NOTHING_TO_FUSE[type(module)]))
         else:
             base = next((plain for plain in known if isinstance(module, plain)), None)
             if base is not None:
