@@ -18,7 +18,7 @@ from .inference import contraction_of, infer_layer
 from .launch import wants_kernels
 from .ops.bn_act import bn_act
 from .ops.bn_finalize import check_norm_vectors
-from .ops.contract import ConvInput, Partials, channels_last, check_activation, pixels
+from .ops.contract import ConvInput, Partials, channels_last, check_activation
 from .ops.conv_bn_act import conv_bn_act
 from .ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_size
 from .plan import AUTO, chain_schedule
@@ -41,6 +41,7 @@ def run_preact(
     zero_pad_stride: tuple[int, int] = (1, 1),
     schedule: str = AUTO,
     counters: Sequence[Tensor] = (),
+    measured: bool = True,
 ) -> Tensor:
     """conv(relu(bn(... conv(relu(bn(x)))))) + shortcut, fused, differentiable once.
 
@@ -53,6 +54,7 @@ def run_preact(
         zero_pad_stride: of the zero-pad shortcut.
         schedule: ``"auto"`` or a rung of the ladder.
         counters: of batches, advanced by one as soon as nothing can be refused any more.
+        measured: whether a batch norm of the output may follow, for which it is measured as it is written.
 
     Returns:
         (N, K, P, Q), channels_last.
@@ -63,7 +65,7 @@ def run_preact(
     check_activation("x", x)
     dtype = contraction_dtype(x)
     if norm is not None:
-        _check_norm_of(x, norm)
+        check_norm_of(tuple(x.shape), norm)
     size: Size = tuple(x.shape)
     for i, layer in enumerate(layers, start=1):
         size = checked_size("x" if i == 1 else f"layer {i}", x, layer, size, dtype)
@@ -90,14 +92,14 @@ def run_preact(
         shortcut=shortcut,
         projection=None if projection is None else LayerSpec(projection.geometry, BARE),
         zero_pad_stride=zero_pad_stride,
-        partials=_partials_of(x, norm),
-        measured=chosen.statistics and measures,
+        partials=partials_of(x, norm),
+        measured=measured and chosen.statistics and measures,
     )
     tensors = [tensor for layer in every for tensor in layer.tensors]
     z: Tensor
-    z, *measured = PreAct.apply(x, spec, *(NormTensors() if norm is None else norm.tensors), *tensors)
-    if measured[0] is not None:
-        carry(z, Partials(*measured))
+    z, *partials = PreAct.apply(x, spec, *(NormTensors() if norm is None else norm.tensors), *tensors)
+    if partials[0] is not None:
+        carry(z, Partials(*partials))
     return z
 
 
@@ -116,19 +118,21 @@ def run_bn_act(x: Tensor, norm: Norm, *, counters: Sequence[Tensor] = ()) -> Ten
         ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
-    _check_norm_of(x, norm)
+    check_norm_of(tuple(x.shape), norm)
     advance(counters)
-    spec = BNAddActSpec(norm.spec, partials=_partials_of(x, norm))
+    spec = BNAddActSpec(norm.spec, partials=partials_of(x, norm))
     z: Tensor = BNAddAct.apply(x, None, spec, *norm.tensors, *NormTensors())
     return z
 
 
-def _check_norm_of(x: Tensor, norm: Norm) -> None:
-    check_norm_vectors(x.shape[1], *norm.tensors)
-    check_norm("x", norm.spec, pixels(x))
+def check_norm_of(size: Size, norm: Norm) -> None:
+    """Refuse vectors of another length than an (N, C, H, W) has channels, and numbers that batch norm can not use."""
+    check_norm_vectors(size[1], *norm.tensors)
+    check_norm("x", norm.spec, size[0] * size[2] * size[3])
 
 
-def _partials_of(x: Tensor, norm: Norm | None) -> Partials | None:
+def partials_of(x: Tensor, norm: Norm | None) -> Partials | None:
+    """The statistics of x that its producer left, if its batch norm measures."""
     return carried(x) if norm is not None and norm.spec.batch_stats else None
 
 
@@ -139,14 +143,10 @@ def _infer(
     x = channels_last(x)
     source = ConvInput(x.to(dtype))
     if norm is not None:
-        numbers = normaliser_of(None, norm.tensors, norm.spec, x.dtype)
-        if wants_kernels(x) and x.dtype == dtype:
-            source = ConvInput(x, numbers.scale, numbers.shift)
-        else:
-            source = ConvInput(bn_act(x, numbers.scale, numbers.shift)[0].to(dtype))
+        source = evaluated(x, dtype, norm)
     u = source
     for layer in layers[:-1]:
-        u = ConvInput(_activated(u, layer))
+        u = ConvInput(activated_by(u, layer))
     residual: Tensor | None = None
     if shortcut == "identity":
         residual = x
@@ -159,7 +159,16 @@ def _infer(
     return conv_bn_act(main, residual=residual, second=second, act=None)[0]
 
 
-def _activated(u: ConvInput, layer: Layer) -> Tensor:
+def evaluated(x: Tensor, dtype: torch.dtype, norm: Norm) -> ConvInput:
+    """relu(bn(x)) from running statistics, formed on load where kernels do that."""
+    numbers = normaliser_of(None, norm.tensors, norm.spec, x.dtype)
+    if wants_kernels(x) and x.dtype == dtype:
+        return ConvInput(x, numbers.scale, numbers.shift)
+    return ConvInput(bn_act(x, numbers.scale, numbers.shift)[0].to(dtype))
+
+
+def activated_by(u: ConvInput, layer: Layer) -> Tensor:
+    """relu(bn(conv(u))) from running statistics."""
     if u.scale is None:
         return infer_layer(u.tensor, layer, "relu")
     return conv_bn_act(contraction_of(u.tensor, layer)._replace(u=u))[0]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fusedres.models.cifar import cifar_stem
 from fusedres.models.imagenet import imagenet_stem
 from fusedres.models.network import check_choice, check_sizes, library
+from fusedres.nn.fused_dense import FusedDenseEnds
 
 __all__ = ["DenseNet", "densenet", "densenet121", "densenet169", "densenet201", "imagenet_densenet"]
 
@@ -63,6 +64,10 @@ class DenseNet(nn.Module):
         return logits
 
 
+class FusedDenseNet(FusedDenseEnds, DenseNet):
+    """A `DenseNet` with a fused stem and a fused end; its dense blocks and transitions are what they are."""
+
+
 def densenet(
     depth: int,
     growth: int = 12,
@@ -93,7 +98,7 @@ def densenet(
     check_sizes(num_classes, in_channels)
     channels = 2 * growth if bc else 16
     stem: OrderedDict[str, nn.Module] = OrderedDict(conv0=cifar_stem(in_channels, channels))
-    return DenseNet(
+    return (FusedDenseNet if fused else DenseNet)(
         stem, channels, ((depth - 4) // step,) * 3, growth=growth, bottleneck=4 if bc else None,
         compression=0.5 if bc else 1.0, dropout=dropout, num_classes=num_classes, fused=fused,
     )  # fmt: skip
@@ -119,7 +124,7 @@ def imagenet_densenet(
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(3, 2, 1),
     )
-    return DenseNet(
+    return (FusedDenseNet if fused else DenseNet)(
         stem, 64, COUNTS[depth], growth=32, bottleneck=4, compression=0.5, dropout=dropout,
         num_classes=num_classes, fused=fused,
     )  # fmt: skip

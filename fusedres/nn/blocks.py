@@ -2,9 +2,10 @@
 
 from . import plain
 from .fused import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
+from .fused_dense import FusedDenseBlock, FusedTransition
 from .fused_preact import FusedBNAct, FusedPreAct
 from .fused_variants import FusedBeside, FusedGated, FusedOrdered, FusedScaled, FusedStochastic
-from .plain import DenseBlock, DenseLayer, HighwayBlock, NoShortcut, Transition, ZeroPadShortcut
+from .plain import DenseLayer, HighwayBlock, NoShortcut, ZeroPadShortcut
 
 
 class ConvBNAct(FusedConvBNAct, plain.ConvBNAct):
@@ -53,6 +54,14 @@ class ActivationBasicBlock(FusedOrdered, plain.ActivationBasicBlock):
 
 class ActivationBottleneck(FusedOrdered, plain.ActivationBottleneck):
     __doc__ = plain.ActivationBottleneck.__doc__
+
+
+class DenseBlock(FusedDenseBlock, plain.DenseBlock):
+    __doc__ = plain.DenseBlock.__doc__
+
+
+class Transition(FusedTransition, plain.Transition):
+    __doc__ = plain.Transition.__doc__
 
 
 __all__ = [

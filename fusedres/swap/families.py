@@ -4,6 +4,7 @@ import sys
 
 from torch import nn
 
+from ..models.densenet import DenseNet, FusedDenseNet
 from ..models.network import FusedResNet, ResNet
 from ..nn import blocks, plain
 
@@ -18,10 +19,11 @@ OWN: dict[type[nn.Module], type[nn.Module]] = {
         getattr(plain, name): getattr(blocks, name)
         for name in (
             "ScaledBlock", "DropoutShortcutBlock", "GatedBlock", "StochasticBlock", "ActivationBasicBlock",
-            "ActivationBottleneck",
+            "ActivationBottleneck", "DenseBlock", "Transition",
         )
     },
     ResNet: FusedResNet,
+    DenseNet: FusedDenseNet,
 }  # fmt: skip
 
 NOTHING_TO_FUSE: dict[type[nn.Module], str] = {
@@ -38,4 +40,8 @@ def families() -> dict[type[nn.Module], type[nn.Module]]:
         from .torchvision import FAMILY
 
         known.update(FAMILY)
+    if "torchvision.models.densenet" in sys.modules:
+        from .torchvision_densenet import FAMILY as DENSE_FAMILY
+
+        known.update(DENSE_FAMILY)
     return known
