@@ -72,13 +72,12 @@ def contract(
     FLAT: tl.constexpr,  # few channels: a row of the window is one run of memory, and depth runs along it
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides every tile's channels
-    TF32: tl.constexpr,
+    PRECISION: tl.constexpr,  # of `tl.dot`
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """``acc`` with the product."""
-    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     o_d = tl.arange(0, BLOCK_C)
     o_h = o_pixel // Q % P * stride_h - pad_h
     o_w = o_pixel % Q * stride_w - pad_w

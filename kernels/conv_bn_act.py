@@ -68,6 +68,7 @@ def conv_bn_act_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
     i_pixel, i_k, i_group, o_k = tile_of(groups, K, GROUPS_PER_TILE, BLOCK_K)
     o_row = tl.arange(0, BLOCK_PIXELS)
@@ -76,7 +77,7 @@ def conv_bn_act_kernel(
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
     acc = contract(
         x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h,
-        stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, TF32,
+        stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, PRECISION,
         BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
@@ -93,7 +94,7 @@ def conv_bn_act_kernel(
         acc = contract(
             second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, acc, o_pixel, 0, o_out, 1, second_C,
             groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1,
-            1, 1, False, False, 1, SECOND_EVEN_C, TF32, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+            1, 1, False, False, 1, SECOND_EVEN_C, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)
         shift = tl.load(second_shift_ptr + o_out, mask=m_out, other=0.0)

@@ -66,13 +66,12 @@ def _contract_gradient(
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_C: tl.constexpr,
-    TF32: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """(BLOCK_PIXELS, BLOCK_C) fp32: dy with the transposed weight."""
-    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     o_d = tl.arange(0, BLOCK_K)
     o_row = (o_n.to(tl.int64) * P + o_p) * Q + o_q
     o_g = o_n.to(tl.int64) if POOLED else o_row
@@ -187,7 +186,7 @@ def conv_input_grad_kernel(
     r_ptr,  # (groups * K,) fp32; None together with q
     mean_ptr,  # (groups * K,) fp32, or None: zero
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
-    quadratic_ptr,  # (C, C) of the moments form, symmetric, storage dtype: the input with it is added; or None
+    quadratic_ptr,  # (C, TERMS, C) of the moments form, storage dtype: the input with every term is added; or None
     constant_ptr,  # (constants, C) fp32, terms of what is added to every pixel that the convolution reads; or None
     x_ptr,  # (N, H, W, groups * C) what the convolution consumed; None where neither of its uses is wanted
     x_scale_ptr,  # (groups * C,) fp32 where it consumed relu(x * scale + shift), or None
@@ -220,6 +219,7 @@ def conv_input_grad_kernel(
     constants,
     R: tl.constexpr,
     S: tl.constexpr,
+    TERMS: tl.constexpr,
     STRIDED: tl.constexpr,
     WINDOWED: tl.constexpr,  # whether some tap of some pixel has no dy
     POOLED: tl.constexpr,
@@ -268,17 +268,20 @@ def conv_input_grad_kernel(
     acc = _contract_gradient(
         g_ptr, mask_ptr, y_ptr, p_ptr, q_ptr, r_ptr, mean_ptr, w_ptr, o_n, o_p, o_q, first_r, first_s, step_r, step_s,
         taps_r, taps_s, row_step, column_step, i_group, o_c, groups, C, K, P, Q, R, S, WINDOWED, POOLED,
-        GROUPS_PER_TILE, EVEN_K, EVEN_C, TF32, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+        GROUPS_PER_TILE, EVEN_K, EVEN_C, "tf32" if TF32 else "ieee", BLOCK_PIXELS, BLOCK_C, BLOCK_K,
     )  # fmt: skip
 
     o_out = i_group * C + o_c
     m_c = (o_c < GROUPS_PER_TILE * C) & (o_out < groups * C)
-    # The pixels that a strided 1x1 convolution reads are its first class.
+    # The pixels that a strided 1x1 convolution reads are its first class. The mean of the input cancels against the
+    # constant there, and three products in TF32 keep the digits that it does so with.
+    DIGITS: tl.constexpr = "tf32x3" if TF32 else "ieee"
     if quadratic_ptr is not None:  # noqa: SIM102 (a choice of the compiler's, then one of the program's)
         if i_class == 0:
+            # As the taps of a window that does not move.
             acc = contract(
                 x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, H, W, P, Q, stride_h,
-                stride_w, 0, 0, 1, 1, 1, 1, False, False, 1, EVEN_DEPTH, TF32, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+                stride_w, 0, 0, 0, 0, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(constants):

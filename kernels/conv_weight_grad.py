@@ -53,7 +53,9 @@ def conv_weight_grad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
+    # In the moments form, which asks for the sum, dW is a difference from this product: it keeps the digits of fp32.
+    TENSOR_CORES: tl.constexpr = "tf32x3" if SUM_DY else "tf32"
+    PRECISION: tl.constexpr = TENSOR_CORES if TF32 else "ieee"
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
     # Columns: pieces of a tap's channels, or of a row of the window.
     width = S * C if FLAT else GROUPS_PER_TILE * C

@@ -27,7 +27,8 @@ def _times_m2(
     for start in range(0, C, BLOCK_C):
         m_d = start + o_d < C
         w = tl.load(w_ptr + o_k[:, None] * C + start + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-        m2 = tl.load(m2_ptr + (start + o_d)[:, None] * C + o_c[None, :], mask=m_d[:, None] & m_c[None, :], other=0.0)
+        # Symmetric, so that it can be read along the depth, as TF32 wants its operands.
+        m2 = tl.load(m2_ptr + o_c[None, :] * C + (start + o_d)[:, None], mask=m_d[:, None] & m_c[None, :], other=0.0)
         product = tl.dot(w.to(tl.float32), m2, product, input_precision=PRECISION)
     return product
 
@@ -98,7 +99,6 @@ def moments_weight_grad_kernel(
     dw_ptr,  # (K, C) fp32 out
     dgamma_ptr,  # (K,) fp32 out
     q_ptr,  # (K,) fp32 out, scale * invstd * dgamma / pixels; None under frozen statistics
-    scaled_ptr,  # (K, C) storage dtype out, scale * W
     pixels,
     C,
     K,
@@ -134,10 +134,7 @@ def moments_weight_grad_kernel(
         q = scale * invstd * dgamma / pixels
         dw -= q[:, None] * _times_m2(w_ptr, m2_ptr, o_k, o_c, m_k, m_c, C, PRECISION, BLOCK_K, BLOCK_C)
         tl.store(q_ptr + o_k, q, mask=m_k & is_first)
-    o, m = o_k[:, None] * C + o_c[None, :], m_k[:, None] & m_c[None, :]
-    tl.store(dw_ptr + o, dw, mask=m)
-    w = tl.load(w_ptr + o, mask=m, other=0.0).to(tl.float32)
-    tl.store(scaled_ptr + o, (scale[:, None] * w).to(scaled_ptr.dtype.element_ty), mask=m)
+    tl.store(dw_ptr + o_k[:, None] * C + o_c[None, :], dw, mask=m_k[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -147,16 +144,20 @@ def moments_quadratic_kernel(
     scale_ptr,  # (K,) fp32
     sum_g_ptr,  # (K,) fp32
     mean_ptr,  # (C,) fp32 of the input
-    quadratic_ptr,  # (C, C) storage dtype out, -Q = -W^T diag(q) W
+    quadratic_ptr,  # (C, TERMS, C) storage dtype out, terms of -Q = -W^T diag(q) W
     constant_ptr,  # (pieces of C, C) fp32 out, terms of Q mean - W^T (scale * sum(g) / pixels)
     pixels,
     C,
     K,
+    TERMS: tl.constexpr,  # 2: what rounding takes from the first is the second
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The mean meets Q as it was rounded, so that u Q - mean Q is (u - mean) Q whatever the rounding."""
+    """In 16 bits Q has two terms: rounded alone it is wrong in the same way at every pixel, which sums do not forgive.
+
+    The mean meets Q as it was rounded, so that u Q - mean Q is (u - mean) Q whatever the rounding.
+    """
     i_c, i_e = tl.program_id(0), tl.program_id(1)
     o_c, o_e = i_c * BLOCK_C + tl.arange(0, BLOCK_C), i_e * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c, m_e = o_c < C, o_e < C
@@ -173,8 +174,13 @@ def moments_quadratic_kernel(
         if i_e == 0:
             m1 = tl.load(scale_ptr + o_k, mask=m_k, other=0.0) * tl.load(sum_g_ptr + o_k, mask=m_k, other=0.0)
             linear += tl.sum(w_c * (m1 / pixels)[:, None], axis=0)
-    rounded = (-total).to(quadratic_ptr.dtype.element_ty)
-    tl.store(quadratic_ptr + o_c[:, None] * C + o_e[None, :], rounded, mask=m_c[:, None] & m_e[None, :])
     mean = tl.load(mean_ptr + o_e, mask=m_e, other=0.0)
-    constant = -tl.sum(rounded.to(tl.float32) * mean[None, :], axis=1)
+    rest = -total
+    constant = tl.zeros((BLOCK_C,), tl.float32)
+    for i_term in tl.static_range(TERMS):
+        rounded = rest.to(quadratic_ptr.dtype.element_ty)
+        o = (o_c * TERMS + i_term)[:, None] * C + o_e[None, :]
+        tl.store(quadratic_ptr + o, rounded, mask=m_c[:, None] & m_e[None, :])
+        constant -= tl.sum(rounded.to(tl.float32) * mean[None, :], axis=1)
+        rest -= rounded.to(tl.float32)
     tl.store(constant_ptr + i_e * C + o_c, constant - linear, mask=m_c)

@@ -86,7 +86,7 @@ def assert_agree(ours: Step, theirs: Step, tolerance: float) -> None:
 
 
 def assert_as_accurate(ours: Step, theirs: Step, exact: Step) -> None:
-    """No tensor further from fp64 than 1.5 times the formulas in the same dtype, or half a unit in the last place."""
+    """No tensor further from fp64 than 1.5 times the plain modules in the same dtype, or half a unit of rounding."""
     for mine, other, truth in (
         ({"z": ours.z}, {"z": theirs.z}, {"z": exact.z}),
         (ours.grads, theirs.grads, exact.grads),
@@ -104,12 +104,12 @@ def test_a_block_trains_on_kernels(block: str, schedule: str, dtype: torch.dtype
     make, size = BLOCKS[block]
     model = fusedres.fuse(nn.Sequential(make().to(dtype)), schedule=schedule)
     x = torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)
-    wide = copy.deepcopy(model).double()
+    plain, wide = fusedres.unfuse(copy.deepcopy(model)), copy.deepcopy(model).double()
     ours, theirs, trace = on_both(model, "sm_90", x)
     if dtype == torch.float32:
         assert_agree(ours, theirs, 1e-5)
     else:
-        assert_as_accurate(ours, theirs, step(wide, x.double()))
+        assert_as_accurate(ours, step(plain, x), step(wide, x.double()))
     launches = trace.by_kernel()
     if schedule in ("auto", "block_end"):
         names = ("bn_statistics", "bn_finalize", "bn_act", "bn_backward_reduce", "bn_backward_finish")
@@ -126,7 +126,7 @@ def test_resnet20_trains_on_kernels(target: str) -> None:
     ours, theirs, trace = on_both(model, target, torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,)))
     assert_agree(ours, theirs, 1e-5)
     assert trace.by_kernel()["bn_act_kernel"] == 18
-    assert len({launch.binary for launch in trace.launches}) <= 40
+    assert len({launch.binary for launch in trace.launches}) <= 48
 
 
 @each_target

@@ -201,6 +201,13 @@ def _bn_backward(
 bn_backward = Op(_bn_backward)
 
 
+@bn_backward.triton
+def _bn_backward_triton(
+    g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _bn_backward(g, y, norm, gamma, batch_stats=batch_stats) if storable(g.g, y) else NotImplemented
+
+
 @bn_backward.native
 def _bn_backward_native(
     g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool

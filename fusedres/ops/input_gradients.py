@@ -19,7 +19,7 @@ from .rows import empty_rows, storable
 class InputMatrices(NamedTuple):
     """What the moments form adds at the pixels that a 1x1 convolution reads: u ``quadratic`` + sum of ``constants``.
 
-    ``quadratic`` is (C, C), symmetric, in the storage dtype; ``constants`` (T, C) in fp32.
+    ``quadratic`` is (C, terms, C) in the storage dtype, each term symmetric; ``constants`` (T, C) in fp32.
     """
 
     quadratic: Tensor
@@ -122,6 +122,7 @@ def launch_input_grad(
             **gradient, **beside, **written, **arguments, "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
+            "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
             "STRIDED": classes > 1, "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
             "ADD_POOLED": add.g is not None and is_pooled(add.g), "GROUPS_PER_TILE": packed,
             "EVEN_K": whole and per_tile % tile.block_c == 0,

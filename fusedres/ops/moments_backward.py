@@ -50,13 +50,15 @@ class MomentsGrad(NamedTuple):
 
 
 class InputGradMatrices(NamedTuple):
-    """du = g ``weight`` + u ``quadratic`` + sum of ``constants``.
+    """du = (``scale`` * g) ``weight`` + u ``quadratic`` + sum of ``constants``.
 
-    ``weight`` = a * W (K, C), ``quadratic`` = -Q (C, C) and ``constants`` (T, C) whose sum is -c, the last two None
-    under frozen statistics. The matrices are in the statistics dtype, from kernels in the storage dtype.
+    ``weight`` = W (K, C), ``scale`` = a (K,), ``quadratic`` = -Q and ``constants`` (T, C) whose sum is -c, the last two
+    None under frozen statistics. Q is (C, 1, C) in the statistics dtype, or (C, terms, C) in the storage dtype, where
+    its terms add up to it.
     """
 
     weight: Tensor
+    scale: Tensor
     quadratic: Tensor | None
     constants: Tensor | None
 
@@ -138,8 +140,10 @@ def _moments_backward(
     dweight, dgamma, q = moments_weight_grad(d, sum_g, count, mean, w @ m2, w, norm)
     quadratic = -(w.t() @ (q.unsqueeze(1) * w))
     constant = w.t() @ (norm.scale * sum_g / count) + quadratic @ mean
-    scaled = norm.scale.unsqueeze(1) * w
-    return MomentsGrad(dweight, dgamma, sum_g), InputGradMatrices(scaled, quadratic, -constant.unsqueeze(0))
+    small = MomentsGrad(dweight, dgamma, sum_g)
+    return small, frozen_matrices(weight, norm)._replace(
+        quadratic=quadratic.unsqueeze(1), constants=-constant.unsqueeze(0)
+    )
 
 
 moments_backward = Op(_moments_backward)
@@ -156,7 +160,7 @@ def _moments_backward_triton(
     (k, c), tile = d.shape, matrix_tile(target_of(weight))
     w = channels_last(weight).view(k, c)
     batch = moments is not None
-    scaled, dw = torch.empty_like(w), torch.empty_like(d, memory_format=torch.contiguous_format)
+    dw = torch.empty((k, c), dtype=torch.float32, device=d.device)
     dgamma, q = torch.empty((2, k), dtype=torch.float32, device=d.device)
     numbers = {
         "pixels": moments.pixels if moments else 1, "C": c, "K": k, "PRECISION": tile.precision,
@@ -167,30 +171,32 @@ def _moments_backward_triton(
         "m2_ptr": moments and moments.m2, "w_ptr": w, "y_mean_ptr": None if batch else norm.mean,
         "invstd_ptr": norm.invstd, "scale_ptr": norm.scale,
     }  # fmt: skip
-    written = {"dw_ptr": dw, "dgamma_ptr": dgamma, "q_ptr": q if batch else None, "scaled_ptr": scaled}
+    written = {"dw_ptr": dw, "dgamma_ptr": dgamma, "q_ptr": q if batch else None}
     launch(
         moments_weight_grad_kernel, (-(-k // tile.block_k), -(-c // tile.block_c)), {**read, **written, **numbers},
         reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 2) if batch else 4 * k * c,
         num_warps=tile.num_warps,
     )  # fmt: skip
     small = MomentsGrad(dw, dgamma, sum_g)
+    matrices = frozen_matrices(weight, norm)
     if moments is None:
-        return small, InputGradMatrices(scaled, None, None)
+        return small, matrices
     pieces = -(-c // tile.block_c)
-    quadratic = torch.empty((c, c), dtype=w.dtype, device=w.device)
+    terms = 1 if w.dtype == torch.float32 else 2
+    quadratic = torch.empty((c, terms, c), dtype=w.dtype, device=w.device)
     constants = torch.empty((pieces, c), dtype=torch.float32, device=w.device)
     read = {"q_ptr": q, "w_ptr": w, "scale_ptr": norm.scale, "sum_g_ptr": sum_g, "mean_ptr": moments.mean}
     written = {"quadratic_ptr": quadratic, "constant_ptr": constants}
     launch(
-        moments_quadratic_kernel, (pieces, pieces), {**read, **written, **numbers}, reads=tuple(read),
-        writes=tuple(written), flops=2 * k * c * (c + 1), num_warps=tile.num_warps,
+        moments_quadratic_kernel, (pieces, pieces), {**read, **written, **numbers, "TERMS": terms},
+        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 1), num_warps=tile.num_warps,
     )  # fmt: skip
-    return small, InputGradMatrices(scaled, quadratic, constants)
+    return small, matrices._replace(quadratic=quadratic, constants=constants)
 
 
 def frozen_matrices(weight: Tensor, norm: Normaliser) -> InputGradMatrices:
     """Those of a batch norm with frozen statistics; weight (K, C, 1, 1)."""
-    return InputGradMatrices(norm.scale.unsqueeze(1) * weight.flatten(1).to(norm.scale.dtype), None, None)
+    return InputGradMatrices(weight.flatten(1), norm.scale, None, None)
 
 
 def _moments_input_grad(
@@ -210,9 +216,10 @@ def _moments_input_grad(
     """
     seen = sampled(u, geometry.stride)
     dtype = statistics_dtype(u.tensor.dtype)
-    rows = as_rows(masked(g)).to(dtype) @ matrices.weight
+    rows = (as_rows(masked(g)).to(dtype) * matrices.scale) @ matrices.weight.to(dtype)
     if matrices.quadratic is not None and matrices.constants is not None:
-        rows.addmm_(as_rows(formed(seen)).to(dtype), matrices.quadratic).add_(matrices.constants.sum(0))
+        rows.addmm_(as_rows(formed(seen)).to(dtype), matrices.quadratic.to(dtype).sum(1))
+        rows.add_(matrices.constants.sum(0))
     du = _spread(from_rows(rows, seen.tensor), u.tensor, geometry.stride)
     if add is None:
         return du.to(u.tensor.dtype)
@@ -275,7 +282,8 @@ def _launched(
 ) -> Launched | None:  # fmt: skip
     """One pass by `conv_input_grad_kernel`, or None where there is no kernel."""
     dtype, size = u.tensor.dtype, tuple(u.tensor.shape)
-    weight = matrices.weight.to(dtype)[:, :, None, None]
+    g = g._replace(p=matrices.scale)
+    weight = matrices.weight[:, :, None, None]
     if why_no_kernel(g, weight, size, geometry) is not None:
         return None
     square = None
@@ -291,12 +299,12 @@ def _moments_input_grad_native(
 ) -> Tensor:
     if not onednn.runs(u.tensor) or (add is not None and add.g.dtype != u.tensor.dtype):
         return NotImplemented
-    linear = onednn.pointwise(matrices.weight.t())
+    linear = onednn.pointwise((matrices.scale.unsqueeze(1) * matrices.weight).t())
     if matrices.quadratic is None or matrices.constants is None:
         du = onednn.conv_act(masked(g), linear)
     else:
         seen = channels_last(formed(sampled(u, geometry.stride)))
-        du = onednn.conv_act(seen, onednn.pointwise(matrices.quadratic, matrices.constants.sum(0)))
+        du = onednn.conv_act(seen, onednn.pointwise(matrices.quadratic.sum(1), matrices.constants.sum(0)))
         onednn.conv_onto(du, masked(g), linear)
     du = _spread(du, u.tensor, geometry.stride)
     return du if add is None else du.add_(masked(add))

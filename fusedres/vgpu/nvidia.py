@@ -135,6 +135,8 @@ def statement(body: Body, call: AsmCall) -> None:
         _wait(body, call, str(last.operands[0]))
     elif re.fullmatch(r"mov\.[bu](16|32|64)", last.opcode) and last.predicate is None:
         _move(body, last, registers)
+    elif last.opcode == "cvt.rna.tf32.f32" and last.predicate is None:
+        _round_to_tf32(body, last, registers)
     elif last.opcode.startswith("createpolicy."):
         body.give("0")
     elif last.opcode == "fence.proxy.async.shared::cta":
@@ -272,6 +274,18 @@ def _wait(body: Body, call: AsmCall, outstanding: str) -> None:
 def _move(body: Body, move: Statement, registers: _Registers) -> None:
     type_, value = registers.typed(str(move.operands[1]))
     body.give(value if type_ == body.returns else body.value(f"bitcast {type_} {value} to {body.returns}"))
+
+
+def _round_to_tf32(body: Body, convert: Statement, registers: _Registers) -> None:
+    """To the nearest, away from zero where two are; 13 bits of the fraction become zero, infinity and NaN remain."""
+    type_, value = registers.typed(str(convert.operands[1]))
+    bits = value if type_ == "i32" else body.value(f"bitcast {type_} {value} to i32")
+    raised = body.value(f"add i32 {bits}, {1 << 12}")
+    rounded = body.value(f"and i32 {raised}, {-1 << 13}")
+    exponent = body.value(f"and i32 {bits}, {0xFF << 23}")
+    special = body.value(f"icmp eq i32 {exponent}, {0xFF << 23}")
+    result = body.value(f"select i1 {special}, i32 {bits}, i32 {rounded}")
+    body.give(result if body.returns == "i32" else body.value(f"bitcast i32 {result} to {body.returns}"))
 
 
 # As Triton's options have it: denormal numbers count as zero in libdevice, and square roots are approximate.

@@ -118,6 +118,9 @@ def check_traffic(launch: Launch, target: str) -> None:
     if target == "gfx1100" and launch.name.startswith(("conv_", "input_moments")):
         # The compiler may write outputs as the matrix units leave them, without gathering rows in shared memory.
         left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr", "dw_ptr"}
+    if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
+        # The bits of a step's channels are a part of a sector, which comes from the cache for the next steps.
+        left_out = left_out | {"mask_ptr", "add_mask_ptr"}
     if target == "sm_90" and "fp32" in str(launch.specialisation.signature[0]):
         # Its TF32 instruction wants both operands along the depth, and the compiler loads them in that order.
         along_depth = {"conv_weight_grad_kernel": {"x_ptr", "g_ptr"}, "conv_input_grad_kernel": {"w_ptr"}}
@@ -139,6 +142,8 @@ def sector_allowance(launch: Launch) -> float:
     aligned = "C" in launch.specialisation.aligned
     constants = dict(launch.specialisation.constants)
     multiple = constants.get("C_MULTIPLE", 16 if aligned else 1)
+    if launch.name.startswith("moments_"):
+        return 2.5  # fp32 beside 16-bit weights, in pieces of 16 bytes of the latter; small matrices from the cache
     if launch.name.startswith(("conv_", "input_moments_kernel")):
         return contraction_allowance(launch, constants)
     if launch.name.startswith("stem_pool") and multiple < 16:

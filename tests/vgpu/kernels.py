@@ -210,6 +210,7 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr = "tf32",
 ):
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,7 +223,7 @@ def matmul_kernel(
         b = tl.load(b_ptr + o_k[:, None] * b_row + o_n[None, :] * b_column, mask=m_k[:, None] & m_n[None, :], other=0.0)
         if SQUARE_A:
             a = a * a
-        c = tl.dot(a, b, c)
+        c = tl.dot(a, b, c, input_precision=PRECISION)
     m = m_m[:, None] & m_n[None, :]
     tl.store(c_ptr + o_m[:, None] * N + o_n[None, :], c.to(c_ptr.dtype.element_ty), mask=m)
 

@@ -267,6 +267,16 @@ def test_matmul(target: str, case: str, dtype: torch.dtype) -> None:
     check_matmul(target, dtype, MATMULS[case])
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_three_products_in_tf32_keep_the_digits_of_fp32(target: str) -> None:
+    a, b, c = torch.randn(40, 72), torch.randn(72, 48), empty(40, 48)
+    vgpu.run(
+        kernels.matmul_kernel, (2, 2), a, b, c, 40, 48, 72, *a.stride(), *b.stride(), SQUARE_A=False,
+        BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, PRECISION="tf32x3", target=target,
+    )  # fmt: skip
+    assert_as_accurate_as_eager(c, a @ b, a.double() @ b.double())
+
+
 @pytest.mark.slow
 @each_target
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)

@@ -1,0 +1,131 @@
+"""fusedres.kernels.moments and what runs on it: a 1x1 convolution and its batch norm without the output, both ways."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedres.ops.bn_finalize import bn_finalize
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
+from fusedres.ops.conv_input_grad import Producer, input_grad
+from fusedres.ops.conv_weight_grad import weight_grad
+from fusedres.ops.input_moments import input_moments, moments_statistics
+from fusedres.ops.moments_backward import (
+    moments_backward,
+    moments_contraction,
+    moments_input_grad,
+    moments_producer_grad,
+)
+from fusedres.ops.relu_mask import pack_relu_mask
+from tests.comparison import relative_error
+from tests.kernels.convolutions import as_tf32
+from tests.kernels.executed import activation, covering, executed
+
+# (N, C, H, W), K, stride
+CASES = {
+    "a bottleneck's end": ((1, 64, 9, 9), 256, (1, 1)),
+    "tails of pixels, K and C": ((2, 40, 7, 5), 88, (1, 1)),
+    "strided": ((2, 32, 7, 8), 64, (2, 2)),
+    "odd channels": ((2, 17, 5, 5), 35, (1, 1)),
+    "several tiles of C": ((1, 160, 5, 5), 64, (1, 1)),
+    "one channel": ((2, 1, 3, 3), 4, (1, 1)),
+}
+FORMS = ("producer", "added", "alone", "frozen", "a large mean")
+
+
+class Setting:
+    """A 1x1 convolution, its batch norm and the gradient that arrives, with the step in any dtype."""
+
+    def __init__(self, case: str, dtype: torch.dtype, form: str) -> None:
+        size, k, stride = CASES[case]
+        self.form, self.dtype, self.geometry = form, dtype, Geometry(stride)
+        self.y = activation(size, dtype)
+        shift = torch.randn(size[1]) + (5.0 if form == "a large mean" else 0.0)
+        self.below = Normaliser(torch.randn(size[1]), torch.rand(size[1]) + 0.5, torch.rand(size[1]) + 0.5, shift)
+        self.weight = (torch.randn(k, size[1], 1, 1) / size[1] ** 0.5).to(dtype)
+        self.gamma, self.beta = torch.randn(2, k)
+        self.running = (torch.randn(k), torch.rand(k) + 0.5)
+        p, q = self.geometry.output_size(*size[2:], (1, 1))
+        z = torch.relu(activation((size[0], k, p, q), dtype))
+        self.g = OutputGrad(activation((size[0], k, p, q), dtype), pack_relu_mask(z))
+        self.add = OutputGrad(activation(size, dtype)) if form == "added" else None
+
+    def step(self) -> tuple[Tensor, ...]:
+        """By the ops of whichever backend is chosen: dW, dgamma, dbeta, du and the producer's two sums."""
+        u = ConvInput(self.y, self.below.scale, self.below.shift)
+        moments = None if self.form == "frozen" else input_moments(u, self.geometry.stride)
+        if moments is None:
+            scale = self.gamma * (self.running[1] + 1e-5) ** -0.5
+            invstd = (self.running[1] + 1e-5) ** -0.5
+            norm = Normaliser(self.running[0], invstd, scale, self.beta - self.running[0] * scale)
+        else:
+            norm = bn_finalize(moments_statistics(moments, self.weight), self.gamma, self.beta)
+        d, sum_g = moments_contraction(self.g, u, (1, 1), self.geometry)
+        small, matrices = moments_backward(d, sum_g, moments, self.weight, norm)
+        if self.form == "producer":
+            du, sums = moments_producer_grad(self.g, matrices, self.geometry, Producer(self.y, self.below))
+            return *small, du, sums.sum_g, sums.sum_gy
+        return *small, moments_input_grad(self.g, matrices, u, self.geometry, add=self.add)
+
+    def autograd(self, dtype: torch.dtype, *, tf32: bool = False) -> tuple[Tensor, ...]:
+        """By separate operations, each rounding to ``dtype``; those of the backward pass from factors in TF32."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def numbers(vector: Tensor) -> Tensor:
+            return vector.to(wide).view(1, -1, 1, 1)
+
+        formed = torch.relu(self.y.float() * numbers(self.below.scale).float() + numbers(self.below.shift).float())
+        u = formed.to(self.dtype).to(dtype)
+        weight = self.weight.to(dtype)
+        gamma, beta = (vector.to(wide).requires_grad_() for vector in (self.gamma, self.beta))
+        y = torch.nn.functional.conv2d(u, weight, None, *self.geometry).requires_grad_()
+        running = [vector.to(wide) for vector in self.running] if self.form == "frozen" else [None, None]
+        out = torch.nn.functional.batch_norm(y, *running, gamma, beta, self.form != "frozen", 0.1, 1e-5)
+        bits = (self.g.mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        open_ = bits.flatten(-2)[..., : out.shape[1]].permute(0, 3, 1, 2).to(dtype)
+        dy, dgamma, dbeta = torch.autograd.grad(out, (y, gamma, beta), self.g.g.to(dtype) * open_)
+        factors = [tensor.detach() for tensor in (dy, u, weight)]
+        if tf32:
+            factors = [as_tf32(tensor.float()).to(dtype) for tensor in factors]
+        dweight = weight_grad(*factors[:2], (1, 1), self.geometry)
+        du = input_grad(factors[0], factors[2], tuple(u.shape), self.geometry)
+        if self.form == "producer":
+            du = torch.where(u > 0, du, 0)
+            centred = (self.y.to(wide) - numbers(self.below.mean)) * numbers(self.below.invstd)
+            return dweight, dgamma, dbeta, du, du.sum((0, 2, 3)), (du.to(wide) * centred).sum((0, 2, 3))
+        if self.add is not None:
+            du = du + self.add.g.to(dtype)
+        return dweight, dgamma, dbeta, du
+
+
+NAMES = ("dweight", "dgamma", "dbeta", "du", "sum(g) of the producer", "sum(g y_hat) of the producer")
+
+
+def check(target: str, case: str, dtype: torch.dtype, form: str) -> None:
+    setting = Setting(case, dtype, form)
+    ours, trace = executed(target, setting.step)
+    assert trace.by_kernel()["conv_input_grad_kernel"] == trace.by_kernel()["moments_weight_grad_kernel"] == 1
+    assert trace.by_kernel()["moments_quadratic_kernel"] == (form != "frozen")
+    eager, exact = setting.autograd(dtype), setting.autograd(torch.float64)
+    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and target.startswith("sm"):
+        eager = setting.autograd(torch.float64, tf32=True)
+    floor = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for name, mine, theirs, truth in zip(NAMES, ours, eager, exact, strict=False):
+        error, allowed = relative_error(mine.view_as(truth), truth), max(1.5 * relative_error(theirs, truth), floor)
+        assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES, contraction=True))
+def test_agrees(case: str, target: str, dtype: torch.dtype) -> None:
+    check(target, case, dtype, "producer")
+
+
+@pytest.mark.parametrize(("form", "target", "dtype"), covering(FORMS, offset=4, contraction=True))
+def test_every_form(form: str, target: str, dtype: torch.dtype) -> None:
+    check(target, "tails of pixels, K and C", dtype, form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("form", "target", "dtype"), covering(FORMS, contraction=True))
+def test_every_form_of_every_case(case: str, form: str, target: str, dtype: torch.dtype) -> None:
+    check(target, case, dtype, form)
