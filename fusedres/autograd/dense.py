@@ -13,8 +13,9 @@ gradient's epilogue added to the buffer itself, whose factor p is known beforeha
 
 Saved: the buffer and each bottleneck's raw output; eager keeps every concatenation and every rectified tensor.
 
-A slice's pixels are C_total apart. The formulas and the library take that; a kernel that needs dense rows is given a
-copy of the slice (`channels_last`), two passes more, until it takes the stride of a row as an argument.
+A slice's pixels are C_total apart. The formulas and the library take that. Kernels need dense rows so far and are given
+a copy of the slice (`channels_last`), one forward and one backward, two passes each: 3 forward and 8 backward, until
+they take the stride of a row as an argument.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
+from ..launch import wants_kernels
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward_apply
 from ..ops.bn_finalize import bn_combine
@@ -210,7 +212,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     needed_x, flat = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
     asked = _by_layer(flat, spec)
     into = channels_last(dz).clone()  # what layers send to the features is added in place
-    total_q = torch.zeros(features.shape[1], dtype=statistics_dtype(dz.dtype), device=dz.device)
+    total_q, total_r = torch.zeros((2, features.shape[1]), dtype=statistics_dtype(dz.dtype), device=dz.device)
     ones = torch.ones_like(total_q)
 
     def arrived(first: int, end: int) -> OutputGrad:
@@ -218,9 +220,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         dy = OutputGrad(into[:, first:end])
         if mean is None:
             return dy
-        y, q, m = features[:, first:end], total_q[first:end], mean[first:end]
-        whole = dy._replace(y=y, p=ones[first:end], q=q, r=torch.zeros_like(q), mean=m)
-        return OutputGrad(bn_backward_apply(whole))
+        p, q, r, m = (vector[first:end] for vector in (ones, total_q, total_r, mean))
+        return OutputGrad(bn_backward_apply(dy._replace(y=features[:, first:end], p=p, q=q, r=r, mean=m)))
 
     below = needed_x
     needs = []
@@ -233,17 +234,17 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         layer, layer_spec, wanted = saved.layers[i], spec.layers[i], asked[i]
         first = end - layer.parameters[-1].weight.shape[0]
         head: list[Any] = [None] * NORM
-        convs, at_source = _layer_backward(
-            arrived(first, end), features[:, :first], layer, layer_spec, spec.schedule, needs[i]
-        )
+        # One copy for a backward pass of kernels that need dense rows; the library takes the slice as it is.
+        x = channels_last(features[:, :first]) if wants_kernels(features) else features[:, :first]
+        convs, at_source = _layer_backward(arrived(first, end), x, layer, layer_spec, spec.schedule, needs[i])
         if at_source is not None:
             g, sums = at_source
             for j, grad in enumerate((sums.sum_gy, sums.sum_g)):
                 head[j] = grad.to(ctx.norm_dtypes[i][j]) if wanted.norm[j] else None
-            moving = layer_spec.norm.batch_stats
-            add_feature_grad(into[:, :first], g, layer.norm.scale, sums.r if moving else None)
-            if moving:
+            add_feature_grad(into[:, :first], g, layer.norm.scale)
+            if layer_spec.norm.batch_stats:
                 total_q[:first] += sums.q
+                total_r[:first] += sums.r
         grads.append([*head, *(grad for conv in convs for grad in conv)])
         end = first
     dx = None

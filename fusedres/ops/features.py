@@ -27,25 +27,22 @@ def _put_features(buffer: Tensor, y: Tensor, first: int) -> None:
 put_features = Op(_put_features)
 
 
-def _add_feature_grad(into: Tensor, g: Tensor, p: Tensor, r: Tensor | None) -> None:
-    """into += p * g + r: what one consumer of a dense block's features sends to them, in place.
+def _add_feature_grad(into: Tensor, g: Tensor, p: Tensor) -> None:
+    """into += p * g: what one consumer of a dense block's features sends to them, in place, rounded once.
 
-    Batch norm's third part, q * (x - mean), is linear in x, and x and mean are the same for every consumer of a
-    feature map: only the sum of the q is kept, and `bn_backward_apply` adds the part of all consumers at once when the
-    feature map's own layer takes its gradient. So x is not read here: of a layer's C input channels, two reads and a
-    write are left.
+    The rest of batch norm's gradient, q * (x - mean) + r, is linear in x, and x and mean are the same for every
+    consumer of a feature map: only the sums of the q and of the r are kept, and `bn_backward_apply` adds the part of
+    all consumers at once when the feature map's own layer takes its gradient. So x is not read here: of a layer's C
+    input channels, two reads and a write are left.
 
     Args:
         into: (N, C, H, W) gradient of the features so far, a slice of a wider buffer.
         g: (N, C, H, W) gradient behind the consumer's ReLU.
-        p, r: (C,) in the statistics dtype; r None is zero.
+        p: (C,) in the statistics dtype.
     """
     check_activation("into", into)
     check_vector("p", p, into.shape[1])
-    total = g.to(p.dtype) * per_channel(p) + into
-    if r is not None:
-        total = total + per_channel(r)
-    into.copy_(total)
+    into.addcmul_(g, per_channel(p))
 
 
 add_feature_grad = Op(_add_feature_grad)

@@ -185,19 +185,28 @@ def test_training_on_digits_gives_the_same_curve(make):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_training_on_digits_in_fp32_stays_together(make):
-    """Forty steps; within one per cent of the first loss, and learnt."""
+    """Twenty steps, as far apart as the plain twin is from itself with weights one unit in the last place off."""
     pytest.importorskip("sklearn")
-    curves = []
-    for fused in (True, False):
+    curves = {}
+    for kind in ("fused", "plain", "plain, a unit off"):
         torch.manual_seed(3)
-        curves.append(curve(make(num_classes=10, in_channels=1, fused=fused), 40, torch.float32))
-    ours, theirs = curves
-    assert sum(theirs[-5:]) < sum(theirs[:5])
-    assert max(abs(a - b) for a, b in zip(ours[:20], theirs[:20], strict=True)) <= 0.01 * theirs[0]
+        model = make(num_classes=10, in_channels=1, fused=kind == "fused")
+        if "off" in kind:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(parameter.shape).sign())
+        curves[kind] = curve(model, 20, torch.float32)
+    plain = curves["plain"]
+    ours, rounding = (
+        max(abs(a - b) for a, b in zip(curves[kind], plain, strict=True)) for kind in ("fused", "plain, a unit off")
+    )
+    print(f"{plain[0]:.3f} to {plain[-1]:.3f}: fused {ours:.1e} apart, a unit in the last place {rounding:.1e}")
+    assert min(plain[10:]) < plain[0]
+    assert ours <= max(0.001 * plain[0], 3 * rounding)
 
 
 DEEP = """
-import resource, sys, torch
+import sys, torch
 from torch.nn import functional as F
 from fusedres.models import create
 name, fused, rung = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
@@ -211,7 +220,9 @@ loss = F.cross_entropy(model(x), torch.tensor([1, 2]))
 loss.backward()
 optimizer.step()
 assert bool(torch.isfinite(loss))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+# Not ru_maxrss, which a process takes over from the one that started it.
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(peak) / 2**20)
 """
 
 
