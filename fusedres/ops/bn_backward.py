@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..launch import launch
 from ..plan.tiles import PartialTile
-from .add_act import add_act
 from .bn_finalize import MOST_PARTS
 from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
@@ -161,20 +160,19 @@ def gradient_arguments(dy: OutputGrad) -> dict[str, Any]:
 
 @bn_backward_apply.triton
 def _bn_backward_apply_triton(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
-    if add is not None:
-        # The kernel does not take a second gradient: one pass more.
-        return add_act(bn_backward_apply(dy), masked(add), act=None)[0]
-    if dy.p is None:
+    if dy.p is None and add is None:
         return masked(dy)
-    if not storable(dy.g, dy.y):
+    if dy.p is None or not storable(dy.g, dy.y, None if add is None else add.g):
         return NotImplemented
     from ..kernels.bn_backward import bn_backward_apply_kernel
 
-    out = empty_rows(dy.g)
-    arguments = gradient_arguments(dy)
+    joining = None if add is None else channels_last(masked(add))
+    out = empty_rows(dy.g, dy.g.dtype if joining is None else torch.promote_types(dy.g.dtype, joining.dtype))
+    arguments = {**gradient_arguments(dy), "add_ptr": joining}
+    per_value = 1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None) + (joining is not None)
     launch_rows(
-        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=GRADIENT, writes=("dy_ptr",),
-        flops=(1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None)) * out.numel(),
+        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=(*GRADIENT, "add_ptr"), writes=("dy_ptr",),
+        flops=per_value * out.numel(),
     )  # fmt: skip
     return out
 
