@@ -44,6 +44,47 @@ def bn_combine_kernel(
         tl.store(out_count_ptr + i_part, count)
 
 
+@triton.jit
+def store_normaliser(
+    count,  # values behind each mean
+    mean,  # (BLOCK_C,) fp32
+    m2,  # (BLOCK_C,) fp32, sum of squared deviations
+    gamma_ptr,  # (C,) any float dtype, or None
+    beta_ptr,  # (C,) any float dtype, or None
+    bias_ptr,  # (C,) of the convolution before, or None
+    running_mean_ptr,  # (C,) updated in place, or None
+    running_var_ptr,  # (C,) updated in place, or None
+    mean_ptr,  # (C,) fp32 out
+    invstd_ptr,  # (C,) fp32 out
+    scale_ptr,  # (C,) fp32 out, gamma * invstd
+    shift_ptr,  # (C,) fp32 out, beta - mean * scale
+    o_c,  # (BLOCK_C,) channels
+    m_c,  # (BLOCK_C,) which of them exist
+    eps,
+    momentum,
+):
+    """The numbers that normalise, and the running statistics, from those of the batch."""
+    invstd = 1.0 / tl.sqrt_rn(m2 / count + eps)
+    scale = invstd
+    if gamma_ptr is not None:
+        scale *= tl.load(gamma_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += tl.load(beta_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + o_c, mean, mask=m_c)
+    tl.store(invstd_ptr + o_c, invstd, mask=m_c)
+    tl.store(scale_ptr + o_c, scale, mask=m_c)
+    tl.store(shift_ptr + o_c, shift, mask=m_c)
+    if running_mean_ptr is not None:
+        # A bias moves the output's mean and nothing else, so that no other kernel needs to know it.
+        if bias_ptr is not None:
+            mean += tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+        running_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+        running_var = tl.load(running_var_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(running_mean_ptr + o_c, _lerp(running_mean, mean, momentum), mask=m_c)
+        tl.store(running_var_ptr + o_c, _lerp(running_var, m2 / (count - 1.0), momentum), mask=m_c)
+
+
 @triton.jit(do_not_specialize=["parts"])
 def bn_finalize_kernel(
     count_ptr,  # (parts,) fp32, values behind each partial mean
@@ -93,22 +134,7 @@ def bn_finalize_kernel(
         squares += tl.load(part_m2_ptr + o, mask=m, other=0.0) + tl.where(m, n[:, None] * d * d, 0.0)
     m2 = tl.sum(squares, axis=0)
 
-    invstd = 1.0 / tl.sqrt_rn(m2 / count + eps)
-    scale = invstd
-    if gamma_ptr is not None:
-        scale *= tl.load(gamma_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    shift = -mean * scale
-    if beta_ptr is not None:
-        shift += tl.load(beta_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    tl.store(mean_ptr + o_c, mean, mask=m_c)
-    tl.store(invstd_ptr + o_c, invstd, mask=m_c)
-    tl.store(scale_ptr + o_c, scale, mask=m_c)
-    tl.store(shift_ptr + o_c, shift, mask=m_c)
-    if running_mean_ptr is not None:
-        # A bias moves the output's mean and nothing else, so that no other kernel needs to know it.
-        if bias_ptr is not None:
-            mean += tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-        running_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-        running_var = tl.load(running_var_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-        tl.store(running_mean_ptr + o_c, _lerp(running_mean, mean, momentum), mask=m_c)
-        tl.store(running_var_ptr + o_c, _lerp(running_var, m2 / (count - 1.0), momentum), mask=m_c)
+    store_normaliser(
+        count, mean, m2, gamma_ptr, beta_ptr, bias_ptr, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr,
+        scale_ptr, shift_ptr, o_c, m_c, eps, momentum,
+    )  # fmt: skip

@@ -9,11 +9,13 @@ import triton.language as tl
 
 from .contraction import SIZES, formed
 from .relu_mask import load_masked
+from .stem_pool import unpooled
 
 
-@triton.jit(do_not_specialize=[*SIZES, "pixels_per_part", "image"])
+@triton.jit(do_not_specialize=[*SIZES, "pixels_per_part", "image", "pooled_P", "pooled_Q"])
 def conv_weight_grad_kernel(
     g_ptr,  # (pixels, groups * K) gradient behind the batch norm, or dy itself where p is None; (pixels // image, ...)
+    index_ptr,  # (N, pooled_P, pooled_Q, groups * K) uint8: g is at the output of max-pooling (`unpooled`); or None
     mask_ptr,  # bits or rectified output (`load_masked`), or None
     y_ptr,  # (pixels, groups * K) raw convolution output; None together with q
     p_ptr,  # (groups * K,) fp32 of dy = p * g + q * (y - mean) + r, or None: dy = g
@@ -40,9 +42,17 @@ def conv_weight_grad_kernel(
     pad_w,
     dilation_h,
     dilation_w,
+    pooled_P,
+    pooled_Q,
     R: tl.constexpr,
     S: tl.constexpr,
-    FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of a row of the window too
+    POOL_R: tl.constexpr,  # of the pooling, where there is one
+    POOL_S: tl.constexpr,
+    POOL_STRIDE_H: tl.constexpr,
+    POOL_STRIDE_W: tl.constexpr,
+    POOL_PAD_H: tl.constexpr,
+    POOL_PAD_W: tl.constexpr,
+    FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of the window too
     GROUPS_PER_TILE: tl.constexpr,
     SUM_DY: tl.constexpr,  # whether the sum of dy is wanted too
     SUM_U: tl.constexpr,  # whether the sum of u's windows is wanted too; of a single group
@@ -53,25 +63,30 @@ def conv_weight_grad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # In the moments form, which asks for the sum, dW is a difference from this product: it keeps the digits of fp32.
-    TENSOR_CORES: tl.constexpr = "tf32x3" if SUM_DY else "tf32"
+    # Without the raw output, as who asks for sums is, dW is a difference from this product, which keeps fp32's digits.
+    TENSOR_CORES: tl.constexpr = "tf32x3" if SUM_DY or SUM_U else "tf32"
     PRECISION: tl.constexpr = TENSOR_CORES if TF32 else "ieee"
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
-    # Columns: pieces of a tap's channels, or of a row of the window.
-    width = S * C if FLAT else GROUPS_PER_TILE * C
+    # Columns: pieces of a tap's channels, or of the whole window.
+    width = R * S * C if FLAT else GROUPS_PER_TILE * C
     pieces = tl.cdiv(width, BLOCK_C)
-    columns = (R if FLAT else R * S) * pieces
+    columns = pieces if FLAT else R * S * pieces
     tiles_k = tl.cdiv(groups * K, BLOCK_K)
     i = tl.program_id(0)
     i_column, i_k, i_part = i % columns, i // columns % tiles_k, i // (columns * tiles_k)
     i_tap, i_c = i_column // pieces, i_column % pieces
-    tap_r, tap_s = (i_tap, 0) if FLAT else (i_tap // S, i_tap % S)
+    tap_r, tap_s = i_tap // S, i_tap % S
     o_e = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     i_group = i_k * BLOCK_K // K // GROUPS_PER_TILE * GROUPS_PER_TILE
     o_x = i_group * C + o_e
     m_k = o_k < groups * K
-    m_e = (o_e < width) & (o_x < (S if FLAT else groups) * C)
+    m_e = o_e < width
+    if FLAT:
+        # A row of the window is one run of memory.
+        row_e, run_e = o_e // (S * C) * dilation_h, o_e % (S * C)
+    else:
+        m_e &= o_x < groups * C
     o_pixel = tl.arange(0, BLOCK_PIXELS)
 
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
@@ -82,7 +97,13 @@ def conv_weight_grad_kernel(
         o_row = start + o_pixel
         m_row = o_row < pixels
         first = start.to(tl.int64)
-        if p_ptr is None and mask_ptr is None and image is None:
+        if index_ptr is not None:
+            o_n, o_p, o_q = o_row // (P * Q), o_row // Q % P, o_row % Q
+            dy = unpooled(
+                g_ptr, index_ptr, o_n, o_p, o_q, m_row, o_k, m_k, groups * K, pooled_P, pooled_Q, POOL_R, POOL_S,
+                POOL_STRIDE_H, POOL_STRIDE_W, POOL_PAD_H, POOL_PAD_W, BLOCK_PIXELS, BLOCK_K,
+            ).to(g_ptr.dtype.element_ty)  # fmt: skip
+        elif p_ptr is None and mask_ptr is None and image is None:
             o = o_pixel[:, None] * (groups * K) + o_k[None, :]
             dy = tl.load(g_ptr + first * (groups * K) + o, mask=m_row[:, None] & m_k[None, :], other=0.0)
         else:
@@ -100,16 +121,17 @@ def conv_weight_grad_kernel(
                 # Rows beyond the output are not zero with r; u is there.
                 dy += y * q[None, :] + r[None, :]
             dy = dy.to(g_ptr.dtype.element_ty)
-        h = o_row // Q % P * stride_h - pad_h + tap_r * dilation_h
-        w = o_row % Q * stride_w - pad_w + tap_s * dilation_w
-        o_in = ((o_row // (P * Q)).to(tl.int64) * H + h) * W + w
-        m_h = m_row & (h >= 0) & (h < H)
+        h, w = o_row // Q % P * stride_h - pad_h, o_row % Q * stride_w - pad_w
         if FLAT:
-            at = (w * C)[:, None] + o_e[None, :]
-            m = m_h[:, None] & m_e[None, :] & (at >= 0) & (at < W * C)
+            o_in = (((o_row // (P * Q)).to(tl.int64) * H + h) * W + w) * C
+            at_h, at_w = h[:, None] + row_e[None, :], (w * C)[:, None] + run_e[None, :]
+            m = m_row[:, None] & m_e[None, :] & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W * C)
+            u = tl.load(x_ptr + o_in[:, None] + (row_e * (W * C) + run_e)[None, :], mask=m, other=0.0)
         else:
-            m = (m_h & (w >= 0) & (w < W))[:, None] & m_e[None, :]
-        u = tl.load(x_ptr + o_in[:, None] * (groups * C) + o_x[None, :], mask=m, other=0.0)
+            h, w = h + tap_r * dilation_h, w + tap_s * dilation_w
+            o_in = ((o_row // (P * Q)).to(tl.int64) * H + h) * W + w
+            m = (m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & m_e[None, :]
+            u = tl.load(x_ptr + o_in[:, None] * (groups * C) + o_x[None, :], mask=m, other=0.0)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + o_x, mask=m_e, other=0.0)
             shift = tl.load(shift_ptr + o_x, mask=m_e, other=0.0)

@@ -7,6 +7,8 @@ that fp32 sums would keep.
 import triton
 import triton.language as tl
 
+from .bn_finalize import store_normaliser
+
 
 @triton.jit
 def _times_m2(
@@ -34,20 +36,29 @@ def _times_m2(
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def moments_statistics_kernel(
-    mean_ptr,  # (C,) fp32 of the input
-    m2_ptr,  # (C, C) fp32, sum of (u - mean)(u - mean)^T
+def moments_finalize_kernel(
+    input_mean_ptr,  # (C,) fp32
+    input_m2_ptr,  # (C, C) fp32, sum of (u - mean)(u - mean)^T
     w_ptr,  # (K, C) weights, storage dtype
-    out_count_ptr,  # (1,) fp32 out
-    out_mean_ptr,  # (K,) fp32 out, W mean
-    out_m2_ptr,  # (K,) fp32 out, rowsum((W m2) * W), never negative
+    gamma_ptr,  # (K,) and so on, as in `bn_finalize_kernel`
+    beta_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    mean_ptr,
+    invstd_ptr,
+    scale_ptr,
+    shift_ptr,
     pixels,
     C,
     K,
+    eps,
+    momentum,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Of y = W u: mean = W input_mean, m2 = rowsum((W input_m2) * W), never negative; and what follows from them."""
     o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
     o_e = tl.arange(0, BLOCK_C)
@@ -56,15 +67,16 @@ def moments_statistics_kernel(
     for start in range(0, C, BLOCK_C):
         o_c = start + o_e
         m_c = o_c < C
-        product = _times_m2(w_ptr, m2_ptr, o_k, o_c, m_k, m_c, C, PRECISION, BLOCK_K, BLOCK_C)
+        product = _times_m2(w_ptr, input_m2_ptr, o_k, o_c, m_k, m_c, C, PRECISION, BLOCK_K, BLOCK_C)
         m = m_k[:, None] & m_c[None, :]
         w = tl.load(w_ptr + o_k[:, None] * C + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-        mean += tl.sum(w * tl.load(mean_ptr + o_c, mask=m_c, other=0.0)[None, :], axis=1)
+        mean += tl.sum(w * tl.load(input_mean_ptr + o_c, mask=m_c, other=0.0)[None, :], axis=1)
         m2 += tl.sum(product * w, axis=1)
-    tl.store(out_mean_ptr + o_k, mean, mask=m_k)
-    tl.store(out_m2_ptr + o_k, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL), mask=m_k)
-    if tl.program_id(0) == 0:
-        tl.store(out_count_ptr, pixels.to(tl.float32))
+    m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    store_normaliser(
+        pixels.to(tl.float32), mean, m2, gamma_ptr, beta_ptr, bias_ptr, running_mean_ptr, running_var_ptr, mean_ptr,
+        invstd_ptr, scale_ptr, shift_ptr, o_k, m_k, eps, momentum,
+    )  # fmt: skip
 
 
 @triton.jit

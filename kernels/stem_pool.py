@@ -68,6 +68,48 @@ def stem_pool_kernel(
         tl.store(index_ptr + o, tl.where(z > 0, index, NO_GRADIENT).to(tl.uint8), mask=m)
 
 
+@triton.jit
+def unpooled(
+    dz_ptr,  # (N, P, Q, C) gradient at the pooled output
+    index_ptr,  # (N, P, Q, C) uint8 from the forward pass
+    o_n,  # (BLOCK_ROWS,) image, row and column of each pixel before pooling
+    o_h,
+    o_w,
+    m_row,  # (BLOCK_ROWS,) which of them exist
+    o_c,  # (BLOCK_C,) channels
+    m_c,  # (BLOCK_C,) which of them exist
+    C,
+    P,
+    Q,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(BLOCK_ROWS, BLOCK_C) fp32: the gradients of the windows whose maximum stood at each pixel."""
+    o_h, o_w = o_h + PAD_H, o_w + PAD_W
+    # A pixel lies in at most this many windows along each side, the last of which starts at or before it.
+    HIGH: tl.constexpr = (R + STRIDE_H - 1) // STRIDE_H
+    WIDE: tl.constexpr = (S + STRIDE_W - 1) // STRIDE_W
+    VECTOR: tl.constexpr = 128 // dz_ptr.dtype.element_ty.primitive_bitwidth  # as in the forward pass
+    g = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    for i in tl.range(0, HIGH * WIDE, loop_unroll_factor=4):
+        p, q = o_h // STRIDE_H - i // WIDE, o_w // STRIDE_W - i % WIDE
+        r, s = o_h - p * STRIDE_H, o_w - q * STRIDE_W
+        m_in = m_row & (p >= 0) & (p < P) & (r < R) & (q >= 0) & (q < Q) & (s < S)
+        o_in = ((o_n * P + p) * Q + q).to(tl.int64)
+        o = tl.max_contiguous(o_in[:, None] * C + o_c[None, :], (1, VECTOR))
+        m = m_in[:, None] & m_c[None, :]
+        index = tl.load(index_ptr + o, mask=m, other=NO_GRADIENT)
+        dz = tl.load(dz_ptr + o, mask=m, other=0.0).to(tl.float32)
+        g += tl.where(index.to(tl.int32) == (r * S + s)[:, None], dz, 0.0)
+    return g
+
+
 @triton.jit(do_not_specialize=["rows", "H", "W", "P", "Q"])
 def stem_pool_backward_kernel(
     dz_ptr,  # (N, P, Q, C) gradient at the pooled output
@@ -95,23 +137,10 @@ def stem_pool_backward_kernel(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     o_row = i_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_row, m_c = o_row < rows, o_c < C
-    o_n, o_h, o_w = o_row // (H * W), o_row // W % H + PAD_H, o_row % W + PAD_W
-
-    # A pixel lies in at most this many windows along each side, the last of which starts at or before it.
-    HIGH: tl.constexpr = (R + STRIDE_H - 1) // STRIDE_H
-    WIDE: tl.constexpr = (S + STRIDE_W - 1) // STRIDE_W
-    VECTOR: tl.constexpr = 128 // dz_ptr.dtype.element_ty.primitive_bitwidth  # as in the forward pass
-    g = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for i in tl.range(0, HIGH * WIDE, loop_unroll_factor=4):
-        p, q = o_h // STRIDE_H - i // WIDE, o_w // STRIDE_W - i % WIDE
-        r, s = o_h - p * STRIDE_H, o_w - q * STRIDE_W
-        m_in = m_row & (p >= 0) & (p < P) & (r < R) & (q >= 0) & (q < Q) & (s < S)
-        o_in = ((o_n * P + p) * Q + q).to(tl.int64)
-        o = tl.max_contiguous(o_in[:, None] * C + o_c[None, :], (1, VECTOR))
-        m = m_in[:, None] & m_c[None, :]
-        index = tl.load(index_ptr + o, mask=m, other=NO_GRADIENT)
-        dz = tl.load(dz_ptr + o, mask=m, other=0.0).to(tl.float32)
-        g += tl.where(index.to(tl.int32) == (r * S + s)[:, None], dz, 0.0)
+    g = unpooled(
+        dz_ptr, index_ptr, o_row // (H * W), o_row // W % H, o_row % W, m_row, o_c, m_c, C, P, Q, R, S, STRIDE_H,
+        STRIDE_W, PAD_H, PAD_W, BLOCK_ROWS, BLOCK_C,
+    )  # fmt: skip
     o = o_row.to(tl.int64)[:, None] * C + o_c[None, :]
     m = m_row[:, None] & m_c[None, :]
     tl.store(g_ptr + o, g.to(g_ptr.dtype.element_ty), mask=m)

@@ -31,6 +31,7 @@ from .layer import (
     measure,
     needs_of,
 )
+from .layouts import arrived, in_dtype
 from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import ChainSpec, ConvBN, LayerSpec
 
@@ -190,10 +191,10 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved: Kept = kept(ctx)
     needs, needed_x = _needs(ctx, spec)
     schedule, last = spec.schedule, len(spec.layers) - 1
-    arriving = OutputGrad(channels_last(dz), saved.mask)
+    arriving = OutputGrad(arrived(dz, saved.parameters[0].weight), saved.mask)
     if saved.mask is not None and not schedule.bit_masks:
         arriving = OutputGrad(masked(arriving), scratch=True)
-    g = arriving._replace(g=arriving.g.to(spec.dtype), scratch=False)
+    g = arriving._replace(g=in_dtype(arriving.g, spec.dtype), scratch=False)
     grads: list[LayerGrads] = [LayerGrads()] * len(saved.parameters)
 
     # What reaches the block's input by the shortcut; the chain's first layer adds its own share to it.
@@ -226,8 +227,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
                 OutputGrad(du.g), du.sums, branch, layer, layer_spec, schedule, needs[i], below
             )
         else:
-            arrived = g if du is None else _behind_relu(du, out, branch)
-            grads[i], du = branch_backward(arrived, branch, layer, layer_spec, schedule, needs[i], below)
+            reached = g if du is None else _behind_relu(du, out, branch)
+            grads[i], du = branch_backward(reached, branch, layer, layer_spec, schedule, needs[i], below)
         if i > 0:
             branch, out = saved.inner[i - 1]
 

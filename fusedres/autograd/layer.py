@@ -22,7 +22,7 @@ from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import Producer, ProducerGrad, conv_input_grad, conv_producer_grad
 from ..ops.conv_weight_grad import conv_weight_grad
-from ..ops.input_moments import input_moments, moments_statistics
+from ..ops.input_moments import input_moments, moments_finalize
 from ..ops.moments_backward import (
     frozen_matrices,
     moments_backward,
@@ -102,10 +102,16 @@ def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpe
 def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) -> Branch:
     """Convolve and measure, or in the moments form only measure."""
     weight = layer.weight.to(u.tensor.dtype)
+    if spec.moments and not spec.norm.batch_stats:
+        return Branch(u, normaliser_of(None, layer.norm, spec.norm, weight.dtype), None, None)
     if spec.moments:
-        moments = input_moments(u, spec.geometry.stride) if spec.norm.batch_stats else None
-        partials = None if moments is None else moments_statistics(moments, weight)
-        return Branch(u, normaliser_of(partials, layer.norm, spec.norm, weight.dtype), None, moments)
+        moments = input_moments(u, spec.geometry.stride)
+        gamma, beta, running_mean, running_var, bias = layer.norm
+        norm = moments_finalize(
+            moments, weight, gamma, beta, running_mean, running_var, bias=bias, eps=spec.norm.eps,
+            momentum=spec.norm.momentum,
+        )  # fmt: skip
+        return Branch(u, norm, None, moments)
     y, partials = conv_forward(u, weight, spec.geometry, statistics=schedule.statistics and spec.norm.batch_stats)
     if spec.norm.batch_stats and partials is None:
         partials = bn_statistics(y)
@@ -137,7 +143,7 @@ def convolution_backward(
     window = (weight.shape[2], weight.shape[3])
     if below.producer is not None:
         dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
-        return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer)
+        return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer, add=below.add)
     if needs.weight and needs.source:
         return conv_backward(dy, source, weight, spec.geometry, add=below.add)
     if needs.weight:

@@ -242,8 +242,8 @@ def _through(
             return None
         below = Below(add if i == 0 else None)
         under = _under(saved, spec, i, needs)
-        if under is not None and needs[i].source and schedule.statistics and (i > 0 or add is None):
-            below = Below(producer=under)
+        if under is not None and needs[i].source and schedule.statistics:
+            below = Below(below.add, under)
         layer, layer_spec = saved.parameters[i], spec.layers[i]
         if i == last:
             dweight, du = convolution_backward(g, saved.last, layer, layer_spec, needs[i], below)

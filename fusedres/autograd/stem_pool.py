@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
-from ..ops.contract import ConvInput, Normaliser, OutputGrad, channels_last, pixels
-from ..ops.conv_weight_grad import conv_weight_grad
-from ..ops.moments_backward import frozen_weight_grad, moments_contraction, moments_weight_grad
+from ..ops.contract import ConvInput, OutputGrad, channels_last
+from ..ops.moments_backward import frozen_weight_grad, moments_weight_grad
+from ..ops.stem_contractions import output_contraction, pooled_contraction
 from ..ops.stem_pool import stem_pool, stem_pool_backward
 from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure, needs_of
 from .saved import differentiable_once, keep, kept, on_forward_backend
@@ -56,16 +56,6 @@ class StemPool(torch.autograd.Function):
         return _backward(ctx, dz)
 
 
-def _early(y: Tensor, u: ConvInput, layer: ConvBN, spec: StemSpec, norm: Normaliser) -> Early:
-    kernel, geometry = (layer.weight.shape[2], layer.weight.shape[3]), spec.layer.geometry
-    one, zero = torch.ones_like(norm.mean), torch.zeros_like(norm.mean)
-    centred = OutputGrad(y, None, y, p=zero, q=one, r=zero, mean=norm.mean)
-    product = conv_weight_grad(centred, u, kernel, geometry).flatten(1)
-    everywhere = OutputGrad(torch.ones_like(y[:, :1]))
-    ungrouped = geometry._replace(groups=1)
-    return Early(product, conv_weight_grad(everywhere, u, kernel, ungrouped).flatten() / pixels(y))
-
-
 def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
     u = ConvInput(channels_last(x).to(spec.dtype))
     branch = measure(u, layer, spec.layer, spec.schedule)
@@ -79,7 +69,8 @@ def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
         early = None
         if spec.schedule.moments and not ctx.needs_input_grad[0] and spec.layer.geometry.groups == 1:
             if spec.layer.norm.batch_stats:
-                early = _early(branch.y, u, layer, spec, branch.norm)
+                window = (layer.weight.shape[2], layer.weight.shape[3])
+                early = Early(*output_contraction(branch.y, branch.norm.mean, u, window, spec.layer.geometry))
             branch = branch._replace(y=None)
         keep(ctx, Kept(branch, early, index, None if compact else z, layer.parameters))
     return z
@@ -91,23 +82,24 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     branch, layer = saved.branch, saved.parameters
     needed = needs_of(ctx.needs_input_grad[2:], ctx.needs_input_grad[0])
     arriving = OutputGrad(dz.to(spec.dtype), saved.mask)
-    g = OutputGrad(stem_pool_backward(arriving, saved.maxima, ctx.size, spec.pool))
     if branch.y is not None:
+        g = OutputGrad(stem_pool_backward(arriving, saved.maxima, ctx.size, spec.pool))
         grads, dx = branch_backward(g, branch, layer, spec.layer, spec.schedule, needed)
         return (dx.to(ctx.input_dtype) if isinstance(dx, Tensor) else None, None, *grads)
-    grads = _backward_without_y(g, branch, saved.early, layer, spec, needed)
-    return (None, None, *grads)
+    return (None, None, *_backward_without_y(arriving, saved, ctx.size, spec, needed))
 
 
 def _backward_without_y(
-    g: OutputGrad, branch: Branch, early: Early | None, layer: ConvBN, spec: StemSpec, needed: Needs
+    arriving: OutputGrad, saved: Kept, size: tuple[int, ...], spec: StemSpec, needed: Needs
 ) -> LayerGrads:
-    kernel = (layer.weight.shape[2], layer.weight.shape[3])
-    d, sum_g = moments_contraction(g, branch.source, kernel, spec.layer.geometry)
+    branch, layer, early = saved.branch, saved.parameters, saved.early
+    window = (layer.weight.shape[2], layer.weight.shape[3])
+    d, sum_g = pooled_contraction(arriving, saved.maxima, size, spec.pool, branch.source, window, spec.layer.geometry)
     weight = layer.weight.to(spec.dtype).flatten(1).to(d.dtype)
     if early is None:
         dweight, dgamma = frozen_weight_grad(d, sum_g, weight, branch.norm)
     else:
-        dweight, dgamma, _ = moments_weight_grad(d, sum_g, pixels(g.g), early.mean, early.product, weight, branch.norm)
+        count = size[0] * size[2] * size[3]
+        dweight, dgamma, _ = moments_weight_grad(d, sum_g, count, early.mean, early.product, weight, branch.norm)
     dweight = dweight.view(layer.weight.shape)
     return in_parameter_dtypes(dweight, dgamma, sum_g, branch.norm, layer, spec.layer, needed)

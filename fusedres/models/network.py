@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusedres.nn import blocks, plain
-from fusedres.nn.fused import FusedStem
+from fusedres.nn.fused import FusedStem, pooled
 from fusedres.nn.plain.variants import gated_modules
 
 __all__ = ["FusedResNet", "ResNet", "build", "cifar_depth", "initialise", "library", "residual_stages"]
@@ -65,12 +65,20 @@ class ResNet(nn.Module):
             x = self._modules[name](x)  # type: ignore[misc]
         if self.end is not None:
             x = self.end(x)
-        logits: torch.Tensor = self.fc(self.avgpool(x).flatten(1))
+        logits: torch.Tensor = self.fc(self.pool(x).flatten(1))
         return logits
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean over all pixels."""
+        z: torch.Tensor = self.avgpool(x)
+        return z
 
 
 class FusedResNet(FusedStem, ResNet):
     """A `ResNet` with a fused stem; its stages are what their blocks are."""
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        return pooled(self.avgpool, x)
 
 
 MakeBlock = Callable[[int, int, int, int], nn.Module]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd import GlobalPool
 from ..chain import run_chain, run_stem
 from ..inference import forget
 from ..plan import AUTO
@@ -53,6 +54,16 @@ class Fused(nn.Module):
 def traced(x: Any) -> bool:
     """Whether somebody is reading the forward pass rather than running it: they get the plain modules."""
     return not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def pooled(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``; where it is global average pooling, with a gradient that is not written out."""
+    of_one = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+    if traced(x) or not of_one or x.dim() != 4 or why_not_others([("avgpool", module)]) is not None:
+        plain: Tensor = module(x)
+        return plain
+    z: Tensor = GlobalPool.apply(x)
+    return z
 
 
 class FusedBlock(Fused):

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..autograd import GlobalPool
 from ..chain import run_chain, run_stem
 from ..dense_chain import DenseLayerParts, run_dense, takes_dense
 from ..plan import AUTO
@@ -222,5 +222,5 @@ class FusedDenseEnds(Fused):
             x = module(x)
         x = run_bn_act(x, norm_of(parts.norm), counters=counters_of_norms([parts.norm]))
         classifier: Any = self._modules["classifier"]
-        logits: Tensor = classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
+        logits: Tensor = classifier(torch.flatten(GlobalPool.apply(x), 1))
         return logits

@@ -1,5 +1,7 @@
 """From statistics to the numbers that normalise, and the running statistics beside them."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -79,9 +81,7 @@ def _bn_finalize_triton(
 ) -> Normaliser:
     parts, channels = partials.mean.shape
     check_norm_vectors(channels, gamma, beta, running_mean, running_var, bias)
-    if not storable(*partials, gamma, beta, running_mean, running_var, bias):
-        return NotImplemented
-    if not all(running is None or running.is_contiguous() for running in (running_mean, running_var)):
+    if not storable(*partials) or not finalisable(gamma, beta, running_mean, running_var, bias):
         return NotImplemented
     from ..kernels.bn_finalize import bn_finalize_kernel
 
@@ -89,21 +89,55 @@ def _bn_finalize_triton(
     if parts > MOST_PARTS:
         partials = _combined(partials, tile)
         parts = len(partials.counts)
-    norm = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=partials.mean.device))
-    read = {
-        "count_ptr": partials.counts, "part_mean_ptr": partials.mean, "part_m2_ptr": partials.m2,
-        "gamma_ptr": gamma, "beta_ptr": beta, "bias_ptr": None if running_mean is None else bias,
+    measured = {
+        "count_ptr": partials.counts.contiguous(), "part_mean_ptr": partials.mean.contiguous(),
+        "part_m2_ptr": partials.m2.contiguous(),
     }  # fmt: skip
-    arguments = {name: None if tensor is None else tensor.contiguous() for name, tensor in read.items()}
-    running = {"running_mean_ptr": running_mean, "running_var_ptr": running_var}
-    written = {"mean_ptr": norm.mean, "invstd_ptr": norm.invstd, "scale_ptr": norm.scale, "shift_ptr": norm.shift}
-    numbers = {"parts": parts, "C": channels, "eps": float(eps), "momentum": float(momentum)}
-    blocks = {"BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c}
+    outputs = normaliser_outputs(
+        gamma, beta, running_mean, running_var, bias, eps, momentum, channels, partials.mean.device
+    )
     launch(
-        bn_finalize_kernel, (-(-channels // tile.block_c),), {**arguments, **running, **written, **numbers, **blocks},
-        reads=(*read, *running), writes=(*written, *running), flops=8 * parts * channels, num_warps=tile.num_warps,
+        bn_finalize_kernel, (-(-channels // tile.block_c),),
+        {
+            **measured, **outputs.arguments, "parts": parts, "C": channels, "BLOCK_PARTS": tile.block_parts,
+            "BLOCK_C": tile.block_c,
+        },
+        reads=(*measured, *outputs.reads), writes=outputs.writes, flops=8 * parts * channels,
+        num_warps=tile.num_warps,
     )  # fmt: skip
-    return norm
+    return outputs.norm
+
+
+def finalisable(
+    gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bias: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether kernels take the vectors of a batch norm."""
+    running = (running_mean, running_var)
+    return storable(gamma, beta, *running, bias) and all(r is None or r.is_contiguous() for r in running)
+
+
+class NormaliserOutputs(NamedTuple):
+    """What a kernel that ends in `store_normaliser` is told of a batch norm, and what it reads and writes for it."""
+
+    norm: Normaliser
+    arguments: dict[str, Any]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+def normaliser_outputs(
+    gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bias: Tensor | None, eps: float, momentum: float, channels: int, device: torch.device,
+) -> NormaliserOutputs:  # fmt: skip
+    """The arguments of `bn_finalize` in the form of a launch."""
+    norm = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=device))
+    vectors = {"gamma_ptr": gamma, "beta_ptr": beta, "bias_ptr": None if running_mean is None else bias}
+    read = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
+    running = {"running_mean_ptr": running_mean, "running_var_ptr": running_var}
+    written = {f"{name}_ptr": vector for name, vector in norm._asdict().items()}
+    numbers = {"eps": float(eps), "momentum": float(momentum)}
+    return NormaliserOutputs(norm, {**read, **running, **written, **numbers}, (*read, *running), (*written, *running))
 
 
 def _combined(partials: Partials, tile: PartialTile) -> Partials:

@@ -1,16 +1,26 @@
 """The gradient of a convolution's weight, both operands formed on load."""
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..launch import launch
+from ..offline import ALIGNMENT
 from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
 from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments
-from .contract import ConvInput, Geometry, OutputGrad, channels_last, check_activation, pixels, statistics_dtype
+from .contract import (
+    ConvInput,
+    Geometry,
+    OutputGrad,
+    PoolGeometry,
+    channels_last,
+    check_activation,
+    statistics_dtype,
+)
 from .contractions import bytes_in_windows, shape_of, window_arguments
 from .conv_forward import formed
 from .op import Op
@@ -69,9 +79,17 @@ class WeightSums(NamedTuple):
     sum_u: Tensor | None
 
 
+class Pooled(NamedTuple):
+    """That dy is still at the output of max-pooling: `stem_pool`'s compact index, its window, (N, K, P, Q) of dy."""
+
+    maxima: Tensor
+    pool: PoolGeometry
+    size: tuple[int, ...]
+
+
 def summed_weight_grad(
-    dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry, *, sum_dy: bool = True,
-    sum_u: bool = False,
+    dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry, *, pooled: Pooled | None = None,
+    sum_dy: bool = True, sum_u: bool = False,
 ) -> WeightSums | None:  # fmt: skip
     """dW by the kernel, with the sum of dy (which is the masked g alone then) and of u's windows if asked for.
 
@@ -79,41 +97,45 @@ def summed_weight_grad(
     """
     if not storable(dy.g, dy.y, u.tensor) or dy.g.dtype != u.tensor.dtype:
         return None
-    shape = shape_of(u, pixels(dy.g), dy.g.shape[1], kernel, geometry)
+    n, k, p, q = dy.g.shape if pooled is None else pooled.size
+    shape = shape_of(u, n * p * q, k, kernel, geometry)
     tiles = weight_grad_tiles(shape)
     if not tiles or depthwise(shape):
         return None
-    return _launched(dy, u, geometry, shape, tiles[0], sum_dy=sum_dy, sum_u=sum_u)
+    return _launched(dy, u, geometry, shape, (p, q), tiles[0], pooled, sum_dy=sum_dy, sum_u=sum_u)
 
 
 def _launched(
-    dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape, tile: WeightGradTile, *, sum_dy: bool,
-    sum_u: bool,
+    dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape, size: tuple[int, int], tile: WeightGradTile,
+    pooled: Pooled | None, *, sum_dy: bool, sum_u: bool,
 ) -> WeightSums:  # fmt: skip
     """The kernel, and a second that adds the parts of the pixels."""
     from ..kernels.conv_weight_grad import conv_weight_grad_kernel, sum_parts_kernel
 
     x = channels_last(u.tensor)
-    k, p, q = dy.g.shape[1:]
+    k = shape.groups * shape.k
     taps = (shape.r, shape.s, shape.c)
     sizes = [k * math.prod(taps), k * sum_dy, math.prod(taps) * sum_u]
     parts = torch.empty((tile.parts, sum(sizes)), dtype=torch.float32, device=x.device)
     read = {**gradient_arguments(dy), "x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
-    covered = bytes_in_windows(x, (p, q), (shape.r, shape.s), geometry)
+    covered = bytes_in_windows(x, size, (shape.r, shape.s), geometry)
     launch(
         conv_weight_grad_kernel, (tile.tiles(shape) * tile.parts,),
         {
-            **read, "out_ptr": parts, **window_arguments(x, shape, (p, q), geometry),
+            **read, "out_ptr": parts, **window_arguments(x, shape, size, geometry),
+            **_pooling(pooled, dy.g),
             "pixels_per_part": tile.per_part(shape.pixels), "GROUPS_PER_TILE": tile.groups_per_tile,
             "SUM_DY": sum_dy, "SUM_U": sum_u,
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
-        reads=(*GRADIENT, "x_ptr", "scale_ptr", "shift_ptr"), writes=("out_ptr",), partial={"x_ptr": covered},
-        flops=2 * shape.pixels * sizes[0], num_warps=tile.num_warps, num_stages=tile.num_stages,
+        reads=(*GRADIENT, "index_ptr", "x_ptr", "scale_ptr", "shift_ptr"), writes=("out_ptr",),
+        partial={"x_ptr": covered}, flops=2 * shape.pixels * sizes[0],
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     total = parts[0]
     if tile.parts > 1:
-        total, block = torch.empty_like(parts[0]), 1024
+        # Of rows not known to begin at 16 bytes, neighbouring lanes take neighbouring numbers, one each.
+        total, block = torch.empty_like(parts[0]), 1024 if parts.shape[1] % ALIGNMENT == 0 else 128
         launch(
             sum_parts_kernel, (-(-total.numel() // block),),
             {"part_ptr": parts, "total_ptr": total, "parts": tile.parts, "size": total.numel(), "BLOCK": block},
@@ -124,6 +146,17 @@ def _launched(
         dw.view(k, *taps).permute(0, 3, 1, 2), dy_total if sum_dy else None,
         u_total.view(taps).permute(2, 0, 1) if sum_u else None,
     )  # fmt: skip
+
+
+def _pooling(pooled: Pooled | None, g: Tensor) -> dict[str, Any]:
+    names = [f"POOL_{name}" for name in ("R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")]
+    if pooled is None:
+        return {"index_ptr": None, "pooled_P": 1, "pooled_Q": 1, **dict.fromkeys(names, 1)}
+    sizes = {"pooled_P": g.shape[2], "pooled_Q": g.shape[3]}
+    return {
+        "index_ptr": channels_last(pooled.maxima), **sizes,
+        **dict(zip(names, itertools.chain(*pooled.pool), strict=True)),
+    }  # fmt: skip
 
 
 @conv_weight_grad.native

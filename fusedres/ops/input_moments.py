@@ -6,10 +6,12 @@ from torch import Tensor
 from ..launch import launch, target_of
 from ..plan.tiles import alignment, matrix_tile, moments_tile
 from . import onednn
+from .bn_finalize import bn_finalize, check_norm_vectors, finalisable, normaliser_outputs
 from .contract import (
     ConvInput,
     Geometry,
     Moments,
+    Normaliser,
     Partials,
     as_rows,
     channels_last,
@@ -21,7 +23,7 @@ from .contract import (
 from .conv_forward import formed
 from .conv_weight_grad import weight_grad
 from .op import Op
-from .rows import empty_partials, storable
+from .rows import storable
 
 # Rows are taken in pieces of 1 MiB of fp32, which stay in a core's second-level cache between the passes over them.
 _PIECE = 1 << 18
@@ -123,7 +125,7 @@ def _input_moments_native(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
     return Moments(n, row + rest / n, gram - torch.outer(rest, rest / n))
 
 
-def _moments_statistics(moments: Moments, weight: Tensor) -> Partials:
+def moments_statistics(moments: Moments, weight: Tensor) -> Partials:
     """The statistics of y = W u from the moments of u: mean = W mean_u, m2 = rowsum((W m2_u) * W), never negative.
 
     Args:
@@ -139,26 +141,58 @@ def _moments_statistics(moments: Moments, weight: Tensor) -> Partials:
     return Partials(count, (w @ moments.mean).unsqueeze(0), m2.unsqueeze(0))
 
 
-moments_statistics = Op(_moments_statistics)
+def _moments_finalize(
+    moments: Moments,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> Normaliser:
+    """`bn_finalize` of `moments_statistics`; the arguments are theirs."""
+    return bn_finalize(
+        moments_statistics(moments, weight), gamma, beta, running_mean, running_var, bias=bias, eps=eps,
+        momentum=momentum,
+    )  # fmt: skip
 
 
-@moments_statistics.triton
-def _moments_statistics_triton(moments: Moments, weight: Tensor) -> Partials:
-    if not storable(weight, moments.mean):
-        return NotImplemented
-    from ..kernels.moments import moments_statistics_kernel
+moments_finalize = Op(_moments_finalize)
 
+
+@moments_finalize.triton
+def _moments_finalize_triton(
+    moments: Moments,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> Normaliser:
     k, c = weight.shape[:2]
+    check_norm_vectors(k, gamma, beta, running_mean, running_var, bias)
+    if not storable(weight, moments.mean) or not finalisable(gamma, beta, running_mean, running_var, bias):
+        return NotImplemented
+    from ..kernels.moments import moments_finalize_kernel
+
     tile = matrix_tile(target_of(weight))
-    partials = empty_partials(1, k, weight.device)
-    read = {"mean_ptr": moments.mean, "m2_ptr": moments.m2, "w_ptr": channels_last(weight).view(k, c)}
-    written = {"out_count_ptr": partials.counts, "out_mean_ptr": partials.mean, "out_m2_ptr": partials.m2}
+    read = {
+        "input_mean_ptr": moments.mean, "input_m2_ptr": moments.m2, "w_ptr": channels_last(weight).view(k, c),
+    }  # fmt: skip
+    outputs = normaliser_outputs(gamma, beta, running_mean, running_var, bias, eps, momentum, k, weight.device)
     launch(
-        moments_statistics_kernel, (-(-k // tile.block_k),),
+        moments_finalize_kernel, (-(-k // tile.block_k),),
         {
-            **read, **written, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
+            **read, **outputs.arguments, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
             "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
-        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 2), num_warps=tile.num_warps,
+        reads=(*read, *outputs.reads), writes=outputs.writes, flops=2 * k * c * (c + 2), num_warps=tile.num_warps,
     )  # fmt: skip
-    return partials
+    return outputs.norm

@@ -11,6 +11,9 @@ from .tiles import power_above
 # Below this many tiles a GPU has multiprocessors without one, and smaller tiles are worth their extra loads.
 ENOUGH_TILES = 256
 MOST_STAGES = 4
+# Elements of a weight gradient's tiles, all parts together: each is written and read once more, which at 16 MB was a
+# tenth of what ResNet-50's step moves. Of the widest tile it is one for every multiprocessor.
+PARTIAL_ELEMENTS = 1 << 21
 # The narrowest side of a tile that tensor cores multiply on every target.
 NARROWEST = 16
 
@@ -138,8 +141,8 @@ class WeightGradTile:
 
     def tiles(self, shape: ConvShape) -> int:
         """Tiles that cover the weight."""
-        width = shape.s * shape.c if shape.flat else self.groups_per_tile * shape.c
-        columns = (shape.r if shape.flat else shape.r * shape.s) * -(-width // self.block_c)
+        width = shape.r * shape.s * shape.c if shape.flat else self.groups_per_tile * shape.c
+        columns = (1 if shape.flat else shape.r * shape.s) * -(-width // self.block_c)
         return columns * -(-shape.groups * shape.k // self.block_k)
 
     def per_part(self, pixels: int) -> int:
@@ -158,13 +161,15 @@ def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
     if grouped and shape.k % block_k and block_k % shape.k:
         return ()
     packed = max(1, block_k // shape.k) if grouped else 1
-    width = shape.s * shape.c if shape.flat else packed * shape.c
-    block_c = max(NARROWEST, min(power_above(width), widest))
+    width = shape.r * shape.s * shape.c if shape.flat else packed * shape.c
+    # A whole window of few channels, so that dy is read, or formed, once.
+    block_c = max(NARROWEST, min(power_above(width), 256 if shape.flat else widest))
     tiles = []
     for block_pixels in (64, 32):
         warps = 8 if block_k * block_c >= 128 * 128 or shape.flat else 4
         tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
-        wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), -(-ENOUGH_TILES // tile.tiles(shape))))
+        programs = min(ENOUGH_TILES, PARTIAL_ELEMENTS // (block_k * block_c))
+        wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // tile.tiles(shape)))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
     # The shorter step where operands are wide, or every element of one has a mask of its own.

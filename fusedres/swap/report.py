@@ -15,6 +15,7 @@ class Row:
         fused: whether its next call takes the fused pass.
         schedule: the one asked for, None if not fused.
         reason: why it is not fused, empty if it is.
+        note: what costs time although it is fused.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Row:
     fused: bool
     schedule: str | None
     reason: str
+    note: str = ""
 
 
 class Report(Sequence[Row]):
@@ -46,7 +48,7 @@ class Report(Sequence[Row]):
     def __str__(self) -> str:
         head = tuple(field.name for field in fields(Row))
         table = [head] + [
-            (row.name or "(model)", row.kind, "yes" if row.fused else "no", row.schedule or "-", row.reason)
+            (row.name or "(model)", row.kind, "yes" if row.fused else "no", row.schedule or "-", row.reason, row.note)
             for row in self.rows
         ]
         widths = [max(len(line[column]) for line in table) for column in range(len(head))]

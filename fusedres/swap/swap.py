@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..autograd.layouts import reordered
 from ..nn.fused import Fused, FusedStem
 from ..nn.parts import NotFusable
 from ..plan import AUTO, check_schedule
@@ -25,6 +26,15 @@ def _reason(module: Fused) -> str:
     except NotFusable as why:
         return str(why)
     return ""
+
+
+def _note(module: Fused) -> str:
+    """What the last backward pass had to do that a better layout would have spared, or an empty string."""
+    convs: Any = module.fused_convs()
+    strides = reordered(convs[0].weight) if convs else None
+    if strides is None:
+        return ""
+    return f"its gradient arrives with strides {strides} and is copied at every step; channels_last would not be"
 
 
 def _try_fuse(module: nn.Module, plain: type[nn.Module], fused: type[nn.Module]) -> str:
@@ -110,7 +120,8 @@ def report(model: nn.Module) -> Report:
             assert isinstance(module, Fused)
             kind = _kind(plain_class[type(module)], type(module))
             reason = _reason(module)
-            rows.append(Row(name, kind, not reason, None if reason else module.fused_schedule, reason))
+            schedule = None if reason else module.fused_schedule
+            rows.append(Row(name, kind, not reason, schedule, reason, "" if reason else _note(module)))
         elif type(module) in known:
             plain = type(module)
             reason = _try_fuse(module, plain, known[plain])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet
 
-from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem
+from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, pooled
 
 
 class FusedTorchvisionBasicBlock(FusedBasicBlock, resnet.BasicBlock):
@@ -24,7 +24,7 @@ class FusedTorchvisionResNet(FusedStem, resnet.ResNet):
         modules: Any = self
         x = self.stem(x)
         x = modules.layer4(modules.layer3(modules.layer2(modules.layer1(x))))
-        x = modules.fc(torch.flatten(modules.avgpool(x), 1))
+        x = modules.fc(torch.flatten(pooled(modules.avgpool, x), 1))
         return x
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedres.ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_reduce
 from fusedres.ops.contract import Normaliser, OutputGrad
-from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.relu_mask import pack_relu_mask, relu_backward
 from fusedres.plan.tiles import pinned, reduction_tiles
 from tests.comparison import assert_as_accurate_as_eager
 from tests.kernels.executed import MEASURABLE, SIZES, Size, activation, covering, executed, vgpu
@@ -26,7 +26,9 @@ class Operands:
         self.gamma = torch.rand(size[1]) + 0.5
         z = torch.relu(activation(size, dtype))
         self.open = z > 0 if mask != "none" else torch.ones_like(z, dtype=torch.bool)
-        self.mask = {"none": None, "bits": pack_relu_mask(z), "output": z}[mask]
+        self.mask = {"none": None, "bits": pack_relu_mask(z), "output": z}[mask.removeprefix("pooled, ")]
+        if mask.startswith("pooled"):
+            self.g = self.g[:, :, :1, :1].contiguous().expand(size)
 
     def norm(self, dtype: torch.dtype) -> Normaliser:
         y = self.y.to(dtype)
@@ -74,6 +76,19 @@ def test_agrees(case: str, target: str, dtype: torch.dtype, mask: str) -> None:
 def test_parts_of_several_tiles(case: str, target: str, dtype: torch.dtype, mask: str) -> None:
     with patch("fusedres.plan.tiles.PROGRAMS", 3):
         check(target, SIZES[case], dtype, mask)
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "dtype"), covering(["a stage of ResNet-50", "odd C", "one pixel"], offset=1)
+)
+def test_a_pooled_gradient_is_read_as_it_is(case: str, target: str, dtype: torch.dtype) -> None:
+    if case != "one pixel":
+        check(target, SIZES[case], dtype, "pooled, bits")
+    operands = Operands(SIZES[case], dtype, "pooled, bits")
+    out, trace = executed(target, lambda: relu_backward(operands.g, operands.mask))
+    assert torch.equal(out, torch.where(operands.open, operands.g, 0.0))
+    n, c = SIZES[case][:2]
+    assert trace.launches[0].read["g_ptr"] == n * c * dtype.itemsize
 
 
 @pytest.mark.parametrize(("case", "target", "dtype"), covering(["8 divides C", "a row is several pieces", "odd C"]))

@@ -32,7 +32,7 @@ CASES = {
     "two wide groups": Conv((1, 64, 6, 6), 128, (3, 3), Geometry(padding=(1, 1), groups=2)),
     "groups that widen": Conv((1, 8, 6, 6), 64, (3, 3), Geometry(padding=(1, 1), groups=4)),
 }
-FORMS = ("dy and u", "bits, dy and u formed", "output, dy formed", "masked g", "u formed", "scaled g")
+FORMS = ("dy and u", "bits, dy and u formed", "output, dy formed", "masked g", "u formed", "scaled g", "pooled, bits")
 
 
 def operands(conv: Conv, dtype: torch.dtype, form: str) -> tuple[OutputGrad, ConvInput]:
@@ -40,7 +40,9 @@ def operands(conv: Conv, dtype: torch.dtype, form: str) -> tuple[OutputGrad, Con
     size = (conv.size[0], conv.k, p, q)
     z = torch.relu(activation(size, dtype))
     dy = OutputGrad(activation(size, dtype))
-    if form.startswith(("bits", "masked")):
+    if form.startswith("pooled"):
+        dy = OutputGrad(activation((*size[:2], 1, 1), dtype).expand(size))
+    if form.startswith(("bits", "masked", "pooled")):
         dy = dy._replace(mask=pack_relu_mask(z))
     if form.startswith("output"):
         dy = dy._replace(mask=z)
@@ -112,7 +114,7 @@ def test_every_shape_of_every_network(network: str, target: str) -> None:
 def test_several_parts(case: str, target: str, dtype: torch.dtype) -> None:
     conv = CASES[case]
     conv = conv._replace(size=(3, *conv.size[1:]))
-    with patch("fusedres.plan.conv_tiles.ENOUGH_TILES", 10**6):
+    with patch.multiple("fusedres.plan.conv_tiles", ENOUGH_TILES=10**6, PARTIAL_ELEMENTS=10**9):
         check(target, conv, dtype, "dy and u")
 
 

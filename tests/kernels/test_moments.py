@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.ops.bn_finalize import bn_finalize
 from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
 from fusedres.ops.conv_input_grad import Producer, input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
-from fusedres.ops.input_moments import input_moments, moments_statistics
+from fusedres.ops.input_moments import input_moments, moments_finalize
 from fusedres.ops.moments_backward import (
     moments_backward,
     moments_contraction,
@@ -58,7 +57,7 @@ class Setting:
             invstd = (self.running[1] + 1e-5) ** -0.5
             norm = Normaliser(self.running[0], invstd, scale, self.beta - self.running[0] * scale)
         else:
-            norm = bn_finalize(moments_statistics(moments, self.weight), self.gamma, self.beta)
+            norm = moments_finalize(moments, self.weight, self.gamma, self.beta)
         d, sum_g = moments_contraction(self.g, u, (1, 1), self.geometry)
         small, matrices = moments_backward(d, sum_g, moments, self.weight, norm)
         if self.form == "producer":
