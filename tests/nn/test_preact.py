@@ -1,6 +1,6 @@
 """fusedres.nn: pre-activation blocks compute what their plain twins compute, and measure their outputs once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -315,3 +315,24 @@ def test_on_executed_kernels(target):
     for name, grad in truth.grads.items():
         allowed = max(1.5 * relative_error(theirs.grads[name], grad), 1e-5)
         assert relative_error(ours.grads[name], grad) <= allowed, name
+
+
+@pytest.fixture
+def one_process(tmp_path) -> Iterator[None]:
+    """A process group of this process alone, as DistributedDataParallel needs one."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("schedule", [AUTO, "prologue"])
+def test_distributed_data_parallel(schedule, one_process):
+    """Its hooks see every parameter's gradient, and its buffers are those of the blocks."""
+    fused = nn.Sequential(*stage(schedule), blocks.DenseBlock(2, 20, 4).double(), blocks.Transition(28, 10).double())
+    fusedres.fuse(fused, schedule=schedule)
+    plain = plain_copy(fused)
+    parallel = [nn.parallel.DistributedDataParallel(model) for model in (fused, plain)]
+    passes = [run(model, tensor(3, 6, 8, 8)) for model in parallel]
+    assert_same_pass(*passes)
+    assert all(grad is not None for grad in passes[0].grads.values())
