@@ -99,7 +99,9 @@ def assert_as_accurate(ours: Step, theirs: Step, exact: Step) -> None:
 
 @pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_a_block_trains_on_kernels(block: str, schedule: str, dtype: torch.dtype) -> None:
     make, size = BLOCKS[block]
     model = fusedres.fuse(nn.Sequential(make().to(dtype)), schedule=schedule)
@@ -127,6 +129,30 @@ def test_resnet20_trains_on_kernels(target: str) -> None:
     assert_agree(ours, theirs, 1e-5)
     assert trace.by_kernel()["bn_act_kernel"] == 18
     assert len({launch.binary for launch in trace.launches}) <= 48
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["auto", "prologue", "moments"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_resnet20_trains_three_steps(target: str, dtype: torch.dtype, tolerance: float, schedule: str) -> None:
+    """Every convolution of every block on kernels, the weights in fp32, contractions in the dtype of autocast."""
+    images, labels = torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    model = fusedres.fuse(cifar_resnet(20, in_channels=1), schedule=schedule)
+    losses = {}
+    for backend in (f"vgpu:{target}", "reference"):
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
+        losses[backend] = []
+        for _ in range(3):
+            with fusedres.backend(backend), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = cross_entropy(twin(images).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.item())
+    for ours, theirs in zip(*losses.values(), strict=True):
+        assert abs(ours - theirs) <= tolerance * theirs, losses
 
 
 @each_target

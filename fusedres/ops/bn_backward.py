@@ -158,6 +158,11 @@ def gradient_arguments(dy: OutputGrad) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def operands_of(dy: OutputGrad) -> int:
+    """How many tensors of dy's size and dtype a kernel reads to form it."""
+    return 1 + (dy.q is not None) + (dy.mask is not None and dy.mask.dtype != torch.uint8)
+
+
 @bn_backward_apply.triton
 def _bn_backward_apply_triton(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
     if dy.p is None and add is None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..launch import launch
+from ..launch import launch, target_of
 from ..offline import ALIGNMENT
 from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
-from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments
+from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments, operands_of
 from .contract import (
     ConvInput,
     Geometry,
@@ -98,8 +98,8 @@ def summed_weight_grad(
     if not storable(dy.g, dy.y, u.tensor) or dy.g.dtype != u.tensor.dtype:
         return None
     n, k, p, q = dy.g.shape if pooled is None else pooled.size
-    shape = shape_of(u, n * p * q, k, kernel, geometry)
-    tiles = weight_grad_tiles(shape)
+    shape = shape_of(u, n * p * q, k, kernel, geometry)._replace(operands=operands_of(dy))
+    tiles = weight_grad_tiles(shape, target_of(u.tensor))
     if not tiles or depthwise(shape):
         return None
     return _launched(dy, u, geometry, shape, (p, q), tiles[0], pooled, sum_dy=sum_dy, sum_u=sum_u)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch import launch, target_of
 from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
-from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked
+from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
 from .contract import ConvInput, Geometry, Normaliser, OutputGrad, channels_last, pixels
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
 from .relu_mask import is_pooled, laid_out
@@ -60,7 +60,7 @@ def gradient_shape(
     pixels_ = n * -(-h // stride[0]) * -(-w // stride[1])
     return ConvShape(
         pixels_, k // groups, c // groups, groups, r, s, weight.element_size(), prologue=formed or second,
-        operands=1 + (dy.q is not None) + (dy.mask is not None and dy.mask.dtype != torch.uint8),
+        second=second, operands=operands_of(dy), gradient=True,
     )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ class ConvShape(NamedTuple):
 
     ``flat``: depth runs along the rows of the window. ``prologue``: the left operand is formed on load, of so many
     tensors (``operands``). ``second``: a projection is contracted after the convolution, whose outputs wait in
-    registers. Of an input gradient, ``c`` are the channels of the convolution's output and ``k`` those of its input.
+    registers. ``gradient``: of the input; ``c`` are the channels of the convolution's output and ``k`` those of its
+    input then.
     """
 
     pixels: int
@@ -37,6 +38,7 @@ class ConvShape(NamedTuple):
     prologue: bool = False
     second: bool = False
     operands: int = 1
+    gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     if shape.flat:
         block_c = 32
     amd = target.backend == "hip"
-    if amd or shape.second:
+    if amd and shape.gradient and shape.second:
+        block_c = min(block_c, 32)
+    # The second contraction of a gradient adds to the same sums.
+    apart = shape.second and not shape.gradient
+    if amd or apart or (shape.gradient and not wide(target)):
         block_k = min(block_k, 64)
     sizes = [(128, block_k), (64, block_k)]
     if amd:
@@ -103,7 +109,7 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
     others = list(ordered)
     # The widest tile where tensor cores read both operands from shared memory; a prologue would find no registers.
-    if packed * shape.k >= 256 and wide(target) and not (shape.prologue or shape.second):
+    if packed * shape.k >= 256 and wide(target) and not (shape.prologue or shape.second or shape.gradient):
         others.append(_tile((128, 256), block_c, packed, shape, target))
     return tuple(dict.fromkeys([default, *others]))
 
@@ -113,6 +119,7 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # and a prologue where operands pass through registers.
     outputs = size[0] * size[1]
     crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
+    crowded = crowded or (shape.gradient and outputs >= 128 * 64)
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
     if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
         # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by
@@ -150,30 +157,38 @@ class WeightGradTile:
         return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
 
 
-def weight_grad_tiles(shape: ConvShape) -> tuple[WeightGradTile, ...]:
+def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile, ...]:
     """Tiles for the gradient of a weight, the default first; empty where groups do not fit into tiles.
 
     The pixels are cut into as many parts as keep a large GPU busy, each of several steps.
     """
-    grouped = shape.groups > 1
+    grouped, amd, formed = shape.groups > 1, target.backend == "hip", shape.operands > 1
     widest = 128 if shape.k >= 128 and shape.c >= 128 else 64
     block_k = max(NARROWEST, min(power_above(shape.k * shape.groups), widest))
+    while grouped and block_k > NARROWEST and shape.k % block_k and block_k % shape.k:
+        block_k //= 2
     if grouped and shape.k % block_k and block_k % shape.k:
         return ()
     packed = max(1, block_k // shape.k) if grouped else 1
     width = shape.r * shape.s * shape.c if shape.flat else packed * shape.c
-    # A whole window of few channels, so that dy is read, or formed, once.
-    block_c = max(NARROWEST, min(power_above(width), 256 if shape.flat else widest))
+    # A whole window of few channels, so that dy is read, or formed, once: but on AMD, where every element of such a
+    # tile has a mask in scalar registers.
+    widest_c = (64 if amd else 256) if shape.flat else widest
+    if formed and not shape.flat and isinstance(target.arch, int) and 100 <= target.arch < 120:
+        widest_c = min(widest_c, 64)  # its compiler leaves 128 registers beside its accumulators' own memory
+    block_c = max(NARROWEST, min(power_above(width), widest_c))
+    if shape.flat and formed:
+        block_k = min(block_k, 32)
     tiles = []
-    for block_pixels in (64, 32):
+    for block_pixels in (32, 16) if shape.flat else (64, 32):
         warps = 8 if block_k * block_c >= 128 * 128 or shape.flat else 4
         tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
         programs = min(ENOUGH_TILES, PARTIAL_ELEMENTS // (block_k * block_c))
         wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // tile.tiles(shape)))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
-    # The shorter step where operands are wide, or every element of one has a mask of its own.
-    return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat else tuple(tiles)
+    # The shorter step where operands are wide or formed, or every element of one has a mask of its own.
+    return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat or formed else tuple(tiles)
 
 
 def wide(target: Target) -> bool:

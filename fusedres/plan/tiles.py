@@ -84,7 +84,7 @@ class MatrixTile:
     block_k: int
     block_c: int
     precision: str
-    num_warps: int = 4
+    num_warps: int = 8
 
 
 def matrix_tile(target: Target) -> MatrixTile:

@@ -117,7 +117,7 @@ def check_traffic(launch: Launch, target: str) -> None:
     left_out = PER_CHANNEL
     if target == "gfx1100" and launch.name.startswith(("conv_", "input_moments")):
         # The compiler may write outputs as the matrix units leave them, without gathering rows in shared memory.
-        left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr", "dw_ptr"}
+        left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr", "out_ptr"}
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
         # The bits of a step's channels are a part of a sector, which comes from the cache for the next steps.
         left_out = left_out | {"mask_ptr", "add_mask_ptr"}

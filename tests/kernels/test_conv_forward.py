@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import conv2d
@@ -17,8 +17,10 @@ from fusedres.ops.contractions import conv_shape, why_no_kernel
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW, assert_as_accurate_as_eager, assert_close
+from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
 from tests.kernels.executed import covering, executed, vgpu
+from tests.kernels.random_convolutions import reproducible
 
 ODD = {
     "one pixel": Conv((1, 16, 1, 1), 24, (1, 1)),
@@ -164,29 +166,7 @@ def test_what_is_not_finite_reaches_the_windows_that_hold_it(target: str, prolog
     assert torch.equal(y.isnan(), expected.isnan())
 
 
-WINDOWS = ((1, 1), (3, 3), (5, 5), (1, 3))
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> Conv:
-    """Small ones; the sizes that binaries are made for come from short lists, all others are any."""
-    groups = draw(st.sampled_from((1, 1, 2, 4)))
-    c, k = (groups * draw(st.sampled_from((4, 8, 16, 32, 48, 64))) for _ in range(2))
-    window = draw(st.sampled_from(WINDOWS))
-    stride, padding, dilation = (
-        (draw(high), draw(high)) for high in (st.integers(1, 3), st.integers(0, 2), st.integers(1, 2))
-    )
-    size = draw(st.integers(1, 3)), c, draw(st.integers(1, 14)), draw(st.integers(1, 14))
-    geometry = Geometry(stride, padding, dilation, groups)
-    assume(min(geometry.output_size(size[2], size[3], window)) >= 1)
-    return Conv(size, k, window, geometry)
-
-
-RANDOM = {
-    "conv": convolutions(), "target": st.sampled_from(vgpu.TARGETS), "dtype": st.sampled_from((torch.float32, *LOW)),
-    "prologue": st.booleans(),
-}  # fmt: skip
-reproducible = settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
+RANDOM = {**random_convolutions.ON_TARGETS, "prologue": st.booleans()}
 
 
 @settings(reproducible, max_examples=6)

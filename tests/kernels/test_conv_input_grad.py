@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedres.offline import TARGETS
@@ -12,8 +14,10 @@ from fusedres.ops.input_gradients import gradient_shape
 from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
+from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
 from tests.kernels.executed import activation, covering, executed, vgpu
+from tests.kernels.random_convolutions import reproducible
 
 CASES = {
     "1x1": Conv((1, 64, 9, 9), 128, (1, 1)),
@@ -156,3 +160,19 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
     for tile in conv_tiles(shape, TARGETS[target]):
         with pinned(tile):
             check(target, operands.conv, dtype, "bits, dy formed", "producer")
+
+
+RANDOM = {**random_convolutions.ON_TARGETS, "form": st.sampled_from(FORMS), "join": st.sampled_from(JOINS)}
+
+
+@settings(reproducible, max_examples=4)
+@given(**RANDOM)
+def test_random_shapes(conv: Conv, target: str, dtype: torch.dtype, form: str, join: str) -> None:
+    check(target, conv, dtype, form, join)
+
+
+@pytest.mark.slow
+@settings(reproducible, max_examples=300)
+@given(**RANDOM)
+def test_many_random_shapes(conv: Conv, target: str, dtype: torch.dtype, form: str, join: str) -> None:
+    check(target, conv, dtype, form, join)

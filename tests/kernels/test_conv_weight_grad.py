@@ -4,6 +4,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fusedres
@@ -13,8 +15,10 @@ from fusedres.ops.conv_forward import formed
 from fusedres.ops.conv_weight_grad import conv_weight_grad, weight_grad
 from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import LOW, assert_close
+from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
 from tests.kernels.executed import activation, covering, executed, vgpu
+from tests.kernels.random_convolutions import reproducible
 
 CASES = {
     "1x1": Conv((1, 64, 9, 9), 128, (1, 1)),
@@ -125,3 +129,19 @@ def test_groups_that_no_tile_holds_have_no_kernel() -> None:
         dw = conv_weight_grad(dy, u, conv.window, conv.geometry)
     assert not trace.launches
     assert_close(dw, weight_grad(dy.g.double(), u.tensor.double(), conv.window, conv.geometry), 1e-5)
+
+
+RANDOM = {**random_convolutions.ON_TARGETS, "form": st.sampled_from(FORMS)}
+
+
+@settings(reproducible, max_examples=4)
+@given(**RANDOM)
+def test_random_shapes(conv: Conv, target: str, dtype: torch.dtype, form: str) -> None:
+    check(target, conv, dtype, form)
+
+
+@pytest.mark.slow
+@settings(reproducible, max_examples=300)
+@given(**RANDOM)
+def test_many_random_shapes(conv: Conv, target: str, dtype: torch.dtype, form: str) -> None:
+    check(target, conv, dtype, form)
