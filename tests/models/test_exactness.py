@@ -118,7 +118,7 @@ def test_a_step_of_an_imagenet_network_in_fp64_is_the_plain_twins(make, schedule
     check_fp64(make, schedule, 64)
 
 
-@pytest.mark.parametrize("schedule", [AUTO, "moments"])
+@pytest.mark.parametrize("schedule", [pytest.param(AUTO, marks=pytest.mark.slow), "moments"])
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_fp32_is_as_close_to_fp64_as_the_plain_twin(make, schedule):
     """RMS over seeds of images: one ReLU that flips within rounding decides a seed, in either network."""

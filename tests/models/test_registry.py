@@ -17,8 +17,8 @@ DEEP = ("1001", "1202", "190", "250")
 
 
 QUICK = (
-    "resnet18", "resnet50_v1", "plain18", "cifar_resnet20", "cifar_plain20", "preact_resnet110", "highway19",
-    "resnet110_exclusive_gating", "resnet110_relu_only", "densenet40_k12", "wide_resnet16_8", "resnext29_8x64",
+    "resnet18", "plain18", "cifar_resnet20", "preact_resnet110", "highway19",
+    "densenet40_k12", "wide_resnet16_8", "resnext29_8x64",
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from fusedres.plan import AUTO, SCHEDULES
 from tests.comparison import relative_error
 from tests.nn.twins import assert_same_pass, assert_twins, plain_copy, randomised, run, tensor
 
-EVERY_SCHEDULE = [AUTO, *SCHEDULES]
+EVERY_SCHEDULE = [AUTO, *(name for name in SCHEDULES if name != "moments")]
+"""Nothing here has a moments form: no batch norm follows a block's last convolution."""
 schedules = pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 
 

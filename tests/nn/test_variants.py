@@ -58,7 +58,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @cases
-@pytest.mark.parametrize("schedule", [AUTO, "block_end", "prologue", "moments"])
+@pytest.mark.parametrize("schedule", [AUTO, "prologue", "moments"])
 def test_training_and_evaluation(case, schedule):
     fused = case.make(schedule)
     twin = plain_copy(fused)
