@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fusedres.offline import Unavailable
+from fusedres.studies.command import add_study
+from fusedres.train.command import add_train
 
 __all__ = ["main"]
 
@@ -80,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--jobs", type=_positive, help="processes (default: as many as there are cores)")
     compile_.add_argument("--csv", type=Path, metavar="FILE", help="write the report's figures there too")
     compile_.set_defaults(run=_compile)
+    add_train(commands)
+    add_study(commands)
     return parser
 
 

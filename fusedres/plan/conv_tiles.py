@@ -93,7 +93,7 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     if shape.flat:
         block_c = 32
     amd = target.backend == "hip"
-    if amd and shape.gradient and shape.second:
+    if shape.gradient and amd and (shape.second or narrow_waves(target)):
         block_c = min(block_c, 32)
     # The second contraction of a gradient adds to the same sums.
     apart = shape.second and not shape.gradient
@@ -128,7 +128,9 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # Where operands pass through registers, such a tile has the multiprocessor for itself.
     alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
     room = target.shared_bytes if alone else target.shared_bytes // 2
-    stages = max(2, min(MOST_STAGES, room // tile.stage_bytes(shape)))
+    # Where steps wait in registers, as they do on AMD, a third of a gradient's many operands spills.
+    most = 2 if shape.gradient and narrow_waves(target) else MOST_STAGES
+    stages = max(2, min(most, room // tile.stage_bytes(shape)))
     while stages > 1 and stages * tile.stage_bytes(shape) > target.shared_bytes:
         stages -= 1
     return replace(tile, num_stages=stages)
@@ -163,7 +165,7 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     The pixels are cut into as many parts as keep a large GPU busy, each of several steps.
     """
     grouped, amd, formed = shape.groups > 1, target.backend == "hip", shape.operands > 1
-    widest = 128 if shape.k >= 128 and shape.c >= 128 else 64
+    widest = 128 if shape.k >= 128 and shape.c >= 128 and not narrow_waves(target) else 64
     block_k = max(NARROWEST, min(power_above(shape.k * shape.groups), widest))
     while grouped and block_k > NARROWEST and shape.k % block_k and block_k % shape.k:
         block_k //= 2
@@ -177,7 +179,7 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     if formed and not shape.flat and isinstance(target.arch, int) and 100 <= target.arch < 120:
         widest_c = min(widest_c, 64)  # its compiler leaves 128 registers beside its accumulators' own memory
     block_c = max(NARROWEST, min(power_above(width), widest_c))
-    if shape.flat and formed:
+    if shape.flat and (formed or not wide(target)):
         block_k = min(block_k, 32)
     tiles = []
     for block_pixels in (32, 16) if shape.flat else (64, 32):
@@ -187,8 +189,14 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
         wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // tile.tiles(shape)))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
-    # The shorter step where operands are wide or formed, or every element of one has a mask of its own.
-    return tuple(reversed(tiles)) if shape.itemsize > 2 or shape.flat or formed else tuple(tiles)
+    # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.
+    crowded = formed or shape.flat or (block_k * block_c == 128 * 128 and not wide(target))
+    return tuple(reversed(tiles)) if shape.itemsize > 2 or crowded else tuple(tiles)
+
+
+def narrow_waves(target: Target) -> bool:
+    """Whether a wave has 32 threads on AMD: half as many share a tile, and their registers spill sooner."""
+    return target.backend == "hip" and target.warp_size == 32
 
 
 def wide(target: Target) -> bool:
