@@ -13,7 +13,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 
 import torch
 from torch import nn
@@ -100,6 +100,8 @@ def _tensors_in(value: object) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors_in(vars(value))
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors_in(item)

@@ -1,24 +1,50 @@
 """Autocast's rules, followed by hand: inside a fused pass every dtype is chosen, not dispatched."""
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+# PyTorch has no autocast for tensors of the meta device, on which dry runs are made.
+_on_meta = threading.local()
+
 
 def enabled(device_type: str) -> bool:
-    """Whether autocast is on for a device; False for devices that have none (meta)."""
+    """Whether autocast is on for a device; for meta, inside of `on_meta`."""
+    if device_type == "meta":
+        return _meta_dtype() is not None
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def contraction_dtype(x: Tensor) -> torch.dtype:
     """The dtype that eager PyTorch would convolve ``x`` in: autocast's, unless x is fp64, or its own."""
     kind = x.device.type
-    if x.dtype != torch.float64 and enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if x.dtype == torch.float64 or not enabled(kind):
+        return x.dtype
+    chosen = _meta_dtype() if kind == "meta" else None
+    return chosen or torch.get_autocast_dtype(kind)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off, where it is on."""
-    return torch.autocast(device_type, enabled=False) if enabled(device_type) else nullcontext()
+    if not enabled(device_type):
+        return nullcontext()
+    return on_meta(None) if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+@contextmanager
+def on_meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """Fused passes on meta tensors convolve in ``dtype`` inside the ``with`` block, as under autocast; None: off."""
+    previous = _meta_dtype()
+    _on_meta.dtype = dtype
+    try:
+        yield
+    finally:
+        _on_meta.dtype = previous
+
+
+def _meta_dtype() -> torch.dtype | None:
+    dtype: torch.dtype | None = getattr(_on_meta, "dtype", None)
+    return dtype

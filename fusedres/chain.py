@@ -1,5 +1,6 @@
 """The door of the fused chains: tensors are checked, a schedule is chosen, and training or inference runs."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,11 +13,15 @@ from .autocast import contraction_dtype, no_autocast
 from .autograd import ConvChain, StemPool
 from .autograd.spec import ChainSpec, ConvBN, LayerSpec, NormSpec, StemSpec
 from .inference import infer_chain, infer_stem
-from .launch import wants_kernels
+from .launch import multiplies_in_tf32, target_of, wants_kernels
 from .ops.bn_act import check_act
 from .ops.contract import Geometry, PoolGeometry, check_activation, check_conv_shapes
+from .ops.contractions import touched
 from .ops.zero_pad_shortcut import zero_pad_size
-from .plan import AUTO, chain_schedule, use_moments
+from .plan import AUTO, Choice, announce, chain_schedule, choose, use_moments
+from .plan.cost import ChainShape, ConvShape, StemShape
+from .plan.gpus import Gpu, assumed_gpu, device_gpu, target_gpu
+from .rounded import rounded
 
 
 class Layer(NamedTuple):
@@ -94,10 +99,15 @@ def run_chain(
             return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
 
     kernels = wants_kernels(x)
+    if schedule == AUTO and kernels and dtype != torch.float64:
+        windows = tuple((layer.tensors.weight.shape, layer.geometry) for layer in every)
+        choice = _chain_choice(x.shape, windows, len(layers), shortcut, dtype, _gpu(x), multiplies_in_tf32(x))
+        announce(choice)
+        schedule = choice.schedule.name
 
     def specified(layer: Layer, moments: bool) -> LayerSpec:
         moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype, kernels=kernels)
-        return LayerSpec(layer.geometry, layer.norm, moments)
+        return layer_spec(layer, dtype, moments=moments)
 
     last = len(layers) - 1
     spec = ChainSpec(
@@ -140,16 +150,72 @@ def run_stem(
     if not is_differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
             return infer_stem(x.to(dtype), layer, pool)
-    chosen = chain_schedule(schedule, kernels=wants_kernels(x))
-    spec = StemSpec(LayerSpec(layer.geometry, layer.norm), pool, chosen, dtype)
+    kernels = wants_kernels(x)
+    if schedule == AUTO and kernels and dtype != torch.float64:
+        window = (layer.tensors.weight.shape, layer.geometry)
+        choice = _stem_choice(x.shape, window, pool, x.requires_grad, dtype, _gpu(x), multiplies_in_tf32(x))
+        announce(choice)
+        schedule = choice.schedule.name
+    chosen = chain_schedule(schedule, kernels=kernels)
+    spec = StemSpec(layer_spec(layer, dtype), pool, chosen, dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)
     return z
 
 
+def layer_spec(layer: Layer, dtype: torch.dtype, *, moments: bool = False) -> LayerSpec:
+    weight = layer.tensors.weight
+    return LayerSpec(layer.geometry, layer.norm, moments, None if weight.dtype == dtype else rounded(weight, dtype))
+
+
+Window = tuple[Size, Geometry]  # shape of the weight, and how it moves
+
+
+def _gpu(x: Tensor) -> Gpu:
+    """The GPU that runs kernels on ``x``, or is thought to."""
+    if x.is_cuda:
+        return device_gpu(x.get_device())
+    return assumed_gpu() or target_gpu(target_of(x))
+
+
+@functools.lru_cache(maxsize=4096)
+def _chain_choice(
+    size: Size, windows: tuple[Window, ...], depth: int, shortcut: str, dtype: torch.dtype, gpu: Gpu, tf32: bool
+) -> Choice:
+    """The choice for a chain of ``depth`` layers; a projection's window comes behind theirs."""
+    shapes, inner = [], size
+    for weight, geometry in windows[:depth]:
+        shape, inner = _conv_shape(inner, weight, geometry)
+        shapes.append(shape)
+    projection = _conv_shape(size, *windows[depth])[0] if len(windows) > depth else None
+    return choose(ChainShape(tuple(shapes), projection, shortcut), dtype, gpu, tf32=tf32)
+
+
+@functools.lru_cache(maxsize=256)
+def _stem_choice(
+    size: Size, window: Window, pool: PoolGeometry, images_grad: bool, dtype: torch.dtype, gpu: Gpu, tf32: bool
+) -> Choice:
+    shape, (n, _, p, q) = _conv_shape(size, *window)
+    return choose(StemShape(shape, n * math.prod(pool.output_size(p, q)), images_grad), dtype, gpu, tf32=tf32)
+
+
+def _conv_shape(size: Size, weight: Size, geometry: Geometry) -> tuple[ConvShape, Size]:
+    """What the choice depends on, and the (N, K, P, Q) of the output."""
+    n, c, h, w = size
+    k, _, *kernel = weight
+    p, q = geometry.output_size(h, w, (kernel[0], kernel[1]))
+    read = n
+    for side, windows, taps, *step in zip((h, w), (p, q), kernel, *geometry[:3], strict=True):
+        read *= touched(side, windows, taps, *step)
+    shape = ConvShape(
+        read, n * h * w, n * p * q, c, k, geometry.groups, (kernel[0], kernel[1]), geometry.padding != (0, 0)
+    )
+    return shape, (n, k, p, q)
+
+
 def advance(counters: Sequence[Tensor]) -> None:
     """Count a batch."""
-    for counter in counters:
-        counter.add_(1)
+    if counters:
+        torch._foreach_add_(list(counters), 1)
 
 
 def is_differentiated(

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from fusedres.explain import command as explain
 from fusedres.offline import Unavailable
 from fusedres.studies.command import add_study
 from fusedres.train.command import add_train
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "--resnet50", action=argparse.BooleanOptionalAction, default=True, help="check torchvision's resnet50"
     )
     demo.set_defaults(run=_demo)
+
+    explain.add_parser(commands)
 
     compile_ = commands.add_parser(
         "compile",

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
@@ -18,6 +17,7 @@ from .ops.conv_bn_act import Contraction, conv_bn_act
 from .ops.conv_forward import conv_forward
 from .ops.stem_pool import stem_pool
 from .ops.zero_pad_shortcut import zero_pad_shortcut
+from .writes import state_of
 
 if TYPE_CHECKING:
     from .chain import Layer
@@ -26,17 +26,6 @@ T = TypeVar("T")
 
 _folded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """weight -> (fingerprint of its layer's tensors, what was made of them, by kind); an entry dies with its weight."""
-
-_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-# Optimizers with fused=True write to parameters without moving the counters that torch keeps of writes.
-register_optimizer_step_post_hook(_count_step)
 
 
 def forget(weight: Tensor) -> None:
@@ -92,7 +81,10 @@ def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
 def contraction_of(u: Tensor, layer: "Layer") -> Contraction:
     """A layer of running statistics as the operand of `conv_bn_act`."""
     scale, shift = _once(layer, ("numbers", u.dtype), lambda: _numbers(layer, u.dtype))
-    return Contraction(ConvInput(u), layer.tensors.weight.to(u.dtype), layer.geometry, scale, shift)
+    weight = layer.tensors.weight
+    if weight.dtype != u.dtype:  # under autocast
+        weight = _once(layer, ("weight", u.dtype), lambda: layer.tensors.weight.detach().to(u.dtype))
+    return Contraction(ConvInput(u), weight, layer.geometry, scale, shift)
 
 
 def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,13 +99,7 @@ def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
     tensors = [tensor for tensor in layer.tensors if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return (
-        _steps,
-        layer.norm.eps,
-        layer.gain,
-        layer.geometry,
-        *((tensor.data_ptr(), tensor._version) for tensor in tensors),
-    )
+    return (layer.norm.eps, layer.gain, layer.geometry, *map(state_of, tensors))
 
 
 def _once(layer: "Layer", kind: object, make: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres import inference
@@ -389,3 +390,34 @@ def test_the_input_is_not_written_to(model):
     kept_y = y.clone()
     assert_eager(model[4], y)
     assert torch.equal(x, kept) and torch.equal(y, kept_y)
+
+
+def test_under_autocast_weights_are_rounded_once_until_they_change():
+    block = randomised(fusedres.nn.BasicBlock(8, 8), seed=2).eval()
+    x = image(2, 8, 6, 6)
+
+    class Rounded(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: list[tuple[int, ...]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+                self.shapes.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    def run() -> tuple[Tensor, int]:
+        rounded = Rounded()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), rounded:
+            return block(x), rounded.shapes.count((8, 8, 3, 3))
+
+    first, casts = run()
+    assert casts == 2
+    again, casts = run()
+    assert casts == 0
+    assert torch.equal(again, first)
+    with torch.no_grad():
+        block.conv1.weight.mul_(2)
+    changed, casts = run()
+    assert casts == 1
+    assert not torch.equal(changed, first)

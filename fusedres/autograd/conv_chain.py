@@ -63,7 +63,7 @@ def _normalise(
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Branch]:  # fmt: skip
     """act(bn(conv(u)) + residual) with its batch norm in one op, and the mask."""
-    y, _ = conv_forward(u, layer.weight.to(u.tensor.dtype), spec.geometry)
+    y, _ = conv_forward(u, spec.weight(layer, u.tensor.dtype), spec.geometry)
     z, mask, norm = bn_forward(
         y, layer.gamma, layer.beta, layer.running_mean, layer.running_var, bias=layer.bias,
         eps=spec.norm.eps, momentum=spec.norm.momentum, residual=residual, act=act, bit_mask=bit_mask,

@@ -101,7 +101,7 @@ def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpe
 
 def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) -> Branch:
     """Convolve and measure, or in the moments form only measure."""
-    weight = layer.weight.to(u.tensor.dtype)
+    weight = spec.weight(layer, u.tensor.dtype)
     if spec.moments and not spec.norm.batch_stats:
         return Branch(u, normaliser_of(None, layer.norm, spec.norm, weight.dtype), None, None)
     if spec.moments:
@@ -120,7 +120,7 @@ def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) ->
 
 def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
     """A moments-form branch as the operand of `conv_bn_act`."""
-    weight = layer.weight.to(branch.source.tensor.dtype)
+    weight = spec.weight(layer, branch.source.tensor.dtype)
     return Contraction(branch.source, weight, spec.geometry, branch.norm.scale, branch.norm.shift)
 
 
@@ -139,7 +139,7 @@ def convolution_backward(
     dy: OutputGrad, source: ConvInput, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
 ) -> tuple[Tensor | None, SourceGrad]:
     """dW and the source's gradient of a convolution, each if asked for."""
-    weight = layer.weight.to(source.tensor.dtype)
+    weight = spec.weight(layer, source.tensor.dtype)
     window = (weight.shape[2], weight.shape[3])
     if below.producer is not None:
         dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
@@ -191,7 +191,7 @@ def layer_backward(
 def _moments_branch_backward(
     g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
 ) -> tuple[LayerGrads, SourceGrad]:
-    weight = layer.weight.to(branch.source.tensor.dtype)
+    weight = spec.weight(layer, branch.source.tensor.dtype)
     if is_idle(spec.norm, needs) and not needs.weight:
         grads, matrices = LayerGrads(), frozen_matrices(weight, branch.norm)
     else:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
+from ..writes import count_backward
 
 
 def keep(ctx: Any, structure: Any) -> None:
@@ -77,6 +78,7 @@ def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
+        count_backward()
         with backends.backend(ctx.backend), no_autocast(grads[0].device.type):
             return backward(ctx, *grads)
 

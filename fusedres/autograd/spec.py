@@ -1,6 +1,6 @@
 """What a fused pattern is told besides its tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -57,11 +57,25 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One convolution and its batch norm; ``moments``: its output is never written."""
+    """One convolution and its batch norm.
+
+    Attributes:
+        geometry: how its window moves.
+        norm: the numbers of its batch norm.
+        moments: whether its output is never written.
+        rounded: the weight in the dtype of the contractions, where that is not its own and the copy was made already.
+    """
 
     geometry: Geometry
     norm: NormSpec
     moments: bool = False
+    rounded: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def weight(self, layer: ConvBN, dtype: torch.dtype) -> Tensor:
+        """The weight of ``layer`` in a dtype of contractions."""
+        if self.rounded is not None and self.rounded.dtype == dtype:
+            return self.rounded
+        return layer.weight.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _backward_without_y(
     branch, layer, early = saved.branch, saved.parameters, saved.early
     window = (layer.weight.shape[2], layer.weight.shape[3])
     d, sum_g = pooled_contraction(arriving, saved.maxima, size, spec.pool, branch.source, window, spec.layer.geometry)
-    weight = layer.weight.to(spec.dtype).flatten(1).to(d.dtype)
+    weight = spec.layer.weight(layer, spec.dtype).flatten(1).to(d.dtype)
     if early is None:
         dweight, dgamma = frozen_weight_grad(d, sum_g, weight, branch.norm)
     else:

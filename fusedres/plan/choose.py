@@ -1,14 +1,58 @@
-"""The schedule of a chain, from what the user asked for, the shapes and whether our kernels run."""
+"""The schedule of a chain, from what the user asked for, the shapes, the dtype and the GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..offline import TARGETS
 from ..ops.contract import Geometry
+from .cost import ChainShape, Pass, StemShape, chain_passes, stem_passes
+from .gpus import Gpu
 from .schedule import SCHEDULES, Schedule
 
 AUTO = "auto"
 LIBRARY = Schedule("library", bit_masks=False)
 """What `auto` runs where no kernel of ours does: one library call per op, each written once, nothing formed twice."""
+
+# A kernel that does nothing takes a GPU this long, and Python this long to start one.
+KERNEL_SECONDS, HOST_SECONDS = 3e-6, 10e-6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training step of a chain or stem takes on one rung.
+
+    Attributes:
+        rung: its name.
+        seconds: the longer of the GPU's time (each launch the longest of moving, computing and starting) and the
+            host's.
+        moved: bytes.
+        flops: floating-point operations.
+        launches: how many.
+        bound: by what: ``"memory"``, ``"arithmetic"`` or ``"launches"``.
+    """
+
+    rung: str
+    seconds: float
+    moved: int
+    flops: int
+    launches: int
+    bound: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The schedule that ``"auto"`` runs, why, and what the others would take."""
+
+    schedule: Schedule
+    reason: str
+    estimates: tuple[Estimate, ...] = ()
 
 
 def check_schedule(name: str) -> None:
@@ -17,10 +61,70 @@ def check_schedule(name: str) -> None:
         raise ValueError(f"schedule: expected one of {[AUTO, *SCHEDULES]}, got {name!r}")
 
 
-def chain_schedule(requested: str, *, kernels: bool) -> Schedule:
-    """The schedule of a chain; ``kernels``: whether ops run theirs, where they have one.
+def estimate(rung: str, passes: Iterable[Pass], dtype: torch.dtype, gpu: Gpu, *, tf32: bool) -> Estimate:
+    """What ``passes`` take on a GPU."""
+    moved = flops = launches = 0
+    memory = arithmetic = total = 0.0
+    for step in passes:
+        moved, flops, launches = moved + step.moved, flops + step.flops, launches + 1
+        moving = step.moved / gpu.bandwidth
+        computing = step.flops / gpu.rate(dtype, tf32=tf32 and not step.exact)
+        memory, arithmetic = memory + moving, arithmetic + computing
+        total += max(moving, computing, KERNEL_SECONDS)
+    host = launches * HOST_SECONDS
+    started = max(host, launches * KERNEL_SECONDS)
+    bound = "launches" if max(host, 2 * started) > 2 * total else "memory" if memory >= arithmetic else "arithmetic"
+    return Estimate(rung, max(total, host), moved, flops, launches, bound)
 
-    Convolutions have none yet, so that the rungs above block_end would form on their own what these are to fuse.
+
+@functools.lru_cache(maxsize=4096)
+def choose(shape: ChainShape | StemShape, dtype: torch.dtype, gpu: Gpu, *, tf32: bool = False) -> Choice:
+    """The rung on which a training step of a chain or stem takes least time on a GPU, as far as bytes, FLOPs and
+    launches tell.
+
+    Args:
+        shape: of the chain or stem.
+        dtype: of its contractions.
+        gpu: that runs it.
+        tf32: whether fp32 products may be of TF32.
+
+    Returns:
+        A `Choice`; of rungs that take equally long the lowest.
+    """
+
+    def passes(rung: Schedule) -> Iterator[Pass]:
+        if isinstance(shape, StemShape):
+            return stem_passes(shape, rung, dtype.itemsize, TARGETS[gpu.target])
+        return chain_passes(shape, rung, dtype.itemsize, TARGETS[gpu.target])
+
+    found = tuple(estimate(name, passes(rung), dtype, gpu, tf32=tf32) for name, rung in SCHEDULES.items())
+    best = min(found, key=lambda one: (one.seconds, one.moved, one.launches))
+    return Choice(SCHEDULES[best.rung], _reason(best, found, gpu), found)
+
+
+def _reason(best: Estimate, found: Iterable[Estimate], gpu: Gpu) -> str:
+    others = [one for one in found if one.moved != best.moved or one.launches != best.launches]
+    words = f"{_milliseconds(best)} on {gpu.name}, bound by {best.bound}: {_work(best)}"
+    if not others:
+        return f"{words}; every rung takes the same"
+    second = min(others, key=lambda one: one.seconds)
+    return f"{words}; {second.rung} {_milliseconds(second)}: {_work(second)}"
+
+
+def _milliseconds(one: Estimate) -> str:
+    return f"{one.seconds * 1e3:.3g} ms"
+
+
+def _work(one: Estimate) -> str:
+    return f"{one.moved / 1e6:.0f} MB, {one.flops / 1e9:.0f} GFLOP, {one.launches} launches"
+
+
+def chain_schedule(requested: str, *, kernels: bool) -> Schedule:
+    """The schedule that a rung's name stands for, and that of ``"auto"`` where there is nothing to choose from.
+
+    Args:
+        requested: a rung or ``"auto"``.
+        kernels: whether ops run theirs.
     """
     return SCHEDULES.get(requested, SCHEDULES["block_end"] if kernels else LIBRARY)
 
@@ -47,3 +151,21 @@ def use_moments(requested: str, weight: Tensor, geometry: Geometry, dtype: torch
 
 
 AUTO_MOMENTS_CHANNELS = 128
+
+_listeners: list[Callable[[Choice], None]] = []
+
+
+@contextmanager
+def listening(listener: Callable[[Choice], None]) -> Iterator[None]:
+    """Tell ``listener`` of every choice that is made for a call inside the ``with`` block."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def announce(choice: Choice) -> None:
+    """Tell whoever listens."""
+    for listener in _listeners:
+        listener(choice)

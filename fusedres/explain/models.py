@@ -1,0 +1,101 @@
+"""Models by name for `explain`: torchvision's, timm's, the library's own, or a function in a file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import models
+
+Size = tuple[int, int, int]
+IMAGENET: Size = (3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What builds a model, and the (C, H, W) of the images that it takes."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    size: Size
+
+    def on_meta(self) -> nn.Module:
+        """The model with channels_last parameters on the meta device, in training mode."""
+        try:
+            with torch.device("meta"):
+                model = self.build()
+        except (NotImplementedError, RuntimeError):  # its constructor looks at values
+            model = self.build()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected {self.name} to return a torch.nn.Module, got {type(model).__name__}")
+        return model.to("meta").to(memory_format=torch.channels_last).train()
+
+
+def source(name: str) -> Source:
+    """The model called ``name``.
+
+    Args:
+        name: of `fusedres.models`, of torchvision, of timm (``timm.`` before it if torchvision has one of that name),
+            or ``path.py:function``, a function without arguments that returns a model.
+
+    Raises:
+        ValueError: no such model, file or function; the message lists near names.
+    """
+    if ":" in name:
+        return _from_file(name)
+    if name in models.names():
+        entry = models.registry.entry(name)
+        return Source(name, lambda: models.create(name, fused=False), (3, entry.side, entry.side))
+    if name in _torchvision():
+        from torchvision.models import get_model
+
+        return Source(name, lambda: get_model(name), IMAGENET)
+    bare = name.removeprefix("timm.")
+    if bare in _timm():
+        import timm
+
+        size = timm.models.get_pretrained_cfg_value(bare, "input_size") or IMAGENET
+        return Source(name, lambda: timm.create_model(bare), size)
+    known = [*models.names(), *_torchvision(), *_timm()]
+    near = difflib.get_close_matches(name, known, n=6, cutoff=0.5) or ["resnet50", *models.names()]
+    raise ValueError(f"model: expected a name such as {', '.join(near)}, or path.py:function, got {name!r}")
+
+
+def _torchvision() -> Iterable[str]:
+    try:
+        import torchvision
+    except ImportError:
+        return ()
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+def _timm() -> Iterable[str]:
+    try:
+        import timm
+    except ImportError:
+        return ()
+    return tuple(timm.list_models())
+
+
+def _from_file(name: str) -> Source:
+    text, _, function = name.rpartition(":")
+    path = Path(text)
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"model: expected path.py:function with a file that exists, got {name!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    build = getattr(module, function, None)
+    if not callable(build):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        near = difflib.get_close_matches(function, own, n=5, cutoff=0.3) or own
+        raise ValueError(f"model: expected a function of {path} such as {', '.join(near) or 'none'}, got {function!r}")
+    return Source(name, build, IMAGENET)

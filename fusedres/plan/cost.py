@@ -1,0 +1,247 @@
+"""What a training step of a chain costs on each rung: a pure function of shapes.
+
+Every kernel reads each input once and writes each output once, and every gradient is asked for. Vectors of a number
+per channel, and what is summed of them, are launches without bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..offline import Target
+from . import conv_tiles
+from .schedule import Schedule
+
+FP32_BYTES = 4
+# Launches over channels and small matrices in the moments form.
+MOMENTS_FORWARD, MOMENTS_BACKWARD = 2, 2
+# A batch norm's numbers are summed of the parts that its convolution's tiles of pixels make; of many, in two steps.
+TILE, MOST_PARTS = 128, 512
+# The stem's without its raw output, by the library.
+EARLY = 17
+
+
+class ConvShape(NamedTuple):
+    """One convolution of a chain.
+
+    Attributes:
+        read: pixels of the input that lie in some window, all images together.
+        whole: pixels of the input.
+        pixels: of the output.
+        c, k: channels of input and output.
+        groups: of channels.
+        window: (R, S).
+        padded: whether windows reach beyond the input.
+    """
+
+    read: int
+    whole: int
+    pixels: int
+    c: int
+    k: int
+    groups: int = 1
+    window: tuple[int, int] = (1, 1)
+    padded: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.k * self.c // self.groups * math.prod(self.window)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.pixels * self.weights
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the moments of the input's channels tell the statistics of the output."""
+        return self.window == (1, 1) and not self.padded and self.groups == 1
+
+
+class ChainShape(NamedTuple):
+    """The layers in order, the projection or None, and the kind of shortcut, as in `ChainSpec`."""
+
+    layers: tuple[ConvShape, ...]
+    projection: ConvShape | None = None
+    shortcut: str = "none"
+
+
+class StemShape(NamedTuple):
+    """A convolution and the pixels that max-pooling leaves; ``images_grad``: whether its input needs a gradient."""
+
+    conv: ConvShape
+    pooled: int
+    images_grad: bool = False
+
+
+class Pass(NamedTuple):
+    """One launch; ``exact``: its products are of fp32 numbers where the tensors are, never of TF32."""
+
+    moved: int = 0
+    flops: int = 0
+    exact: bool = False
+
+
+def takes_moments(shape: ConvShape) -> bool:
+    """Whether the moments form can pay: the moments of C channels cost C / K of the convolution, forward and back."""
+    return shape.pointwise and 2 * shape.c <= shape.k
+
+
+class _Sizes(NamedTuple):
+    """Bytes of a layer's input in windows, of its gradient, of the output, of its mask, of the weight."""
+
+    x: int
+    dx: int
+    y: int
+    bits: int
+    w: int
+
+    @classmethod
+    def of(cls, layer: ConvShape, itemsize: int) -> _Sizes:
+        y = layer.pixels * layer.k
+        read, whole = layer.read * layer.c, layer.whole * layer.c
+        return cls(read * itemsize, whole * itemsize, y * itemsize, y // 8, layer.weights * itemsize)
+
+
+def chain_passes(chain: ChainShape, rung: Schedule, itemsize: int, target: Target) -> Iterator[Pass]:
+    """Every launch of a training step of the chain on a rung."""
+    last = len(chain.layers) - 1
+    for i, layer in enumerate(chain.layers):
+        joining = _joining(chain, rung, itemsize) if i == 0 else 0
+        if i == last and rung.moments and takes_moments(layer):
+            yield from _moments(layer, itemsize, target, residual=_residual(chain, rung, itemsize), joining=joining)
+        elif i == last:
+            yield from _written(layer, rung, itemsize, target, behind=i > 0, joining=joining)
+            sizes = _Sizes.of(layer, itemsize)
+            yield Pass(2 * sizes.y + sizes.bits + _residual(chain, rung, itemsize))
+        else:
+            yield from _written(layer, rung, itemsize, target, behind=i > 0, joining=joining, inner=True)
+    if chain.projection is not None:
+        if rung.moments and takes_moments(chain.projection):
+            yield from _moments(chain.projection, itemsize, target)
+        else:
+            yield from _written(chain.projection, rung, itemsize, target)
+            if not rung.statistics:  # normalised before it joins
+                yield Pass(2 * _Sizes.of(chain.projection, itemsize).y)
+    if chain.shortcut in ("zero_pad", "residual"):
+        end = _Sizes.of(chain.layers[-1], itemsize)
+        yield Pass(2 * end.y + end.bits)
+        if chain.shortcut == "zero_pad":
+            # Strided and padded by the library, there and back.
+            yield from [Pass(2 * end.y), Pass(_Sizes.of(chain.layers[0], itemsize).dx), Pass(end.y)]
+
+
+def _residual(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
+    """Bytes of the shortcut that the block's end reads: none where it contracts the projection itself."""
+    contracted = chain.projection is not None and rung.moments and takes_moments(chain.projection)
+    return 0 if chain.shortcut == "none" or contracted else _Sizes.of(chain.layers[-1], itemsize).y
+
+
+def _joining(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
+    """Bytes that the first layer's input gradient reads of what comes by the shortcut."""
+    if chain.shortcut == "identity":
+        end = _Sizes.of(chain.layers[-1], itemsize)
+        return end.y + end.bits
+    return _Sizes.of(chain.layers[0], itemsize).dx if chain.shortcut in ("projection", "zero_pad") else 0
+
+
+def _written(
+    layer: ConvShape,
+    rung: Schedule,
+    itemsize: int,
+    target: Target,
+    *,
+    behind: bool = False,
+    joining: int = 0,
+    inner: bool = False,
+) -> Iterator[Pass]:
+    """A layer whose raw output is written, but for what ends its block.
+
+    Args:
+        layer, rung, itemsize: of the layer.
+        behind: whether another layer made its input.
+        joining: bytes that join its input's gradient.
+        inner: whether another layer consumes its output, so that its sums may come from that layer's epilogue.
+    """
+    x, dx, y, bits, w = _Sizes.of(layer, itemsize)
+    yield Pass(x + w + y, layer.flops)
+    if not rung.statistics:
+        yield Pass(y)
+    yield from _numbers(layer, parts=rung.statistics)
+    if inner and not rung.prologue:
+        yield Pass(2 * y)
+    # At the output's gradient stand bits at the block's end, and inside of it the rectified output or nothing.
+    mask = bits if not inner else 0 if rung.statistics else y
+    if not (inner and rung.statistics):
+        yield Pass(2 * y + mask)
+    yield from _numbers(layer, parts=rung.statistics and inner)
+    formed = 2 * y + mask if rung.prologue else y
+    if not rung.prologue:
+        yield Pass(3 * y + mask)
+    yield Pass(formed + w + (x if behind and rung.statistics else 0) + dx + joining, layer.flops)
+    yield from _weight_gradient(layer, formed + x, itemsize, target, parts=rung.prologue)
+
+
+def _numbers(layer: ConvShape, *, parts: bool) -> Iterator[Pass]:
+    """What makes a batch norm's numbers of its sums; ``parts``: whether these come in one for each tile of pixels."""
+    yield from [Pass()] * (2 if parts and layer.pixels > TILE * MOST_PARTS else 1)
+
+
+def _moments(
+    layer: ConvShape, itemsize: int, target: Target, *, residual: int | None = None, joining: int = 0
+) -> Iterator[Pass]:
+    """A layer whose output exists only behind the block's last ReLU; a projection has no ``residual``."""
+    x, dx, y, bits, w = _Sizes.of(layer, itemsize)
+    yield Pass(x, layer.c * (layer.c + 1) * layer.pixels, exact=True)
+    yield from [Pass()] * MOMENTS_FORWARD
+    if residual is None:  # contracted in the pass that ends the block
+        yield Pass(x + w, layer.flops)
+    else:
+        yield Pass(x + w + residual + y + bits, layer.flops)
+    yield from _weight_gradient(layer, y + bits + x, itemsize, target, parts=True)
+    yield from [Pass()] * MOMENTS_BACKWARD
+    yield Pass(y + bits + w + x + dx + joining, layer.flops + 2 * layer.pixels * layer.c**2)
+
+
+def _weight_gradient(layer: ConvShape, read: int, itemsize: int, target: Target, *, parts: bool) -> Iterator[Pass]:
+    """The contraction over the pixels, and the sum of its parts where it is a kernel of ours."""
+    (r, s), dw = layer.window, FP32_BYTES * layer.weights
+    shape = conv_tiles.ConvShape(
+        layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, r, s, itemsize
+    )
+    tiles = conv_tiles.weight_grad_tiles(shape, target) if parts else ()
+    if not tiles:
+        yield Pass(read + layer.weights * itemsize, layer.flops)
+        if itemsize < FP32_BYTES:
+            yield Pass(layer.weights * (itemsize + FP32_BYTES))
+        return
+    yield Pass(read + tiles[0].parts * dw, layer.flops)
+    if tiles[0].parts > 1:
+        yield Pass((tiles[0].parts + 1) * dw)
+
+
+def stem_passes(stem: StemShape, rung: Schedule, itemsize: int, target: Target) -> Iterator[Pass]:
+    """Every launch of a training step of convolution, batch norm, ReLU and max-pooling on a rung."""
+    layer = stem.conv
+    x, dx, y, _, w = _Sizes.of(layer, itemsize)
+    pooled, indices = stem.pooled * layer.k * itemsize, stem.pooled * layer.k
+    yield Pass(x + w + y, layer.flops)
+    if not rung.statistics:
+        yield Pass(y)
+    yield from _numbers(layer, parts=rung.statistics)
+    yield Pass(y + pooled + indices)
+    if rung.moments and not stem.images_grad:
+        for output in (y, pooled + indices):
+            yield from _weight_gradient(layer, output + x, itemsize, target, parts=True)
+        yield from [Pass()] * EARLY
+        return
+    yield Pass(pooled + indices + y)
+    yield Pass(2 * y)
+    yield from _numbers(layer, parts=False)
+    formed = 2 * y if rung.prologue else y
+    if not rung.prologue:
+        yield Pass(3 * y)
+    yield from _weight_gradient(layer, formed + x, itemsize, target, parts=rung.prologue)
+    if stem.images_grad:
+        yield Pass(formed + w + dx, layer.flops)

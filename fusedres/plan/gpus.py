@@ -1,0 +1,151 @@
+"""What GPUs can do, from their makers' data sheets: the numbers behind rooflines and the choice of a rung."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..offline import TARGETS, Target
+
+# What long streams of loads and multiplications reach of a data sheet's figures: 3.0 of an H100's 3.35 TB/s, 800 of
+# its 989 TFLOP/s.
+MEMORY_REACHED, MATRIX_REACHED = 0.9, 0.81
+
+
+@dataclass(frozen=True, eq=False)  # looked up at every call of a block, by what it is and not by what it holds
+class Gpu:
+    """One device as PyTorch sees it.
+
+    Attributes:
+        name: how commands call it.
+        title: what PyTorch's name of the device contains, lower case.
+        target: of `offline.TARGETS`.
+        tb_per_s: memory bandwidth, 10^12 bytes per second.
+        matrix_tflops: bf16 and fp16 multiplied with fp32 accumulators, dense.
+        tf32_tflops: TF32, dense; where there is none, fp32 on the matrix units.
+        fp32_tflops: fp32 outside of matrix units.
+        source: where the figures stand.
+    """
+
+    name: str
+    title: str
+    target: str
+    tb_per_s: float
+    matrix_tflops: float
+    tf32_tflops: float
+    fp32_tflops: float
+    source: str
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that a long stream reaches."""
+        return MEMORY_REACHED * self.tb_per_s * 1e12
+
+    def rate(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
+        """Floating-point operations per second that matrix products of this dtype reach."""
+        if dtype.itemsize == 2:
+            return MATRIX_REACHED * self.matrix_tflops * 1e12
+        return MATRIX_REACHED * (self.tf32_tflops if tf32 else self.fp32_tflops) * 1e12
+
+
+_HOPPER = "NVIDIA H100 Tensor Core GPU data sheet (2023)"
+_AMPERE = "NVIDIA Ampere GA102 GPU architecture white paper v2 (2021), appendix A"
+_ADA = "NVIDIA Ada GPU architecture white paper v2 (2023), appendix A"
+_CDNA3 = "AMD Instinct MI300X data sheet (2023)"
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h100", "h100", "sm_90", 3.35, 989.4, 494.7, 66.9, f"{_HOPPER}, SXM5"),
+        Gpu("h100_pcie", "h100 pcie", "sm_90", 2.0, 756.0, 378.0, 51.2, f"{_HOPPER}, PCIe"),
+        Gpu("h200", "h200", "sm_90", 4.8, 989.4, 494.7, 66.9, "NVIDIA H200 Tensor Core GPU data sheet (2024), SXM"),
+        Gpu("gh200", "gh200", "sm_90", 4.0, 989.4, 494.7, 66.9, "NVIDIA GH200 data sheet (2023), 96 GB HBM3"),
+        Gpu("b200", "b200", "sm_100", 8.0, 2250.0, 1125.0, 75.0, "NVIDIA DGX B200 data sheet (2024), a GPU of eight"),
+        Gpu("a100", "a100", "sm_80", 2.039, 312.0, 156.0, 19.5, "NVIDIA A100 data sheet (2021), 80 GB SXM"),
+        Gpu("a100_40gb", "a100-sxm4-40gb", "sm_80", 1.555, 312.0, 156.0, 19.5, "NVIDIA A100 data sheet, 40 GB SXM"),
+        Gpu("a30", "a30", "sm_80", 0.933, 165.0, 82.0, 10.3, "NVIDIA A30 data sheet (2021)"),
+        Gpu("a10", "a10", "sm_86", 0.6, 125.0, 62.5, 31.2, "NVIDIA A10 data sheet (2021)"),
+        Gpu("a6000", "rtx a6000", "sm_86", 0.768, 154.8, 77.4, 38.7, _AMPERE),
+        Gpu("rtx3080", "rtx 3080", "sm_86", 0.760, 59.5, 29.8, 29.8, _AMPERE),
+        Gpu("rtx3090", "rtx 3090", "sm_86", 0.936, 71.0, 35.6, 35.6, _AMPERE),
+        Gpu("l4", "l4", "sm_89", 0.3, 121.0, 60.0, 30.3, "NVIDIA L4 data sheet (2023), half of its sparse rates"),
+        Gpu("l40s", "l40s", "sm_89", 0.864, 362.0, 183.0, 91.6, "NVIDIA L40S data sheet (2023)"),
+        Gpu("rtx4080", "rtx 4080", "sm_89", 0.717, 97.5, 48.7, 48.7, _ADA),
+        Gpu("rtx4090", "rtx 4090", "sm_89", 1.008, 165.2, 82.6, 82.6, _ADA),
+        Gpu("rtx5090", "rtx 5090", "sm_120", 1.792, 209.5, 104.8, 104.8, "NVIDIA RTX Blackwell white paper (2025)"),
+        Gpu("mi210", "mi210", "gfx90a", 1.638, 181.0, 45.3, 22.6, "AMD Instinct MI210 data sheet (2022)"),
+        Gpu("mi250x", "mi250x", "gfx90a", 1.638, 191.5, 47.9, 23.9, "AMD Instinct MI250X data sheet, one die of two"),
+        Gpu("mi300x", "mi300x", "gfx942", 5.3, 1307.4, 653.7, 163.4, _CDNA3),
+        Gpu("mi325x", "mi325x", "gfx942", 6.0, 1307.4, 653.7, 163.4, "AMD Instinct MI325X data sheet (2024)"),
+        Gpu("mi355x", "mi355x", "gfx950", 8.0, 2516.6, 157.3, 157.3, "AMD Instinct MI355X data sheet (2025)"),
+        Gpu("rx7900xtx", "7900 xtx", "gfx1100", 0.96, 122.8, 61.4, 61.4, "AMD Radeon RX 7900 XTX specifications"),
+    )
+}  # fmt: skip
+
+
+def gpu_named(name: str) -> Gpu:
+    """The `Gpu` called ``name``; ValueError with near names otherwise."""
+    key = name.lower().replace("-", "_").replace(" ", "_")
+    if key not in GPUS:
+        near = difflib.get_close_matches(key, GPUS, n=5, cutoff=0.5) or list(GPUS)
+        raise ValueError(f"gpu: expected a name such as {', '.join(near)}, got {name!r}")
+    return GPUS[key]
+
+
+@functools.cache
+def device_gpu(index: int) -> Gpu:
+    """The table's entry for a CUDA or HIP device, or the one of its architecture that is nearest in size."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    return nearest_gpu(properties.name, _target(properties))
+
+
+def nearest_gpu(title: str, target: str) -> Gpu:
+    """The entry whose title PyTorch's name of a device contains, the longest of several; else one of its target.
+
+    A device that the table does not hold is taken for the slowest of its architecture, and one of an unknown
+    architecture for an A100.
+    """
+    fitting = [gpu for gpu in GPUS.values() if gpu.title in title.lower()]
+    if fitting:
+        return max(fitting, key=lambda gpu: len(gpu.title))
+    alike = [gpu for gpu in GPUS.values() if gpu.target == target]
+    return min(alike, key=lambda gpu: gpu.tb_per_s) if alike else GPUS["a100"]
+
+
+@functools.cache
+def target_gpu(target: Target) -> Gpu:
+    """The first entry of a target, for kernels that are executed or recorded on other devices."""
+    return next((gpu for gpu in GPUS.values() if TARGETS[gpu.target] == target), GPUS["a100"])
+
+
+_assumed = threading.local()
+
+
+def assumed_gpu() -> Gpu | None:
+    """What `assume_gpu` says, if anything."""
+    gpu: Gpu | None = getattr(_assumed, "gpu", None)
+    return gpu
+
+
+@contextmanager
+def assume_gpu(gpu: Gpu) -> Iterator[None]:
+    """Choose for ``gpu`` on this thread inside the ``with`` block, whatever the device of the tensors."""
+    previous = assumed_gpu()
+    _assumed.gpu = gpu
+    try:
+        yield
+    finally:
+        _assumed.gpu = previous
+
+
+def _target(properties: Any) -> str:
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"

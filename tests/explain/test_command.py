@@ -1,0 +1,94 @@
+"""`fusedres explain`: what it prints, draws and refuses."""
+
+import json
+import struct
+
+import pytest
+
+from fusedres.cli import main
+from fusedres.explain.account import KINDS, kind_of
+
+pytest.importorskip("torchvision")
+pytest.importorskip("rich")
+
+SMALL = ["explain", "cifar_resnet20", "--batch", "8"]
+
+
+def test_tables(capsys):
+    assert main([*SMALL, "--gpu", "a100", "--rung", "prologue,auto"]) == 0
+    printed = capsys.readouterr().out
+    assert "cifar_resnet20, training step, batch 8, bf16, 3 x 32 x 32, a100; per image" in printed
+    for expected in (
+        "eager",
+        "prologue",
+        "layer1.0",
+        "conv_forward_kernel",
+        "auto: the choice of each layer",
+        "on a100",
+    ):
+        assert expected in printed
+    assert "block_end" not in printed.split("auto: the choice")[0]
+
+
+def test_json_is_all_that_is_printed(capsys):
+    assert main([*SMALL, "--rung", "stats", "--dtype", "fp32", "--infer", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["mode"] == "inference"
+    assert answer["dtype"] == "fp32"
+    assert list(answer["rungs"]) == ["stats"]
+    assert answer["size"] == [3, 32, 32]
+
+
+def test_the_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "explained.png"
+    assert main([*SMALL, "--rung", "prologue", "--out", str(file)]) == 0
+    assert str(file) in capsys.readouterr().out
+    header = file.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", header[16:24])
+    assert width > 1000 and height > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet500"], "model: expected a name such as resnet50"),
+        (["resnet18", "--gpu", "rtx409"], "gpu: expected a name such as rtx4090"),
+        (["resnet18", "--rung", "moment"], "rung: expected all or one of"),
+        (["resnet18", "--dtype", "int8"], "dtype: expected one of"),
+        (["resnet18", "--batch", "0"], "batch: expected at least 1, got 0"),
+        (["resnet18", "--batch", "300000", "--rung", "auto"], "layer stem: "),
+        (["alexnet"], "nothing to fuse in it"),
+        (["resnet18", "--out", "picture.pdf"], "out must name a .png file"),
+        (["resnet18", "--out", "/nonexistent/picture.png"], "out must lie in an existing folder"),
+    ],
+)
+def test_wrong_arguments_return_2(arguments, message, capsys):
+    assert main(["explain", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_a_malformed_size_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["explain", "resnet18", "--size", "224"])
+    assert exit_.value.code == 2
+    assert "expected CxHxW, such as 3x224x224, got '224'" in capsys.readouterr().err
+
+
+def test_every_kernel_has_a_kind_of_work():
+    from importlib import import_module
+    from pathlib import Path
+
+    kernels = import_module("fusedres.kernels")
+    names = [
+        line.split("(")[0].removeprefix("def ")
+        for file in Path(kernels.__path__[0]).glob("*.py")
+        for line in file.read_text().splitlines()
+        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+    ]
+    assert len(names) > 12
+    for name in names:
+        assert kind_of(name) in set(KINDS) - {"other"}, name

@@ -1,0 +1,211 @@
+"""fusedres.explain: figures against counts made elsewhere, and what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import fusedres
+from fusedres.bench.saved_activations import saved_bytes
+from fusedres.explain import Question, explain
+from fusedres.explain.models import Source, source
+from fusedres.models import create
+from fusedres.plan import SCHEDULES
+from fusedres.plan.gpus import GPUS
+
+resnet = pytest.importorskip("torchvision.models.resnet")
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return explain(Question("resnet50"))
+
+
+# Counted from the real aten graph, a convolution's output gradient once: MB per image and launches at batch 128.
+COUNTED = [("resnet18", 105.5, 284), ("resnet50", 461.0, 727), ("cifar_resnet56", 22.7, 787)]
+
+
+@pytest.mark.parametrize(("model", "megabytes", "launches"), COUNTED, ids=[case[0] for case in COUNTED])
+def test_eager_agrees_with_the_count_of_its_aten_graph(model, megabytes, launches):
+    found = explain(Question(model, batch=128, rungs=("block_end",)))
+    eager = found.figures(found.eager)
+    assert eager.bytes_per_image / 1e6 == pytest.approx(megabytes, rel=0.01)
+    assert eager.launches == pytest.approx(launches, rel=0.01)
+
+
+def test_a_bottleneck_in_the_middle_of_a_network():
+    block = Source("bottleneck", lambda: resnet.Bottleneck(256, 64), (256, 56, 56))
+    found = explain(Question("bottleneck", batch=128, rungs=("block_end",), images_grad=True), model=block)
+    eager = found.figures(found.eager)
+    assert eager.bytes_per_image / 1e6 == pytest.approx(53.0, rel=0.001)
+    assert eager.launches == 41
+    # conv, batch norm, ReLU, addition forward: 54 passes over a tensor of 64 channels; backward 78.
+    unit = 64 * 56 * 56 * 2
+    backward = sum(entry.bytes for entry in found.eager.entries if entry.backward) / 128
+    assert (eager.bytes_per_image - backward) / unit == pytest.approx(54, rel=0.001)
+    assert backward / unit == pytest.approx(78, rel=0.001)
+
+
+def test_eager_with_output_gradients_read_by_each_of_their_kernels(resnet50):
+    eager = resnet50.figures(resnet50.eager)
+    assert (eager.bytes_per_image + resnet50.reread_per_image()) / 1e6 == pytest.approx(477, rel=0.01)
+    assert eager.flops_per_image / 1e9 == pytest.approx(24.3, rel=0.01)
+    assert eager.saved_bytes_per_image / 1e6 == pytest.approx(43.8, rel=0.01)
+
+
+def test_inference():
+    found = explain(Question("resnet50", infer=True, rungs=("prologue",)))
+    passes = {torch.nn.Conv2d: (1, 1), torch.nn.BatchNorm2d: (1, 1), torch.nn.ReLU: (1, 1), torch.nn.MaxPool2d: (1, 5)}
+    elements = 0
+    with torch.device("meta"):
+        model, image = resnet.resnet50().eval(), torch.empty(1, 3, 224, 224)
+
+    def count(module, inputs, out):
+        nonlocal elements
+        reads, writes = passes.get(type(module), (0, 0))
+        elements += reads * inputs[0].numel() + writes * out.numel()
+        elements += 3 * out.numel() * isinstance(module, resnet.Bottleneck)  # out += identity
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    model(image)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    expected = 2 * elements + 6 * image.numel() + (6 + 2) * weights / 256
+    eager = found.figures(found.eager)
+    assert eager.bytes_per_image == pytest.approx(expected, rel=0.005)
+    fused = found.figures(found.rungs["prologue"])
+    assert fused.bytes_per_image < 0.32 * eager.bytes_per_image
+    assert fused.launches < 60
+    assert fused.saved_bytes_per_image == eager.saved_bytes_per_image == 0
+
+
+def test_figures_are_sums_over_launches(resnet50):
+    assert list(resnet50.rungs) == [*SCHEDULES, "auto"]
+    for step in resnet50.steps.values():
+        figures = resnet50.figures(step)
+        assert figures.launches == len(step.entries)
+        moved = sum(entry.read + entry.written for entry in step.entries)
+        assert figures.bytes_per_image == pytest.approx(moved / 256)
+        assert figures.bytes_per_image == pytest.approx(figures.read_per_image + figures.written_per_image)
+        roofline = sum(max(entry.bytes / (0.9 * 3.35e12), entry.flops / (0.81 * 989.4e12)) for entry in step.entries)
+        assert figures.roofline_images_per_s == pytest.approx(256 / roofline)
+        by_layer = list(resnet50.layers().values())
+        name = next(name for name, other in resnet50.steps.items() if other is step)
+        assert sum(by_step[name].launches for by_step in by_layer) == figures.launches
+        assert sum(by_step[name].bytes_per_image for by_step in by_layer) == pytest.approx(figures.bytes_per_image)
+        assert sum(moved for _, _, moved, _ in resnet50.operations(step)) == pytest.approx(figures.bytes_per_image)
+
+
+def test_launches_of_both_passes_are_put_under_their_block(resnet50):
+    for step in resnet50.steps.values():
+        for backward in (False, True):
+            layers = list(dict.fromkeys(entry.layer for entry in step.entries if entry.backward is backward))
+            expected = ["stem", *(f"layer{i}.{j}" for i, depth in enumerate((3, 4, 6, 3), 1) for j in range(depth))]
+            expected += ["head", "fc"]
+            assert layers == (expected[::-1] if backward else expected)
+
+
+def test_rungs_run_our_kernels_and_count_what_the_library_does_beside_them(resnet50):
+    for name, step in resnet50.rungs.items():
+        ours = [entry for entry in step.entries if entry.ours]
+        assert len(ours) > 100, name
+        # The classifier, at least, is the library's, and so is what its layers do backward.
+        assert {"addmm", "mm"} <= {entry.name for entry in step.entries if not entry.ours}
+    assert not any(entry.ours for entry in resnet50.eager.entries)
+
+
+def test_json_holds_the_schema(resnet50):
+    answer = json.loads(json.dumps(resnet50.as_json()))
+    assert {"model": "resnet50", "batch": 256, "dtype": "bf16"}.items() <= answer.items()
+    wanted = {"bytes_per_image", "saved_bytes_per_image", "launches", "flops_per_image", "roofline_images_per_s"}
+    for figures in (answer["eager"], *answer["rungs"].values()):
+        assert wanted <= figures.keys()
+        assert sum(figures["bytes_per_image_by_kind"].values()) == pytest.approx(figures["bytes_per_image"])
+    assert list(answer["rungs"]) == [*SCHEDULES, "auto"]
+    blocks = {layer["name"]: layer for layer in answer["layers"]}
+    assert blocks["layer1.0"]["choice"] in SCHEDULES
+    assert "on h100" in blocks["layer1.0"]["reason"]
+    assert blocks["layer1.0"]["rungs"]["moments"]["launches"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("rung", ["block_end", "prologue", "moments"])
+def test_saved_bytes_are_those_of_a_real_run_on_a_cpu(dtype, rung):
+    batch, side = 4, 32
+    found = explain(Question("resnet18", batch=batch, dtype=dtype, rungs=(rung,), size=(3, side, side)))
+    images = torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
+    model = fusedres.fuse(resnet.resnet18().to(memory_format=torch.channels_last), schedule=rung)
+
+    def forward(module):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            return module(images)
+
+    measured = saved_bytes(model, forward).total
+    assert found.rungs[rung].saved == pytest.approx(measured, rel=0.02)
+
+
+def test_a_function_in_a_file_is_a_model(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torchvision\ndef tiny():\n    return torchvision.models.ResNet("
+        "torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])\ndef number():\n    return 3\n"
+    )
+    found = explain(Question(f"{file}:tiny", batch=2, rungs=("stats",), size=(3, 64, 64)))
+    assert found.figures(found.rungs["stats"]).launches > 0
+    with pytest.raises(ValueError, match=r"model: expected a function of .*mine.py such as tiny, .*got 'tinny'"):
+        source(f"{file}:tinny")
+    with pytest.raises(ValueError, match=r"model: expected path.py:function with a file that exists"):
+        source(f"{tmp_path}/other.py:tiny")
+    with pytest.raises(ValueError, match=r"to return a torch.nn.Module, got int"):
+        source(f"{file}:number").on_meta()
+
+
+def test_a_model_that_is_fused_already_is_explained_like_its_plain_twin():
+    found = [
+        explain(
+            Question("cifar", batch=4, rungs=("prologue",)),
+            model=Source("cifar", lambda fused=fused: create("cifar_resnet20", fused=fused), (3, 32, 32)),
+        ).as_json()
+        for fused in (True, False)
+    ]
+    assert found[0] == found[1]
+
+
+def test_models_of_every_library_are_found():
+    assert source("resnet101").size == (3, 224, 224)
+    assert source("cifar_resnet20").size == (3, 32, 32)
+    pytest.importorskip("timm")
+    assert source("resnet26t").size == (3, 256, 256)
+    assert source("timm.resnet50").build().global_pool is not None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "resnet55"}, r"model: expected a name such as .*resnet50.*, or path.py:function, got 'resnet55'"),
+        ({"gpu": "h10"}, r"gpu: expected a name such as .*h100.*, got 'h10'"),
+        ({"dtype": "fp8"}, r"dtype: expected one of bf16, fp16, fp32, got 'fp8'"),
+        ({"rungs": ("moment",)}, r"rung: expected all or one of block_end, .*auto, got 'moment'"),
+        ({"batch": 0}, r"batch: expected at least 1, got 0"),
+        ({"model": "vgg11"}, r"model: nothing to fuse in it \(no residual block that the library knows\)"),
+        ({"batch": 200_000}, r"layer stem: .*expected a number of 32 bits, got 2508800000"),
+        ({"model": "cifar_resnet20", "batch": 2_100_000}, r"layer layer1.0: .*expected a number of 32 bits"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_explained_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        explain(Question(**{"model": "resnet18", "rungs": ("prologue",), **changed}))
+
+
+def test_every_gpu_names_a_source_and_explains():
+    for gpu in GPUS.values():
+        assert gpu.source
+        assert math.isfinite(gpu.bandwidth) and gpu.rate(torch.bfloat16) > gpu.rate(torch.float32) > 0
+    network = create("cifar_resnet20", fused=False)
+    tiny = Source("tiny", lambda: network, (3, 32, 32))
+    seen = {}
+    for name in ("a100", "mi300x", "rx7900xtx"):
+        found = explain(Question("tiny", batch=128, gpu=name, rungs=("auto",)), model=tiny)
+        seen[name] = found.figures(found.rungs["auto"]).roofline_images_per_s
+    assert seen["mi300x"] > seen["a100"] > seen["rx7900xtx"]
