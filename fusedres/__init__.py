@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, nn
+from . import functional, models, nn
 from .backends import backend
 from .launch import record
 from .swap import fuse, report, unfuse
@@ -12,4 +12,4 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "backend", "functional", "fuse", "nn", "record", "report", "unfuse"]
+__all__ = ["__version__", "backend", "functional", "fuse", "models", "nn", "record", "report", "unfuse"]

@@ -25,11 +25,21 @@ from .rounded import rounded
 
 
 class Layer(NamedTuple):
-    """One convolution and its batch norm: tensors, window, numbers."""
+    """One convolution and its batch norm: tensors, window, numbers, and what the result is multiplied by."""
 
     tensors: ConvBN
     geometry: Geometry
     norm: NormSpec
+    gain: float = 1.0
+
+    @property
+    def gained(self) -> ConvBN:
+        """The tensors with the gain in gamma and beta, as autograd sees it."""
+        if self.gain == 1:
+            return self.tensors
+        weight, _, gamma, beta, *_ = self.tensors
+        gamma = weight.new_full(weight.shape[:1], self.gain) if gamma is None else gamma * self.gain
+        return self.tensors._replace(gamma=gamma, beta=None if beta is None else beta * self.gain)
 
 
 Size = tuple[int, ...]
@@ -69,22 +79,22 @@ def run_chain(
     check_activation("x", x)
     check_act(act)
     dtype = contraction_dtype(x)
-    size = _checked_size("x", x, layers[0], tuple(x.shape), dtype)
+    size = checked_size("x", x, layers[0], tuple(x.shape), dtype)
     for i, layer in enumerate(layers[1:], start=2):
-        size = _checked_size(f"layer {i}", x, layer, size, dtype)
+        size = checked_size(f"layer {i}", x, layer, size, dtype)
     if projection is not None:
-        _check_joins("projection", _checked_size("projection", x, projection, tuple(x.shape), dtype), size)
+        check_joins("projection", checked_size("projection", x, projection, tuple(x.shape), dtype), size)
     elif shortcut == "identity":
-        _check_joins("x", tuple(x.shape), size)
+        check_joins("x", tuple(x.shape), size)
     elif shortcut == "zero_pad":
-        _check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
+        check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
     elif residual is not None:
         check_activation("residual", residual)
-        _check_joins("residual", tuple(residual.shape), size)
+        check_joins("residual", tuple(residual.shape), size)
 
-    _advance(counters)
+    advance(counters)
     every = [*layers, projection] if projection is not None else list(layers)
-    if not _differentiated(x, residual, every) and not any(layer.norm.batch_stats for layer in every):
+    if not is_differentiated(x, residual, every) and not any(layer.norm.batch_stats for layer in every):
         with no_autocast(x.device.type):
             return infer_chain(x, dtype, layers, projection, shortcut, residual, zero_pad_stride, act)
 
@@ -109,7 +119,7 @@ def run_chain(
         act=act,
         zero_pad_stride=zero_pad_stride,
     )
-    tensors = [tensor for layer in every for tensor in layer.tensors]
+    tensors = [tensor for layer in every for tensor in layer.gained]
     z: Tensor = ConvChain.apply(x, residual, spec, *tensors)
     return z
 
@@ -133,11 +143,11 @@ def run_stem(
     """
     check_activation("x", x)
     dtype = contraction_dtype(x)
-    _, _, height, width = _checked_size("x", x, layer, tuple(x.shape), dtype)
+    _, _, height, width = checked_size("x", x, layer, tuple(x.shape), dtype)
     if min(pool.output_size(height, width)) < 1:
         raise ValueError(f"pool: {height} x {width} pixels are too few for {pool}")
-    _advance(counters)
-    if not _differentiated(x, None, [layer]) and not layer.norm.batch_stats:
+    advance(counters)
+    if not is_differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
             return infer_stem(x.to(dtype), layer, pool)
     kernels = wants_kernels(x) and dtype != torch.float64  # in which there are none
@@ -203,19 +213,23 @@ def _conv_shape(size: Size, weight: Size, geometry: Geometry) -> tuple[ConvShape
     return shape, (n, k, p, q)
 
 
-def _advance(counters: Sequence[Tensor]) -> None:
+def advance(counters: Sequence[Tensor]) -> None:
+    """Count a batch."""
     if counters:
         torch._foreach_add_(list(counters), 1)
 
 
-def _differentiated(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:
+def is_differentiated(
+    x: Tensor, residual: Tensor | None, layers: Sequence[Layer], others: Sequence[Tensor | None] = ()
+) -> bool:
+    """Whether autograd follows a call on these tensors."""
     if not torch.is_grad_enabled():
         return False
-    tensors = [x, residual, *(tensor for layer in layers for tensor in layer.tensors)]
+    tensors = [x, residual, *(tensor for layer in layers for tensor in layer.tensors), *others]
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _checked_size(name: str, x: Tensor, layer: Layer, size: Size, dtype: torch.dtype) -> Size:
+def checked_size(name: str, x: Tensor, layer: Layer, size: Size, dtype: torch.dtype) -> Size:
     """The (N, K, P, Q) that a layer makes of an input of ``size``; refuses what eager PyTorch would refuse."""
     weight = layer.tensors.weight
     n = size[0]
@@ -238,6 +252,7 @@ def check_norm(name: str, norm: NormSpec, values: int) -> None:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, got {values}")
 
 
-def _check_joins(name: str, size: Size, expected: Size) -> None:
+def check_joins(name: str, size: Size, expected: Size) -> None:
+    """Refuse a branch of another shape than the chain's output."""
     if size != expected:
         raise ValueError(f"{name}: expected shape {expected} to join the chain's output, got {size}")

@@ -40,7 +40,7 @@ def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | N
         packed = _packed_layer(u, layer)
         if packed is not None:
             return onednn.conv_act(u, packed, residual, act)
-    return conv_bn_act(_contraction(u, layer), residual=residual, act=act)[0]
+    return conv_bn_act(contraction_of(u, layer), residual=residual, act=act)[0]
 
 
 def infer_chain(
@@ -65,7 +65,7 @@ def infer_chain(
     elif projection is not None and backends.runs_native() and not wants_kernels(x):
         residual = infer_layer(source, projection, None)
     elif projection is not None:
-        return conv_bn_act(_contraction(u, layers[-1]), second=_contraction(source, projection), act=act)[0]
+        return conv_bn_act(contraction_of(u, layers[-1]), second=contraction_of(source, projection), act=act)[0]
     return infer_layer(u, layers[-1], act, residual)
 
 
@@ -73,12 +73,13 @@ def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
     """maxpool(relu(bn(conv(x)))) from running statistics; ``x`` in the dtype of the contraction."""
     if not wants_kernels(x):
         return max_pool2d(infer_layer(x, layer, "relu"), *pool)
-    u, weight, geometry, scale, shift = _contraction(channels_last(x), layer)
+    u, weight, geometry, scale, shift = contraction_of(channels_last(x), layer)
     y, _ = conv_forward(u, weight, geometry)
     return stem_pool(y, scale, shift, pool, indices=False)[0]
 
 
-def _contraction(u: Tensor, layer: "Layer") -> Contraction:
+def contraction_of(u: Tensor, layer: "Layer") -> Contraction:
+    """A layer of running statistics as the operand of `conv_bn_act`."""
     scale, shift = _once(layer, ("numbers", u.dtype), lambda: _numbers(layer, u.dtype))
     weight = layer.tensors.weight
     if weight.dtype != u.dtype:  # under autocast
@@ -89,7 +90,8 @@ def _contraction(u: Tensor, layer: "Layer") -> Contraction:
 def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What batch norm does to the convolution's output: its scale and shift."""
     norm = normaliser_of(None, layer.tensors.norm, layer.norm, dtype)
-    return norm.scale.detach(), norm.shift.detach()
+    scale, shift = norm.scale.detach(), norm.shift.detach()
+    return (scale, shift) if layer.gain == 1 else (scale * layer.gain, shift * layer.gain)
 
 
 def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
@@ -97,7 +99,7 @@ def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
     tensors = [tensor for tensor in layer.tensors if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return (layer.norm.eps, layer.geometry, *map(state_of, tensors))
+    return (layer.norm.eps, layer.gain, layer.geometry, *map(state_of, tensors))
 
 
 def _once(layer: "Layer", kind: object, make: Callable[[], T]) -> T:
@@ -119,7 +121,7 @@ def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
         return None
 
     def packed() -> onednn.PackedConv:
-        _, weight, geometry, scale, shift = _contraction(u, layer)
+        _, weight, geometry, scale, shift = contraction_of(u, layer)
         folded = onednn.fold(weight.detach(), scale.detach())
         return onednn.pack(onednn.PackedConv(folded, shift.detach(), geometry), tuple(u.shape))
 

@@ -116,7 +116,8 @@ def bn_backward_apply_kernel(
     q_ptr,  # (C,) fp32, or None
     r_ptr,  # (C,) fp32; None together with q
     mean_ptr,  # (C,) fp32, or None: zero
-    dy_ptr,  # (rows, C) out: p * g + q * (y - mean) + r
+    add_ptr,  # (rows, C) a gradient that joins, or None
+    dy_ptr,  # (rows, C) out: p * g + q * (y - mean) + r + add
     rows,
     image,  # as in `load_masked`
     C,
@@ -143,4 +144,6 @@ def bn_backward_apply_kernel(
         q = tl.load(q_ptr + o_c, mask=m_c, other=0.0)
         r = tl.load(r_ptr + o_c, mask=m_c, other=0.0)
         dy += y * q[None, :] + r[None, :]
+    if add_ptr is not None:
+        dy += tl.load(add_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
     tl.store(dy_ptr + first * C + o, dy.to(dy_ptr.dtype.element_ty), mask=m)

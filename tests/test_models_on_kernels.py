@@ -127,8 +127,8 @@ def test_resnet20_trains_on_kernels(target: str) -> None:
     model = fusedres.fuse(cifar_resnet(20, in_channels=1))
     ours, theirs, trace = on_both(model, target, torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,)))
     assert_agree(ours, theirs, 1e-5)
-    assert trace.by_kernel()["bn_finalize_kernel"] == 18
-    assert len({launch.binary for launch in trace.launches}) <= 48
+    assert trace.by_kernel()["bn_finalize_kernel"] == 19  # two in each of nine blocks, and the stem
+    assert len({launch.binary for launch in trace.launches}) <= 49  # one of them the stem's
 
 
 @pytest.mark.slow

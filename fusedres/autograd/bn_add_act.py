@@ -1,6 +1,6 @@
 """The block end on its own: normalise, add the (optionally normalised) shortcut, rectify."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -8,22 +8,26 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
+from ..launch import wants_kernels
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward, masked
 from ..ops.bn_statistics import bn_statistics
-from ..ops.contract import Normaliser, OutputGrad, channels_last
+from ..ops.contract import Normaliser, OutputGrad, Partials, channels_last
+from ..ops.relu_mask import is_pooled
 from .layer import normaliser_of
+from .layouts import in_dtype
 from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import NormSpec, NormTensors
 
 
 @dataclass(frozen=True)
 class BNAddActSpec:
-    """``residual_norm`` is None where the residual joins as it is."""
+    """``residual_norm`` is None where the residual joins as it is; ``partials`` are y's where they were measured."""
 
     norm: NormSpec
     residual_norm: NormSpec | None = None
     act: str | None = "relu"
+    partials: Partials | None = None
 
 
 class Kept(NamedTuple):
@@ -54,8 +58,11 @@ class BNAddAct(torch.autograd.Function):
         return _backward(ctx, dz)
 
 
-def _measured(y: Tensor, tensors: NormTensors, spec: NormSpec) -> Normaliser:
-    partials = bn_statistics(y) if spec.batch_stats else None
+def _measured(y: Tensor, tensors: NormTensors, spec: NormSpec, partials: Partials | None = None) -> Normaliser:
+    if not spec.batch_stats:
+        partials = None
+    elif partials is None:
+        partials = bn_statistics(y)
     return normaliser_of(partials, tensors, spec, y.dtype)
 
 
@@ -65,7 +72,7 @@ def _forward(
     fields = len(NormTensors._fields)
     main, other = NormTensors(*tensors[:fields]), NormTensors(*tensors[fields:])
     y = channels_last(y)
-    norm = _measured(y, main, spec.norm)
+    norm = _measured(y, main, spec.norm, spec.partials)
     residual_norm = None
     if residual is not None:
         residual = channels_last(residual)
@@ -79,7 +86,7 @@ def _forward(
         act=spec.act, bit_mask=training and spec.act == "relu",
     )  # fmt: skip
     if training:
-        ctx.spec, ctx.backend = spec, backends.current()
+        ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
         ctx.residual_dtype = None if residual is None else residual.dtype
         raw_residual = residual if residual_norm is not None else None
         keep(ctx, Kept(y, norm, raw_residual, residual_norm, mask, (main.gamma, other.gamma)))
@@ -89,10 +96,11 @@ def _forward(
 def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved: Kept = kept(ctx)
     spec: BNAddActSpec = ctx.spec
-    g = OutputGrad(channels_last(dz), saved.mask)
+    # One value per image and channel, as global pooling sends it, stays that where kernels read it.
+    g = OutputGrad(dz if is_pooled(dz) and wants_kernels(dz) else channels_last(dz), saved.mask)
 
     def through(y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None) -> tuple[Tensor, list[Any]]:
-        typed = g._replace(g=g.g.to(y.dtype))
+        typed = g._replace(g=in_dtype(g.g, y.dtype))
         dy, dgamma, dbeta = bn_backward(typed, y, norm, gamma, batch_stats=norm_spec.batch_stats)
         return dy, [dgamma, dbeta, None, None, None]
 

@@ -143,7 +143,7 @@ def convolution_backward(
     window = (weight.shape[2], weight.shape[3])
     if below.producer is not None:
         dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
-        return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer)
+        return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer, add=below.add)
     if needs.weight and needs.source:
         return conv_backward(dy, source, weight, spec.geometry, add=below.add)
     if needs.weight:

@@ -1,6 +1,45 @@
 """The residual family of the papers, built from `fusedres.nn` blocks."""
 
-from fusedres.models.cifar import CifarResNet, cifar_resnet
-from fusedres.models.registry import create, names
+from fusedres.models.cifar import cifar_plain, cifar_resnet, plain, resnext, stochastic_resnet
+from fusedres.models.densenet import DenseNet, densenet, densenet121, densenet169, densenet201, imagenet_densenet
+from fusedres.models.imagenet import (
+    imagenet_resnet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+)
+from fusedres.models.network import ResNet
+from fusedres.models.preact import imagenet_preact_resnet, preact_resnet, wide_resnet
+from fusedres.models.registry import create, entry, names
+from fusedres.models.variants import highway, variant_resnet
 
-__all__ = ["CifarResNet", "cifar_resnet", "create", "names"]
+__all__ = [
+    "DenseNet",
+    "ResNet",
+    "cifar_plain",
+    "cifar_resnet",
+    "create",
+    "densenet",
+    "densenet121",
+    "densenet169",
+    "densenet201",
+    "entry",
+    "highway",
+    "imagenet_densenet",
+    "imagenet_preact_resnet",
+    "imagenet_resnet",
+    "names",
+    "plain",
+    "preact_resnet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext",
+    "stochastic_resnet",
+    "variant_resnet",
+    "wide_resnet",
+]

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fusedres.models.cifar import cifar_resnet
+from fusedres.models.cifar import cifar_plain, cifar_resnet, resnext, stochastic_resnet
+from fusedres.models.densenet import COUNTS as DENSE_COUNTS
+from fusedres.models.densenet import densenet, imagenet_densenet
+from fusedres.models.imagenet import COUNTS, imagenet_plain, imagenet_resnet
+from fusedres.models.preact import imagenet_preact_resnet, preact_resnet, wide_resnet
+from fusedres.models.variants import ORDER_VARIANTS, VARIANTS, highway, variant_resnet
 
 __all__ = ["Entry", "create", "entry", "names"]
 
@@ -28,8 +33,46 @@ class Entry(NamedTuple):
     num_classes: int
 
 
+def _cifar(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Entry:
+    return Entry(partial(build, *args, **options), 32, 10)
+
+
+def _imagenet(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Entry:
+    return Entry(partial(build, *args, **options), 224, 1000)
+
+
 _NETWORKS: dict[str, Entry] = {
-    f"cifar_resnet{depth}": Entry(partial(cifar_resnet, depth), 32, 10) for depth in (20, 32, 44, 56, 110, 1202)
+    **{f"resnet{depth}": _imagenet(imagenet_resnet, depth) for depth in COUNTS},
+    **{f"resnet{depth}_v1": _imagenet(imagenet_resnet, depth, stride_in_first=True) for depth in (50, 101, 152)},
+    **{f"plain{depth}": _imagenet(imagenet_plain, depth) for depth in (18, 34)},
+    **{f"cifar_resnet{depth}": _cifar(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110, 1202)},
+    **{f"cifar_plain{depth}": _cifar(cifar_plain, depth) for depth in (20, 32, 44, 56)},
+    **{f"preact_resnet{depth}": _cifar(preact_resnet, depth) for depth in (110, 164, 1001)},
+    "preact_resnet200": _imagenet(imagenet_preact_resnet, 200),
+    **{
+        f"resnet110_{variant}": _cifar(variant_resnet, 110, variant)
+        for variant in VARIANTS
+        if variant not in ("original", "full_preactivation")
+    },
+    **{
+        f"resnet164_{order}": _cifar(variant_resnet, 164, order, bottleneck=True, shortcut="projection")
+        for order in ORDER_VARIANTS
+    },
+    "highway19": _cifar(highway),
+    "densenet40_k12": _cifar(densenet, 40, 12),
+    "densenet100_k12": _cifar(densenet, 100, 12),
+    "densenet100_k24": _cifar(densenet, 100, 24),
+    "densenet_bc100_k12": _cifar(densenet, 100, 12, bc=True),
+    "densenet_bc250_k24": _cifar(densenet, 250, 24, bc=True),
+    "densenet_bc190_k40": _cifar(densenet, 190, 40, bc=True),
+    **{f"densenet{depth}": _imagenet(imagenet_densenet, depth) for depth in DENSE_COUNTS},
+    **{f"stochastic_resnet{depth}": _cifar(stochastic_resnet, depth) for depth in (110, 1202)},
+    **{
+        f"wide_resnet{depth}_{width}": _cifar(wide_resnet, depth, width)
+        for depth, width in ((16, 8), (28, 10), (40, 1), (40, 2), (40, 4))
+    },
+    "resnext29_8x64": _cifar(resnext, 29, cardinality=8, base_width=64),
+    "resnext29_16x64": _cifar(resnext, 29, cardinality=16, base_width=64),
 }
 
 

@@ -33,8 +33,8 @@ class Fused(nn.Module):
     fused_schedule: str = AUTO
     """The schedule asked for; what `fuse` sets on the instance."""
 
-    def fused_pairs(self) -> tuple[Pair, ...]:
-        """Every convolution with its batch norm that the fused pass runs.
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        """Every convolution that the fused pass runs.
 
         Raises:
             NotFusable: with the reason.
@@ -44,8 +44,8 @@ class Fused(nn.Module):
     def train(self, mode: bool = True) -> Any:
         # Writes through .data are not counted by torch; a change of mode is where a stale cache would show.
         try:
-            for pair in self.fused_pairs():
-                forget(pair.conv.weight)  # type: ignore[arg-type]
+            for conv in self.fused_convs():
+                forget(conv.weight)  # type: ignore[arg-type]
         except NotFusable:
             pass
         return super().train(mode)
@@ -89,8 +89,8 @@ class FusedBlock(Fused):
             raise NotFusable(reason)
         return parts
 
-    def fused_pairs(self) -> tuple[Pair, ...]:
-        return self.checked_parts().pairs
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        return tuple(pair.conv for pair in self.checked_parts().pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         if not traced(x):
@@ -104,9 +104,14 @@ class FusedBlock(Fused):
         return plain
 
     def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
+        return self._run_chain(x, parts)
+
+    def _run_chain(self, x: Tensor, parts: BlockParts, *, gain: float = 1.0) -> Tensor:
+        """The block's chain with its own shortcut; ``gain`` multiplies the last batch norm's output."""
+        *inner, last = (layer_of(pair) for pair in parts.chain)
         return run_chain(
             x,
-            [layer_of(pair) for pair in parts.chain],
+            [*inner, last if gain == 1 else last._replace(gain=gain)],
             projection=None if parts.projection is None else layer_of(parts.projection),
             shortcut=parts.shortcut,
             zero_pad_stride=parts.zero_pad_stride,
@@ -140,7 +145,7 @@ class FusedConvBNAct(FusedBlock):
 
 
 class FusedStem(Fused):
-    """A network whose conv1, bn1, relu and maxpool run as one autograd node."""
+    """A network whose conv1, bn1, relu and maxpool (if it has one) run as one autograd node."""
 
     def checked_stem(self) -> StemParts:
         """The stem taken apart, every part of a kind that the fused pass replaces.
@@ -154,8 +159,8 @@ class FusedStem(Fused):
             raise NotFusable(reason)
         return parts
 
-    def fused_pairs(self) -> tuple[Pair, ...]:
-        return (self.checked_stem().pair,)
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        return (self.checked_stem().pair.conv,)
 
     def stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x))))."""
@@ -165,13 +170,14 @@ class FusedStem(Fused):
             except NotFusable:
                 pass
             else:
-                return run_stem(
-                    x,
-                    layer_of(parts.pair),
-                    parts.pool,
-                    schedule=self.fused_schedule,
-                    counters=counters_of((parts.pair,)),
-                )
-        modules: Any = self
-        plain: Tensor = modules.maxpool(modules.relu(modules.bn1(modules.conv1(x))))
-        return plain
+                return self._run_stem(x, parts)
+        for name in ("conv1", "bn1", "relu", "maxpool"):
+            part = self._modules.get(name)
+            x = x if part is None else part(x)
+        return x
+
+    def _run_stem(self, x: Tensor, parts: StemParts) -> Tensor:
+        layer, counters = layer_of(parts.pair), counters_of((parts.pair,))
+        if parts.pool is None:
+            return run_chain(x, [layer], schedule=self.fused_schedule, counters=counters)
+        return run_stem(x, layer, parts.pool, schedule=self.fused_schedule, counters=counters)

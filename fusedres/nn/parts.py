@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..autograd.spec import ConvBN, NormSpec
+from ..autograd.spec import ConvBN, NormSpec, NormTensors
 from ..chain import Layer
 from ..ops.contract import Geometry, PoolGeometry
-from .plain import ZeroPadShortcut
+from ..preact_chain import Norm
+from .plain import NoShortcut, ZeroPadShortcut
 
 
 class Pair(NamedTuple):
@@ -64,6 +65,8 @@ def residual_parts(block: nn.Module, depth: int) -> BlockParts:
     elif type(shortcut) is ZeroPadShortcut:
         kind, zero_pad_stride = "zero_pad", (shortcut.stride, shortcut.stride)
         others.append(("downsample", shortcut))
+    elif type(shortcut) is NoShortcut:
+        kind = "none"
     elif shortcut is not None:
         raise NotFusable(f"downsample is a {type(shortcut).__name__}, not a convolution and a batch norm")
     return BlockParts(chain, projection, kind, "relu", zero_pad_stride, tuple(others))
@@ -76,33 +79,49 @@ def why_not(parts: BlockParts) -> str | None:
 
 def why_not_pairs(pairs: Iterable[Pair]) -> str | None:
     for conv, bn, conv_name, bn_name in pairs:
-        if type(conv) is not nn.Conv2d:
-            return f"{conv_name} is a {type(conv).__name__}, not a plain Conv2d"
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return (
-                f"{conv_name} pads with {conv.padding_mode!r}, {conv.padding!r}; only zeros of a given width are fused"
-            )
-        if type(bn) is not nn.BatchNorm2d:
-            return f"{bn_name} is a {type(bn).__name__}, not a plain BatchNorm2d"
-        if bn.momentum is not None and not math.isfinite(bn.momentum):
-            return f"{bn_name}.momentum is {bn.momentum}"
-        reason = _why_not_hooked(conv_name, conv) or _why_not_hooked(bn_name, bn)
+        reason = why_not_conv(conv_name, conv) or why_not_norm(bn_name, bn)
+        reason = reason or why_not_hooked(conv_name, conv) or why_not_hooked(bn_name, bn)
         if reason:
             return reason
     return None
+
+
+def why_not_conv(name: str, conv: nn.Module) -> str | None:
+    if type(conv) is not nn.Conv2d:
+        return f"{name} is a {type(conv).__name__}, not a plain Conv2d"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"{name} pads with {conv.padding_mode!r}, {conv.padding!r}; only zeros of a given width are fused"
+    return None
+
+
+def why_not_norm(name: str, bn: nn.Module) -> str | None:
+    if type(bn) is not nn.BatchNorm2d:
+        return f"{name} is a {type(bn).__name__}, not a plain BatchNorm2d"
+    if bn.momentum is not None and not math.isfinite(bn.momentum):
+        return f"{name}.momentum is {bn.momentum}"
+    return None
+
+
+def why_not_bare(name: str, conv: nn.Module) -> str | None:
+    """The same of a convolution without a batch norm behind it."""
+    reason = why_not_conv(name, conv)
+    if reason is None and conv._parameters["bias"] is not None:
+        reason = f"{name} has a bias and no batch norm behind it"
+    return reason or why_not_hooked(name, conv)
 
 
 def why_not_others(others: Iterable[tuple[str, nn.Module]]) -> str | None:
     for name, module in others:
         if name.endswith("relu") and type(module) is not nn.ReLU:
             return f"{name} is a {type(module).__name__}, not a plain ReLU"
-        reason = _why_not_hooked(name, module)
+        reason = why_not_hooked(name, module)
         if reason:
             return reason
     return None
 
 
-def _why_not_hooked(name: str, module: nn.Module) -> str | None:
+def why_not_hooked(name: str, module: nn.Module) -> str | None:
+    """Whether somebody waits for a call of an inner module."""
     # A fused pass does not call the inner modules, so nothing may wait for such a call.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks, which a fused pass would not call"
@@ -113,8 +132,26 @@ def _why_not_hooked(name: str, module: nn.Module) -> str | None:
 
 def layer_of(pair: Pair) -> Layer:
     """The tensors and numbers of a live convolution and batch norm, as a call in its present mode uses them."""
-    conv, bn = pair.conv, pair.bn
-    assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
+    norm = norm_of(pair.bn)
+    gamma, beta, running_mean, running_var, _ = norm.tensors
+    bias = pair.conv._parameters["bias"]
+    tensors = ConvBN(pair.conv.weight, bias, gamma, beta, running_mean, running_var)  # type: ignore[arg-type]
+    return Layer(tensors, _geometry_of(pair.conv), norm.spec)
+
+
+def bare_layer_of(conv: nn.Module) -> Layer:
+    """A live convolution without a batch norm."""
+    return Layer(ConvBN(conv.weight), _geometry_of(conv), NormSpec(batch_stats=False))  # type: ignore[arg-type]
+
+
+def _geometry_of(conv: nn.Module) -> Geometry:
+    assert isinstance(conv, nn.Conv2d)
+    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def norm_of(bn: nn.Module) -> Norm:
+    """The tensors and numbers of a live batch norm, as a call in its present mode uses them."""
+    assert isinstance(bn, nn.BatchNorm2d)
     gamma, beta = bn._parameters["weight"], bn._parameters["bias"]
     running_mean, running_var = bn._buffers["running_mean"], bn._buffers["running_var"]
     batch_stats = bn.training or running_mean is None
@@ -125,15 +162,17 @@ def layer_of(pair: Pair) -> Layer:
         momentum = 1.0 / (float(counted) + 1.0) if measured and counted is not None else 0.0
     if bn.training and not bn.track_running_stats:
         running_mean = running_var = None
-    tensors = ConvBN(conv.weight, conv._parameters["bias"], gamma, beta, running_mean, running_var)
-    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-    return Layer(tensors, geometry, NormSpec(bn.eps, momentum, batch_stats))
+    return Norm(NormTensors(gamma, beta, running_mean, running_var), NormSpec(bn.eps, momentum, batch_stats))
 
 
 def counters_of(pairs: Iterable[Pair]) -> list[Tensor]:
     """``num_batches_tracked`` of every batch norm that is going to measure this batch."""
+    return counters_of_norms(pair.bn for pair in pairs)
+
+
+def counters_of_norms(norms: Iterable[nn.Module]) -> list[Tensor]:
     counters = []
-    for _, bn, _, _ in pairs:
+    for bn in norms:
         counted = bn._buffers.get("num_batches_tracked")
         if counted is not None and bn.training and bn.track_running_stats:
             counters.append(counted)
@@ -141,29 +180,38 @@ def counters_of(pairs: Iterable[Pair]) -> list[Tensor]:
 
 
 class StemParts(NamedTuple):
-    """The first layers of a network taken apart: convolution, batch norm, ReLU, max-pooling."""
+    """The first layers of a network taken apart: convolution, batch norm, ReLU, and max-pooling if there is one."""
 
     pair: Pair
-    pool: PoolGeometry
+    pool: PoolGeometry | None
     others: tuple[tuple[str, nn.Module], ...]
 
 
 def stem_parts(model: nn.Module) -> StemParts:
-    """Take apart a stem with torchvision's names: conv1, bn1, relu, maxpool.
+    """Take apart a stem with torchvision's names: conv1, bn1, relu, maxpool (which may be missing).
 
     Raises:
-        NotFusable: the pooling is of a kind that no fused pass knows.
+        NotFusable: there is no batch norm, or the pooling is of a kind that no fused pass knows.
     """
     modules = model._modules
-    pool = modules["maxpool"]
+    if modules.get("bn1") is None:
+        raise NotFusable("conv1 has no batch norm behind it")
+    pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]
+    others: list[tuple[str, nn.Module]] = [("relu", modules["relu"])]  # type: ignore[list-item]
+    pool = modules.get("maxpool")
+    if pool is None:
+        return StemParts(pair, None, tuple(others))
+    others.append(("maxpool", pool))
+    return StemParts(pair, _pool_geometry(pool), tuple(others))
+
+
+def _pool_geometry(pool: nn.Module) -> PoolGeometry:
     if type(pool) is not nn.MaxPool2d:
         raise NotFusable(f"maxpool is a {type(pool).__name__}, not a plain MaxPool2d")
     kernel, stride, padding, dilation = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     if dilation != (1, 1) or pool.ceil_mode or pool.return_indices:
         raise NotFusable("maxpool is dilated, rounds up or returns indices")
-    pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]
-    others = (("relu", modules["relu"]), ("maxpool", pool))
-    return StemParts(pair, PoolGeometry(kernel, stride, padding), others)  # type: ignore[arg-type]
+    return PoolGeometry(kernel, stride, padding)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -116,15 +116,20 @@ def output_grad(g: OutputGrad, sums: NormSums | None, y: Tensor, norm: Normalise
     return g._replace(y=y, p=norm.scale, q=sums.q, r=sums.r, mean=norm.mean)
 
 
-def _bn_backward_apply(dy: OutputGrad) -> Tensor:
-    """dy = p * g + q * (y - mean) + r, written to memory.
+def _bn_backward_apply(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
+    """dy = p * g + q * (y - mean) + r, plus the masked ``add``, written to memory.
 
     Args:
         dy: its parts; ``q``, ``r`` may be None (zero), as may ``p`` (the masked g itself).
+        add: a gradient of the same tensor from elsewhere (the shortcut), without p, q, r, or None.
 
     Returns:
-        (N, K, P, Q) in the dtype of ``g``.
+        (N, K, P, Q) in the dtype of ``g``, or the wider one of it and ``add``.
     """
+    if add is not None:
+        dtype = torch.promote_types(dy.g.dtype, add.g.dtype)
+        wide = torch.promote_types(dtype, statistics_dtype(dtype))
+        return (_bn_backward_apply(dy._replace(g=dy.g.to(wide))) + masked(add)).to(dtype)
     grad = masked(dy)
     if dy.p is None:
         return grad
@@ -159,18 +164,20 @@ def operands_of(dy: OutputGrad) -> int:
 
 
 @bn_backward_apply.triton
-def _bn_backward_apply_triton(dy: OutputGrad) -> Tensor:
-    if dy.p is None:
+def _bn_backward_apply_triton(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
+    if dy.p is None and add is None:
         return masked(dy)
-    if not storable(dy.g, dy.y):
+    if dy.p is None or not storable(dy.g, dy.y, None if add is None else add.g):
         return NotImplemented
     from ..kernels.bn_backward import bn_backward_apply_kernel
 
-    out = empty_rows(dy.g)
-    arguments = gradient_arguments(dy)
+    joining = None if add is None else channels_last(masked(add))
+    out = empty_rows(dy.g, dy.g.dtype if joining is None else torch.promote_types(dy.g.dtype, joining.dtype))
+    arguments = {**gradient_arguments(dy), "add_ptr": joining}
+    per_value = 1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None) + (joining is not None)
     launch_rows(
-        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=GRADIENT, writes=("dy_ptr",),
-        flops=(1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None)) * out.numel(),
+        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=(*GRADIENT, "add_ptr"), writes=("dy_ptr",),
+        flops=per_value * out.numel(),
     )  # fmt: skip
     return out
 

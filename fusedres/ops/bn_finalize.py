@@ -157,6 +157,32 @@ def _combined(partials: Partials, tile: PartialTile) -> Partials:
     return combined
 
 
+def _bn_combine(partials: Partials) -> Partials:
+    """All parts made one: the statistics of every pixel together.
+
+    Args:
+        partials: of T parts, (T,) and (T, K).
+
+    Returns:
+        `Partials` of one part.
+    """
+    count, mean, m2 = _combine(partials)
+    return Partials(count.unsqueeze(0), mean.unsqueeze(0), m2.unsqueeze(0))
+
+
+bn_combine = Op(_bn_combine)
+
+
+@bn_combine.triton
+def _bn_combine_triton(partials: Partials) -> Partials:
+    if not storable(*partials):
+        return NotImplemented
+    tile = PartialTile()
+    while len(partials.counts) > 1:
+        partials = _combined(partials, tile)
+    return partials
+
+
 def check_norm_vectors(
     channels: int,
     gamma: Tensor | None,

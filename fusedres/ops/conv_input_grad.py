@@ -106,7 +106,9 @@ def _conv_input_grad_triton(
     return launch_input_grad(dy, weight, size, geometry, add=add).g
 
 
-def _conv_producer_grad(dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer) -> ProducerGrad:
+def _conv_producer_grad(
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+) -> ProducerGrad:
     """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
 
     Args:
@@ -114,24 +116,27 @@ def _conv_producer_grad(dy: OutputGrad, weight: Tensor, geometry: Geometry, prod
         weight: (K, C/groups, R, S) in the dtype of dy.
         geometry: that of the forward convolution.
         producer: of the convolution's input, (N, C, H, W).
+        add: a gradient of the same input from elsewhere, masked on load, which joins before the ReLU, or None.
 
     Returns:
         g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
         of g as stored.
     """
-    return at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry), producer)
+    return at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
 
 
 conv_producer_grad = Op(_conv_producer_grad)
 
 
 @conv_producer_grad.triton
-def _conv_producer_grad_triton(dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer) -> ProducerGrad:
+def _conv_producer_grad_triton(
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+) -> ProducerGrad:
     size = tuple(producer.y.shape)
     _check(dy, weight, size, geometry)
     if why_no_kernel(dy, weight, size, geometry) is not None:
         return NotImplemented
-    launched = launch_input_grad(dy, weight, size, geometry, x=producer.output, norm=producer.norm)
+    launched = launch_input_grad(dy, weight, size, geometry, x=producer.output, norm=producer.norm, add=add)
     assert launched.sums is not None
     return ProducerGrad(launched.g, launched.sums)
 

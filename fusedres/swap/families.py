@@ -4,13 +4,32 @@ import sys
 
 from torch import nn
 
+from ..models.densenet import DenseNet, FusedDenseNet
+from ..models.network import FusedResNet, ResNet
 from ..nn import blocks, plain
 
 OWN: dict[type[nn.Module], type[nn.Module]] = {
     plain.ConvBNAct: blocks.ConvBNAct,
     plain.BasicBlock: blocks.BasicBlock,
     plain.Bottleneck: blocks.Bottleneck,
+    plain.BNAct: blocks.BNAct,
+    plain.PreActBasicBlock: blocks.PreActBasicBlock,
+    plain.PreActBottleneck: blocks.PreActBottleneck,
+    **{
+        getattr(plain, name): getattr(blocks, name)
+        for name in (
+            "ScaledBlock", "DropoutShortcutBlock", "GatedBlock", "StochasticBlock", "ActivationBasicBlock",
+            "ActivationBottleneck", "DenseBlock", "Transition",
+        )
+    },
+    ResNet: FusedResNet,
+    DenseNet: FusedDenseNet,
+}  # fmt: skip
+
+NOTHING_TO_FUSE: dict[type[nn.Module], str] = {
+    plain.HighwayBlock: "a highway block has no batch norm: its two convolutions and its gate run as they are",
 }
+"""Blocks of the project that have no fused pass, and why; `report` names them."""
 
 
 def families() -> dict[type[nn.Module], type[nn.Module]]:
@@ -21,4 +40,8 @@ def families() -> dict[type[nn.Module], type[nn.Module]]:
         from .torchvision import FAMILY
 
         known.update(FAMILY)
+    if "torchvision.models.densenet" in sys.modules:
+        from .torchvision_densenet import FAMILY as DENSE_FAMILY
+
+        known.update(DENSE_FAMILY)
     return known

@@ -8,7 +8,7 @@ from ..autograd.layouts import reordered
 from ..nn.fused import Fused, FusedStem
 from ..nn.parts import NotFusable
 from ..plan import AUTO, check_schedule
-from .families import families
+from .families import NOTHING_TO_FUSE, families
 from .report import Report, Row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,7 +22,7 @@ def _check_model(model: nn.Module) -> None:
 def _reason(module: Fused) -> str:
     """Why a module of a fused class would run its plain forward now, or an empty string."""
     try:
-        module.fused_pairs()
+        module.fused_convs()
     except NotFusable as why:
         return str(why)
     return ""
@@ -30,8 +30,8 @@ def _reason(module: Fused) -> str:
 
 def _note(module: Fused) -> str:
     """What the last backward pass had to do that a better layout would have spared, or an empty string."""
-    weight: Any = module.fused_pairs()[0].conv.weight
-    strides = reordered(weight)
+    convs: Any = module.fused_convs()
+    strides = reordered(convs[0].weight) if convs else None
     if strides is None:
         return ""
     return f"its gradient arrives with strides {strides} and is copied at every step; channels_last would not be"
@@ -128,6 +128,8 @@ def report(model: nn.Module) -> Report:
             kind = _kind(plain, known[plain])
             module.__class__ = plain
             rows.append(Row(name, kind, False, None, reason or "not fused yet: call fusedres.fuse(model)"))
+        elif type(module) in NOTHING_TO_FUSE:
+            rows.append(Row(name, type(module).__name__, False, None, NOTHING_TO_FUSE[type(module)]))
         else:
             base = next((plain for plain in known if isinstance(module, plain)), None)
             if base is not None:

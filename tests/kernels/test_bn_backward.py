@@ -128,6 +128,21 @@ def test_apply_alone(case: str, target: str, dtype: torch.dtype, form: str) -> N
     assert_as_accurate_as_eager(ours, bn_backward_apply.reference(dy), bn_backward_apply.reference(wide))
 
 
+@pytest.mark.parametrize("wider", [False, True])
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(["8 divides C", "odd C", "one value"]))
+def test_apply_joins_a_gradient_from_elsewhere(case: str, target: str, dtype: torch.dtype, wider: bool) -> None:
+    """One launch for the gradient at a pre-activation block's input, the shortcut's in it."""
+    operands = Operands(SIZES[case], dtype, "none")
+    p, q, r, mean = torch.randn(4, SIZES[case][1])
+    dy = operands.arriving._replace(p=p, y=operands.y, q=q, r=r, mean=mean)
+    add = OutputGrad(activation(SIZES[case], torch.float32 if wider else dtype))
+    ours, trace = executed(target, lambda: bn_backward_apply(dy, add=add))
+    assert trace.by_kernel() == {"bn_backward_apply_kernel": 1}
+    wide = OutputGrad(*(part.double() if torch.is_tensor(part) else part for part in dy))
+    exact = bn_backward_apply.reference(wide, add=OutputGrad(add.g.double()))
+    assert_as_accurate_as_eager(ours, bn_backward_apply.reference(dy, add=add), exact)
+
+
 @each_target
 def test_frozen_statistics_need_no_coefficients(target: str) -> None:
     operands = Operands((2, 16, 5, 5), torch.float32, "bits")

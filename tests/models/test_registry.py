@@ -3,20 +3,33 @@
 import pytest
 import torch
 
-from fusedres.models import CifarResNet, create, names
+from fusedres.models import ResNet, create, entry, names
 
 
 def test_a_network_by_name() -> None:
     model = create("cifar_resnet20", num_classes=7, in_channels=1)
-    assert isinstance(model, CifarResNet)
+    assert isinstance(model, ResNet)
     assert model(torch.rand(2, 1, 16, 16)).shape == (2, 7)
 
 
-def test_every_name_builds_with_and_without_fused_blocks() -> None:
+DEEP = ("1001", "1202", "190", "250")
+"""What takes seconds to build."""
+
+
+QUICK = (
+    "resnet18", "plain18", "cifar_resnet20", "preact_resnet110", "highway19",
+    "densenet40_k12", "wide_resnet16_8", "resnext29_8x64",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names()])
+def test_every_name_builds_with_and_without_fused_blocks(name: str) -> None:
+    """With the same keys and shapes, and the classes of its data set."""
     with torch.device("meta"):
-        for name in names():
-            for fused in (True, False):
-                assert create(name, fused=fused)(torch.empty(1, 3, 32, 32)).shape[0] == 1
+        fused, plain = (create(name, fused=fused).state_dict() for fused in (True, False))
+        assert create(name, num_classes=7, in_channels=1, fused=False).eval()(torch.empty(1, 1, 32, 32)).shape == (1, 7)
+    assert {key: value.shape for key, value in fused.items()} == {key: value.shape for key, value in plain.items()}
+    assert list(plain.values())[-1].shape == (entry(name).num_classes,)
 
 
 def test_an_unknown_name_lists_near_ones() -> None:

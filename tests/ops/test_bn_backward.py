@@ -178,3 +178,18 @@ def test_bias_of_the_convolution_under_frozen_statistics(each_backend):
     exact = autograd_of_batch_norm(y + bias[:, None, None], gamma, running, g.g)
     for ours, theirs in zip(bn_backward(g, y, norm, gamma, batch_stats=False), exact, strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("masked_add", [False, True])
+def test_apply_joins_a_gradient_from_elsewhere(masked_add, each_backend):
+    """dx of a pre-activation block: batch norm's part and the shortcut's, in the wider dtype."""
+    shape = (2, 5, 3, 4)
+    g, y, shortcut, open_ = torch.randn(4, *shape, dtype=torch.float64)
+    p, q, r, mean = torch.randn(4, 5, dtype=torch.float64)
+    dy = OutputGrad(g, None, y, p, q, r, mean)
+    add = OutputGrad(shortcut, open_ if masked_add else None)
+    expected = bn_backward_apply(dy) + (torch.where(open_ > 0, shortcut, 0.0) if masked_add else shortcut)
+    torch.testing.assert_close(bn_backward_apply(dy, add=add), expected)
+    narrow = OutputGrad(g.bfloat16(), None, y.bfloat16(), *(v.float() for v in (p, q, r, mean)))
+    assert bn_backward_apply(narrow, add=OutputGrad(shortcut.float())).dtype == torch.float32
+    assert bn_backward_apply(narrow, add=OutputGrad(shortcut.bfloat16())).dtype == torch.bfloat16

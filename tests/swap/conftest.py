@@ -8,7 +8,7 @@ from fusedres.nn import plain
 
 
 def own_blocks() -> nn.Module:
-    """Every block of the project, plain, with every kind of shortcut."""
+    """Blocks of the project, plain, with every kind of shortcut and of order."""
     return nn.Sequential(
         plain.ConvBNAct(3, 8),
         plain.BasicBlock(8, 8),
@@ -16,6 +16,11 @@ def own_blocks() -> nn.Module:
         plain.BasicBlock(12, 17, 2, shortcut="zero_pad"),
         plain.Bottleneck(17, 4),
         plain.Bottleneck(16, 4, groups=2, base_width=64),
+        plain.PreActBasicBlock(16, 16),
+        plain.PreActBottleneck(16, 4),
+        plain.BNAct(16),
+        plain.ScaledBlock(16, 16),
+        plain.ActivationBasicBlock(16, 16, order="bn_after_add"),
         plain.ConvBNAct(16, 20, 1, act=None),
     )
 

@@ -166,7 +166,7 @@ def test_saved_whole_and_loaded_where_nothing_is_imported(tmp_path, resnet):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[3, 1]", "['torchvision.models.resnet', 'fusedres.nn.plain']"]
+    assert done.stdout.splitlines() == ["[3, 1]", "['torchvision.models.resnet', 'fusedres.nn.plain.residual']"]
 
 
 def test_weights_alone_load_safely(tmp_path, small):

@@ -1,14 +1,12 @@
-"""Residual blocks in plain PyTorch: the twins that the fused blocks are checked against and unfused to.
+"""The blocks of He et al. 2015 (arXiv:1512.03385): ReLU after the sum.
 
 Attribute names are torchvision's, so that state dicts fit.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from ..ops.zero_pad_shortcut import zero_pad_shortcut
+from ...ops.zero_pad_shortcut import zero_pad_shortcut
 
 
 def conv3x3(in_channels: int, channels: int, stride: int = 1, *, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -40,15 +38,34 @@ class ZeroPadShortcut(nn.Module):
         return f"{self.channels}, stride={self.stride}"
 
 
-def shortcut_module(in_channels: int, channels: int, stride: int, kind: str) -> nn.Module | None:
-    """The shortcut of a block: None (identity) where shapes allow, else by ``kind``.
+class NoShortcut(nn.Module):
+    """Stands where a plain network, the baseline of the papers, has no shortcut; it is never called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("a block without a shortcut has nothing to add")
+
+
+SHORTCUTS = ("projection", "zero_pad", "identity", "projection_always", "none")
+
+
+def shortcut_module(in_channels: int, channels: int, stride: int, kind: str, *, norm: bool = True) -> nn.Module | None:
+    """The shortcut of a block; None is the identity.
+
+    Args:
+        in_channels, channels, stride: of the block.
+        kind: where shapes differ, ``"zero_pad"`` (option A of He et al. 2015), ``"projection"`` (option B) or
+            ``"identity"`` (they may not); ``"projection_always"`` projects everywhere (option C); ``"none"`` leaves
+            the shortcut out.
+        norm: whether batch norm follows a projection.
 
     Raises:
         ValueError: the kind is unknown, or ``"identity"`` where the shapes differ.
     """
-    if kind not in ("projection", "zero_pad", "identity"):
-        raise ValueError(f"shortcut: expected 'projection', 'zero_pad' or 'identity', got {kind!r}")
-    if stride == 1 and in_channels == channels:
+    if kind not in SHORTCUTS:
+        raise ValueError(f"shortcut: expected one of {', '.join(map(repr, SHORTCUTS))}, got {kind!r}")
+    if kind == "none":
+        return NoShortcut()
+    if stride == 1 and in_channels == channels and kind != "projection_always":
         return None
     if kind == "identity":
         raise ValueError(
@@ -56,7 +73,8 @@ def shortcut_module(in_channels: int, channels: int, stride: int, kind: str) -> 
         )
     if kind == "zero_pad":
         return ZeroPadShortcut(channels, stride)
-    return nn.Sequential(conv1x1(in_channels, channels, stride), nn.BatchNorm2d(channels))
+    projection = conv1x1(in_channels, channels, stride)
+    return nn.Sequential(projection, nn.BatchNorm2d(channels)) if norm else projection
 
 
 class ConvBNAct(nn.Module):
@@ -95,28 +113,50 @@ class ConvBNAct(nn.Module):
         return torch.relu_(y) if self.act == "relu" else y
 
 
-class _ResidualBlock(nn.Module):
-    """What the two blocks share: a chain of convolutions, a shortcut, ReLU after the sum."""
+class ResidualBlock(nn.Module):
+    """What both blocks share: ``depth`` convolutions conv1, conv2, ... with bn1, bn2, ..., a shortcut, one ReLU."""
 
+    depth: int
+    expansion: int
     downsample: nn.Module | None
     relu: nn.ReLU
 
-    def _joined(self, out: Tensor, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = self.relu(out + identity)
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The batch norm whose gamma the option ``zero_init_residual`` sets to 0."""
+        norm: nn.BatchNorm2d = getattr(self, f"bn{self.depth}")
+        return norm
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x): bn(conv(... relu(bn1(conv1(x))) ...))."""
+        for i in range(1, self.depth):
+            x = self.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+        out: Tensor = self.last_norm(getattr(self, f"conv{self.depth}")(x))
         return out
 
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What joins F(x)."""
+        return x if self.downsample is None else self.downsample(x)
 
-class BasicBlock(_ResidualBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.residual(x)
+        if not isinstance(self.downsample, NoShortcut):
+            out = out + self.shortcut(x)
+        z: Tensor = self.relu(out)
+        return z
+
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions (He et al. 2015, figure 5 left).
 
     Args:
         in_channels: of the input.
         channels: of both convolutions.
         stride: of the first.
-        shortcut: ``"projection"``, ``"zero_pad"`` or ``"identity"``, where shapes differ.
+        shortcut: as in `shortcut_module`.
     """
 
+    depth = 2
     expansion = 1
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1, *, shortcut: str = "projection") -> None:
@@ -128,13 +168,9 @@ class BasicBlock(_ResidualBlock):
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = shortcut_module(in_channels, channels, stride, shortcut)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        return self._joined(self.bn2(self.conv2(out)), x)
 
-
-class Bottleneck(_ResidualBlock):
-    """1x1, 3x3, 1x1 (He et al. 2015, figure 5 right), the stride in the 3x3 (as torchvision's).
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3, 1x1 (He et al. 2015, figure 5 right).
 
     Args:
         in_channels: of the input.
@@ -142,9 +178,12 @@ class Bottleneck(_ResidualBlock):
         stride: of the 3x3.
         groups, base_width: the 3x3 has int(channels * base_width / 64) * groups channels in groups (ResNeXt, wide).
         dilation: of the 3x3.
-        shortcut: ``"projection"``, ``"zero_pad"`` or ``"identity"``, where shapes differ.
+        shortcut: as in `shortcut_module`.
+        stride_in_first: the stride in the first 1x1, as in the paper ("v1"), and not in the 3x3, as torchvision's
+            ("v1.5").
     """
 
+    depth = 3
     expansion = 4
 
     def __init__(
@@ -157,22 +196,16 @@ class Bottleneck(_ResidualBlock):
         base_width: int = 64,
         dilation: int = 1,
         shortcut: str = "projection",
+        stride_in_first: bool = False,
     ) -> None:
         super().__init__()
         width, out_channels = int(channels * base_width / 64) * groups, channels * self.expansion
-        self.conv1 = conv1x1(in_channels, width)
+        first, second = (stride, 1) if stride_in_first else (1, stride)
+        self.conv1 = conv1x1(in_channels, width, first)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv3x3(width, width, stride, groups=groups, dilation=dilation)
+        self.conv2 = conv3x3(width, width, second, groups=groups, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = conv1x1(width, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut_module(in_channels, out_channels, stride, shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        return self._joined(self.bn3(self.conv3(out)), x)
-
-
-PLAIN_BLOCKS: Sequence[type[nn.Module]] = (ConvBNAct, BasicBlock, Bottleneck)

@@ -1,0 +1,96 @@
+"""The door of the dense blocks: tensors are checked, a schedule is chosen, and training or inference runs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .autocast import contraction_dtype, no_autocast
+from .autograd import Dense
+from .autograd.dense import DenseLayerSpec, DenseSpec
+from .autograd.spec import LayerSpec
+from .carried import carried, carry
+from .chain import Layer, Size, advance, check_joins, checked_size, is_differentiated
+from .launch import wants_kernels
+from .ops.contract import ConvInput, Partials, check_activation
+from .ops.conv_forward import conv_forward
+from .ops.features import put_features
+from .ops.rows import empty_rows
+from .plan import AUTO, chain_schedule
+from .preact_chain import Norm, activated_by, check_norm_of, evaluated
+
+
+class DenseLayerParts(NamedTuple):
+    """A dense layer: the batch norm of its input, and its convolutions, the last without a batch norm."""
+
+    norm: Norm
+    convs: tuple[Layer, ...]
+
+
+def takes_dense(x: Tensor) -> bool:
+    """Whether a dense block runs fused on ``x``: its features have one dtype, that of its convolutions."""
+    return x.dim() == 4 and x.dtype.is_floating_point and contraction_dtype(x) == x.dtype
+
+
+def run_dense(
+    x: Tensor, layers: Sequence[DenseLayerParts], *, schedule: str = AUTO, counters: Sequence[Tensor] = ()
+) -> Tensor:
+    """x and the outputs of all layers side by side, each layer fed with everything before it; differentiable once.
+
+    Args:
+        x: (N, C, H, W) in the dtype of the convolutions (`takes_dense`).
+        layers: in order; each takes C and the channels of all layers before it.
+        schedule: ``"auto"`` or a rung of the ladder.
+        counters: of batches, advanced by one as soon as nothing can be refused any more.
+
+    Returns:
+        (N, C + sum of the layers' channels, H, W), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
+    """
+    check_activation("x", x)
+    n, channels, h, w = x.shape
+    for i, (norm, convs) in enumerate(layers, start=1):
+        size: Size = (n, channels, h, w)
+        check_norm_of(size, norm)
+        for conv in convs:
+            size = checked_size(f"layer {i}", x, conv, size, x.dtype)
+        check_joins(f"layer {i}", (n, 0, *size[2:]), (n, 0, h, w))
+        channels += size[1]
+
+    advance(counters)
+    every = [conv for layer in layers for conv in layer.convs]
+    norms = [tensor for layer in layers for tensor in layer.norm.tensors]
+    measures = any(layer.norm.spec.batch_stats for layer in layers) or any(conv.norm.batch_stats for conv in every)
+    if not measures and not is_differentiated(x, None, every, norms):
+        with no_autocast(x.device.type):
+            return _infer(x, layers, channels)
+    spec = DenseSpec(
+        tuple(
+            DenseLayerSpec(norm.spec, tuple(LayerSpec(conv.geometry, conv.norm) for conv in convs))
+            for norm, convs in layers
+        ),
+        chain_schedule(schedule, kernels=wants_kernels(x)),
+        carried(x) if layers and layers[0].norm.spec.batch_stats else None,
+    )
+    tensors = [t for norm, convs in layers for t in (*norm.tensors, *(t for conv in convs for t in conv.tensors))]
+    z: Tensor
+    z, *partials = Dense.apply(x, spec, *tensors)
+    if partials[0] is not None:
+        carry(z, Partials(*partials))
+    return z
+
+
+def _infer(x: Tensor, layers: Sequence[DenseLayerParts], total: int) -> Tensor:
+    channels = x.shape[1]
+    features = empty_rows(x, size=(x.shape[0], total, *x.shape[2:]))
+    put_features(features, x, 0)
+    for norm, convs in layers:
+        u = evaluated(features[:, :channels], x.dtype, norm)
+        for conv in convs[:-1]:
+            u = ConvInput(activated_by(u, conv))
+        y, _ = conv_forward(u, convs[-1].tensors.weight.to(x.dtype), convs[-1].geometry)
+        put_features(features, y, channels)
+        channels += y.shape[1]
+    return features

@@ -1,0 +1,226 @@
+"""Fused forward passes of dense blocks, of the transitions between them, and of a DenseNet's stem and end."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd import GlobalPool
+from ..chain import run_chain, run_stem
+from ..dense_chain import DenseLayerParts, run_dense, takes_dense
+from ..plan import AUTO
+from ..preact_chain import run_bn_act, run_preact
+from .fused import Fused, traced
+from .parts import (
+    NotFusable,
+    Pair,
+    StemParts,
+    bare_layer_of,
+    counters_of,
+    counters_of_norms,
+    layer_of,
+    norm_of,
+    stem_parts,
+    why_not_bare,
+    why_not_hooked,
+    why_not_norm,
+    why_not_others,
+    why_not_pairs,
+)
+
+
+class DenseParts(NamedTuple):
+    """A dense layer taken apart: the batch norm of its input, the bottleneck if it has one, the last convolution."""
+
+    norm: nn.Module
+    inner: tuple[Pair, ...]
+    last: nn.Module
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        return [self.norm, *(pair.bn for pair in self.inner)]
+
+
+def dense_parts(name: str, layer: nn.Module) -> DenseParts:
+    """Take apart a layer with torchvision's names: norm1, relu1, conv1 and perhaps norm2, relu2, conv2.
+
+    Raises:
+        NotFusable: with the reason.
+    """
+    modules: dict[str, Any] = dict(layer._modules)
+    if getattr(layer, "drop_rate", 0) and layer.training:
+        raise NotFusable(f"{name} drops values of its output")
+    inner: tuple[Pair, ...] = ()
+    last = "conv1"
+    if "conv2" in modules:
+        inner = (Pair(modules["conv1"], modules["norm2"], f"{name}.conv1", f"{name}.norm2"),)
+        last = "conv2"
+    norm, first = modules["norm1"], f"{name}.norm1"
+    others = [(f"{name}.{part}", modules[part]) for part in ("relu1", "relu2") if part in modules]
+    reason = (
+        why_not_hooked(name, layer)
+        or why_not_norm(first, norm)
+        or why_not_hooked(first, norm)
+        or why_not_pairs(inner)
+        or why_not_bare(f"{name}.{last}", modules[last])
+        or why_not_relus(others)
+    )
+    if reason:
+        raise NotFusable(reason)
+    return DenseParts(norm, inner, modules[last])
+
+
+def why_not_relus(relus: list[tuple[str, nn.Module]]) -> str | None:
+    for name, relu in relus:
+        if type(relu) is not nn.ReLU:
+            return f"{name} is a {type(relu).__name__}, not a plain ReLU"
+    return why_not_others(relus)
+
+
+class FusedDenseBlock(Fused):
+    """A dense block as one autograd node over one buffer of features."""
+
+    def dense_layers(self) -> list[DenseParts]:
+        """Its layers taken apart.
+
+        Raises:
+            NotFusable: with the reason.
+        """
+        layers = [dense_parts(name, layer) for name, layer in self._modules.items() if layer is not None]
+        if not layers:
+            raise NotFusable("there are no layers")
+        return layers
+
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        layers = self.dense_layers()
+        return tuple(conv for layer in layers for conv in (*(pair.conv for pair in layer.inner), layer.last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not traced(x) and takes_dense(x):
+            try:
+                layers = self.dense_layers()
+            except NotFusable:
+                pass
+            else:
+                return run_dense(
+                    x,
+                    [
+                        DenseLayerParts(
+                            norm_of(layer.norm), (*(layer_of(pair) for pair in layer.inner), bare_layer_of(layer.last))
+                        )
+                        for layer in layers
+                    ],
+                    schedule=self._schedule(),
+                    counters=counters_of_norms(norm for layer in layers for norm in layer.norms),
+                )
+        plain: Tensor = super().forward(x)
+        return plain
+
+    def _schedule(self) -> str:
+        # torchvision's option to form again in backward what would be kept is what the prologue does.
+        frugal = any(getattr(layer, "memory_efficient", False) for layer in self._modules.values())
+        return "prologue" if frugal and self.fused_schedule == AUTO else self.fused_schedule
+
+
+class FusedTransition(Fused):
+    """norm, relu and conv as one autograd node, then the pooling."""
+
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        modules: dict[str, Any] = dict(self._modules)
+        if set(modules) != {"norm", "relu", "conv", "pool"}:
+            raise NotFusable(f"expected norm, relu, conv and pool, found {', '.join(modules)}")
+        norm, conv = modules["norm"], modules["conv"]
+        reason = why_not_norm("norm", norm) or why_not_hooked("norm", norm) or why_not_bare("conv", conv)
+        reason = reason or why_not_relus([("relu", modules["relu"])])
+        if reason:
+            raise NotFusable(reason)
+        return (conv,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not traced(x):
+            try:
+                (conv,) = self.fused_convs()
+            except NotFusable:
+                pass
+            else:
+                modules: Any = self._modules
+                out: Tensor = modules["pool"](
+                    run_preact(
+                        x,
+                        norm_of(modules["norm"]),
+                        [bare_layer_of(conv)],
+                        shortcut="none",
+                        schedule=self.fused_schedule,
+                        counters=counters_of_norms([modules["norm"]]),
+                        measured=False,
+                    )
+                )
+                return out
+        plain: Tensor = super().forward(x)
+        return plain
+
+
+class EndParts(NamedTuple):
+    """What a DenseNet has around its blocks: the stem, None if it is a convolution alone, and the last batch norm."""
+
+    stem: StemParts | None
+    middle: tuple[nn.Module, ...]
+    norm: nn.Module
+
+
+def end_parts(model: nn.Module) -> EndParts:
+    """Take apart a network with torchvision's names: features.conv0, norm0, relu0, pool0, ..., norm5.
+
+    Raises:
+        NotFusable: with the reason.
+    """
+    features: Any = model._modules["features"]
+    if type(features) is not nn.Sequential:
+        raise NotFusable(f"features is a {type(features).__name__}, not a Sequential")
+    reason = why_not_hooked("features", features)
+    names, modules = list(features._modules), list(features._modules.values())
+    if len(names) < 2 or not names[-1].startswith("norm"):
+        raise NotFusable("features does not end in a batch norm")
+    reason = reason or why_not_norm(names[-1], modules[-1]) or why_not_hooked(names[-1], modules[-1])
+    stem, first = None, 0
+    if names[:4] == ["conv0", "norm0", "relu0", "pool0"]:
+        stand_in = nn.Module()
+        stand_in._modules = dict(zip(("conv1", "bn1", "relu", "maxpool"), modules[:4], strict=True))
+        stem, first = stem_parts(stand_in), 4
+        reason = reason or why_not_pairs((stem.pair,)) or why_not_others(stem.others)
+    if reason:
+        raise NotFusable(reason)
+    return EndParts(stem, tuple(modules[first:-1]), modules[-1])
+
+
+class FusedDenseEnds(Fused):
+    """A DenseNet whose stem and whose last batch norm and ReLU run as one autograd node each."""
+
+    def fused_convs(self) -> tuple[nn.Module, ...]:
+        stem = end_parts(self).stem
+        return () if stem is None else (stem.pair.conv,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not traced(x):
+            try:
+                parts = end_parts(self)
+            except NotFusable:
+                pass
+            else:
+                return self._run(x, parts)
+        plain: Tensor = super().forward(x)
+        return plain
+
+    def _run(self, x: Tensor, parts: EndParts) -> Tensor:
+        if parts.stem is not None:
+            layer, counters = layer_of(parts.stem.pair), counters_of((parts.stem.pair,))
+            if parts.stem.pool is None:
+                x = run_chain(x, [layer], schedule=self.fused_schedule, counters=counters)
+            else:
+                x = run_stem(x, layer, parts.stem.pool, schedule=self.fused_schedule, counters=counters)
+        for module in parts.middle:
+            x = module(x)
+        x = run_bn_act(x, norm_of(parts.norm), counters=counters_of_norms([parts.norm]))
+        classifier: Any = self._modules["classifier"]
+        logits: Tensor = classifier(torch.flatten(GlobalPool.apply(x), 1))
+        return logits

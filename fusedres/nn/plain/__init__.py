@@ -1,0 +1,36 @@
+"""Residual blocks in plain PyTorch: the twins that the fused blocks are checked against and unfused to."""
+
+from .dense import DenseBlock, DenseLayer, Transition
+from .preact import BNAct, PreActBasicBlock, PreActBottleneck
+from .residual import BasicBlock, Bottleneck, ConvBNAct, NoShortcut, ResidualBlock, ZeroPadShortcut
+from .variants import (
+    ActivationBasicBlock,
+    ActivationBottleneck,
+    DropoutShortcutBlock,
+    GatedBlock,
+    HighwayBlock,
+    ScaledBlock,
+    StochasticBlock,
+)
+
+__all__ = [
+    "ActivationBasicBlock",
+    "ActivationBottleneck",
+    "BNAct",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct",
+    "DenseBlock",
+    "DenseLayer",
+    "DropoutShortcutBlock",
+    "GatedBlock",
+    "HighwayBlock",
+    "NoShortcut",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "ResidualBlock",
+    "ScaledBlock",
+    "StochasticBlock",
+    "Transition",
+    "ZeroPadShortcut",
+]

@@ -1,0 +1,174 @@
+"""The door of the pre-activation chains: tensors are checked, a schedule is chosen, and training or inference runs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autocast import contraction_dtype, no_autocast
+from .autograd import BNAddAct, PreAct
+from .autograd.bn_add_act import BNAddActSpec
+from .autograd.layer import normaliser_of
+from .autograd.preact import BARE, PreActSpec, unnormalised
+from .autograd.spec import LayerSpec, NormSpec, NormTensors
+from .carried import carried, carry
+from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated
+from .inference import contraction_of, infer_layer
+from .launch import wants_kernels
+from .ops.bn_act import bn_act
+from .ops.bn_finalize import check_norm_vectors
+from .ops.contract import ConvInput, Partials, channels_last, check_activation
+from .ops.conv_bn_act import conv_bn_act
+from .ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_size
+from .plan import AUTO, chain_schedule
+
+
+class Norm(NamedTuple):
+    """A batch norm: tensors, numbers."""
+
+    tensors: NormTensors
+    spec: NormSpec
+
+
+def run_preact(
+    x: Tensor,
+    norm: Norm | None,
+    layers: Sequence[Layer],
+    *,
+    projection: Layer | None = None,
+    shortcut: str = "identity",
+    zero_pad_stride: tuple[int, int] = (1, 1),
+    schedule: str = AUTO,
+    counters: Sequence[Tensor] = (),
+    measured: bool = True,
+) -> Tensor:
+    """conv(relu(bn(... conv(relu(bn(x)))))) + shortcut, fused, differentiable once.
+
+    Args:
+        x: (N, C, H, W), any memory format (channels_last is fastest).
+        norm: of x; None where x is activated already.
+        layers: the convolutions in order, each with the batch norm behind it; the last one's norm is not applied.
+        projection: the convolution of a projection shortcut, which takes what the first convolution does.
+        shortcut: ``"none"``, ``"identity"``, ``"zero_pad"`` or ``"projection"``.
+        zero_pad_stride: of the zero-pad shortcut.
+        schedule: ``"auto"`` or a rung of the ladder.
+        counters: of batches, advanced by one as soon as nothing can be refused any more.
+        measured: whether a batch norm of the output may follow, for which it is measured as it is written.
+
+    Returns:
+        (N, K, P, Q), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
+    """
+    check_activation("x", x)
+    dtype = contraction_dtype(x)
+    if norm is not None:
+        check_norm_of(tuple(x.shape), norm)
+    size: Size = tuple(x.shape)
+    for i, layer in enumerate(layers, start=1):
+        size = checked_size("x" if i == 1 else f"layer {i}", x, layer, size, dtype)
+    if projection is not None:
+        check_joins("projection", checked_size("projection", x, projection, tuple(x.shape), dtype), size)
+    elif shortcut == "identity":
+        check_joins("x", tuple(x.shape), size)
+    elif shortcut == "zero_pad":
+        check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
+
+    advance(counters)
+    every = [*layers, projection] if projection is not None else list(layers)
+    measures = (norm is not None and norm.spec.batch_stats) or any(layer.norm.batch_stats for layer in every)
+    if not measures and not is_differentiated(x, None, every, () if norm is None else norm.tensors):
+        with no_autocast(x.device.type):
+            return _infer(x, dtype, norm, layers, projection, shortcut, zero_pad_stride)
+
+    chosen = chain_schedule(schedule, kernels=wants_kernels(x))
+    spec = PreActSpec(
+        norm=None if norm is None else norm.spec,
+        layers=tuple(LayerSpec(layer.geometry, layer.norm) for layer in layers),
+        schedule=chosen,
+        dtype=dtype,
+        shortcut=shortcut,
+        projection=None if projection is None else LayerSpec(projection.geometry, BARE),
+        zero_pad_stride=zero_pad_stride,
+        partials=partials_of(x, norm),
+        measured=measured and chosen.statistics and measures,
+    )
+    tensors = [tensor for layer in every for tensor in layer.tensors]
+    z: Tensor
+    z, *partials = PreAct.apply(x, spec, *(NormTensors() if norm is None else norm.tensors), *tensors)
+    if partials[0] is not None:
+        carry(z, Partials(*partials))
+    return z
+
+
+def run_bn_act(x: Tensor, norm: Norm, *, counters: Sequence[Tensor] = ()) -> Tensor:
+    """relu(bn(x)), fused, differentiable once.
+
+    Args:
+        x: (N, C, H, W).
+        norm: its batch norm.
+        counters: as in `run_preact`.
+
+    Returns:
+        (N, C, H, W), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
+    """
+    check_activation("x", x)
+    check_norm_of(tuple(x.shape), norm)
+    advance(counters)
+    spec = BNAddActSpec(norm.spec, partials=partials_of(x, norm))
+    z: Tensor = BNAddAct.apply(x, None, spec, *norm.tensors, *NormTensors())
+    return z
+
+
+def check_norm_of(size: Size, norm: Norm) -> None:
+    """Refuse vectors of another length than an (N, C, H, W) has channels, and numbers that batch norm can not use."""
+    check_norm_vectors(size[1], *norm.tensors)
+    check_norm("x", norm.spec, size[0] * size[2] * size[3])
+
+
+def partials_of(x: Tensor, norm: Norm | None) -> Partials | None:
+    """The statistics of x that its producer left, if its batch norm measures."""
+    return carried(x) if norm is not None and norm.spec.batch_stats else None
+
+
+def _infer(
+    x: Tensor, dtype: torch.dtype, norm: Norm | None, layers: Sequence[Layer], projection: Layer | None,
+    shortcut: str, zero_pad_stride: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    x = channels_last(x)
+    source = ConvInput(x.to(dtype))
+    if norm is not None:
+        source = evaluated(x, dtype, norm)
+    u = source
+    for layer in layers[:-1]:
+        u = ConvInput(activated_by(u, layer))
+    residual: Tensor | None = None
+    if shortcut == "identity":
+        residual = x
+    elif shortcut == "zero_pad":
+        residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
+    second = None
+    if projection is not None:
+        second = unnormalised(source, projection.tensors.weight.to(dtype), projection.geometry)
+    main = unnormalised(u, layers[-1].tensors.weight.to(dtype), layers[-1].geometry)
+    return conv_bn_act(main, residual=residual, second=second, act=None)[0]
+
+
+def evaluated(x: Tensor, dtype: torch.dtype, norm: Norm) -> ConvInput:
+    """relu(bn(x)) from running statistics, formed on load where kernels do that."""
+    numbers = normaliser_of(None, norm.tensors, norm.spec, x.dtype)
+    if wants_kernels(x) and x.dtype == dtype:
+        return ConvInput(x, numbers.scale, numbers.shift)
+    return ConvInput(bn_act(x, numbers.scale, numbers.shift)[0].to(dtype))
+
+
+def activated_by(u: ConvInput, layer: Layer) -> Tensor:
+    """relu(bn(conv(u))) from running statistics."""
+    if u.scale is None:
+        return infer_layer(u.tensor, layer, "relu")
+    return conv_bn_act(contraction_of(u.tensor, layer)._replace(u=u))[0]

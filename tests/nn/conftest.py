@@ -1,0 +1,1 @@
+from tests.comparison import each_backend  # noqa: F401

@@ -1,0 +1,250 @@
+"""fusedres.nn: dense blocks compute what their plain twins compute, measure each feature map once and copy none."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedres
+from fusedres.backends import backend
+from fusedres.nn import blocks, plain
+from fusedres.plan import AUTO
+from tests.comparison import relative_error
+from tests.nn.twins import assert_same_pass, assert_twins, plain_copy, randomised, run, tensor
+
+
+class Case(NamedTuple):
+    block: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    size: tuple[int, int, int, int]
+
+    def make(self, schedule: str = AUTO, dtype: torch.dtype = torch.float64) -> nn.Module:
+        torch.manual_seed(0)
+        block = getattr(blocks, self.block)(*self.arguments, **self.keywords).to(dtype)
+        return fusedres.fuse(randomised(block), schedule=schedule)
+
+
+CASES = {
+    "three bottlenecks": Case("DenseBlock", (3, 6, 4), {}, (3, 6, 5, 7)),
+    "three layers": Case("DenseBlock", (3, 6, 4), {"bottleneck": None}, (3, 6, 5, 7)),
+    "one layer, odd growth": Case("DenseBlock", (1, 6, 3), {"bottleneck": 2}, (3, 6, 5, 7)),
+    "one pixel an image": Case("DenseBlock", (2, 3, 2), {}, (5, 3, 1, 1)),
+    "transition": Case("Transition", (6, 3), {}, (3, 6, 6, 8)),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+BLOCK = CASES["three bottlenecks"]
+
+
+@cases
+@pytest.mark.parametrize("schedule", [AUTO, "block_end", "stats", "prologue"])
+def test_training_and_evaluation(case, schedule, each_backend):
+    fused = case.make(schedule)
+    twin = plain_copy(fused)
+    assert fusedres.report(fused)[0].fused and not fusedres.report(twin)[0].fused
+    assert_twins(fused, twin, tensor(*case.size), tensor(*case.size, seed=2))
+    assert_twins(fused.eval(), twin.eval(), tensor(*case.size, seed=3))
+    with torch.no_grad():
+        assert relative_error(fused(tensor(*case.size)), twin(tensor(*case.size))) <= 1e-12
+
+
+def norms(block: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def in_eval(choose: Callable[[list[nn.BatchNorm2d]], list[nn.BatchNorm2d]]) -> Callable[[nn.Module], None]:
+    def change(block: nn.Module) -> None:
+        for norm in choose(norms(block)):
+            norm.eval()
+
+    return change
+
+
+def frozen(choose: Callable[[str], bool]) -> Callable[[nn.Module], None]:
+    def change(block: nn.Module) -> None:
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(not choose(name))
+
+    return change
+
+
+def different_eps(block: nn.Module) -> None:
+    for i, norm in enumerate(norms(block)):
+        norm.eps = 0.1 * (i + 1)
+
+
+VARIANTS = {
+    "batch norms frozen": in_eval(lambda all_: all_),
+    "one batch norm of the features frozen": in_eval(lambda all_: all_[2:3]),
+    "one bottleneck's frozen": in_eval(lambda all_: all_[1:2]),
+    "all but the last frozen": in_eval(lambda all_: all_[:-1]),
+    "every eps another": different_eps,
+    "convolutions take no gradient": frozen(lambda name: "conv" in name),
+    "batch norms take no gradient": frozen(lambda name: "norm" in name),
+    "only the second layer does": frozen(lambda name: "denselayer2" not in name),
+    "none does": frozen(lambda name: True),
+}
+
+
+@pytest.mark.parametrize("schedule", [AUTO, "stats", "prologue"])
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_kinds_of_batch_norm_and_what_takes_gradients(schedule, change):
+    fused = BLOCK.make(schedule)
+    change(fused)
+    twin = plain_copy(fused)
+    assert fusedres.report(fused)[0].fused
+    assert_twins(fused, twin, tensor(*BLOCK.size), tensor(*BLOCK.size, seed=2))
+    for module in (fused, twin):  # an image that asks for no gradient
+        module.zero_grad()
+        z = module(tensor(*BLOCK.size))
+        if z.requires_grad:
+            z.square().sum().backward()
+    for (name, ours), theirs in zip(fused.named_parameters(), twin.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            assert relative_error(ours.grad, theirs.grad, max(float(theirs.grad.norm()), 1e-3)) <= 1e-10, name
+
+
+@pytest.mark.parametrize("schedule", [AUTO, "prologue"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_as_accurate_as_eager(schedule, dtype):
+    """RMS over seeds; with a mean of ten deviations, which sums of squares and late corrections would lose."""
+    squares: dict[str, list[float]] = {}
+    for seed in range(3):
+        fused = BLOCK.make(schedule, torch.float32).to(dtype)
+        twin, exact = plain_copy(fused), plain_copy(fused).double()
+        x = (tensor(4, 6, 8, 8, seed=seed) + 10).to(dtype)
+        ours, theirs, truth = run(fused, x), run(twin, x), run(exact, x.double())
+        for name in ("z", "dx"):
+            for who, done in (("ours", ours), ("theirs", theirs)):
+                squares.setdefault(f"{who} {name}", []).append(
+                    relative_error(getattr(done, name), getattr(truth, name)) ** 2
+                )
+        for who, done in (("ours", ours), ("theirs", theirs)):
+            grads, exacts = (torch.cat([g.flatten().double() for g in d.grads.values()]) for d in (done, truth))
+            squares.setdefault(f"{who} gradients", []).append(relative_error(grads, exacts) ** 2)
+    for name in ("z", "dx", "gradients"):
+        error, eager = ((sum(squares[f"{who} {name}"]) / 3) ** 0.5 for who in ("ours", "theirs"))
+        assert error <= max(1.5 * eager, 4 * torch.finfo(dtype).eps), (name, error, eager)
+
+
+def test_fp32_features_under_autocast_take_the_plain_pass():
+    fused = BLOCK.make(dtype=torch.float32)
+    twin = plain_copy(fused)
+    x = tensor(*BLOCK.size, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = run(fused, x), run(twin, x)
+        assert fused(x.bfloat16()).dtype == twin(x.bfloat16()).dtype
+    assert ours.z.dtype == theirs.z.dtype and torch.equal(ours.z, theirs.z)
+
+
+@pytest.mark.parametrize("schedule", ["stats", "prologue"])
+def test_each_feature_map_is_measured_once(schedule, monkeypatch):
+    """The input by its producer or, here, by one pass; the layers' outputs by their convolutions."""
+    from fusedres.autograd import bn_add_act, dense, preact
+
+    seen: list[int] = []
+    for module in (dense, preact, bn_add_act):
+        original = module.bn_statistics
+        monkeypatch.setattr(
+            module, "bn_statistics", lambda y, original=original: (seen.append(y.shape[1]), original(y))[1]
+        )
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        blocks.DenseBlock(3, 6, 4), blocks.Transition(18, 9), blocks.DenseBlock(2, 9, 4), blocks.BNAct(17)
+    )
+    fusedres.fuse(randomised(model).double(), schedule=schedule)
+    twin = plain_copy(model)
+    assert_twins(model, twin, tensor(3, 6, 6, 8))
+    assert seen == [6, 9], "the first block's input, and what the pooling put out"
+
+
+def test_nothing_is_concatenated(monkeypatch):
+    fused = BLOCK.make("prologue")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch.cat was called")
+
+    monkeypatch.setattr(torch, "cat", refuse)
+    z = fused(tensor(*BLOCK.size).requires_grad_())
+    z.sum().backward()
+    assert z.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_one_buffer_and_the_bottlenecks_are_saved():
+    fused = BLOCK.make("prologue")
+    held: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        held[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused(tensor(*BLOCK.size).requires_grad_())
+    weights = {p.data_ptr() for p in fused.parameters()}
+    activations = sorted(t.shape[1] for t in held.values() if t.dim() == 4 and t.data_ptr() not in weights)
+    assert activations == [16, 16, 16, 18]
+
+
+LEFT_ALONE = {
+    "dropout": (lambda b: setattr(b.denselayer2, "drop_rate", 0.2), "denselayer2 drops values"),
+    "hook on a layer": (lambda b: b.denselayer1.register_forward_hook(lambda *_: None), "denselayer1 has hooks"),
+    "hook inside": (lambda b: b.denselayer1.conv2.register_forward_hook(lambda *_: None), "conv2 has hooks"),
+    "synchronised": (lambda b: setattr(b.denselayer1, "norm1", nn.SyncBatchNorm(6)), "norm1 is a SyncBatchNorm"),
+    "another activation": (lambda b: setattr(b.denselayer3, "relu2", nn.SiLU()), "denselayer3.relu2 is a SiLU"),
+    "biased": (lambda b: setattr(b.denselayer1, "conv2", nn.Conv2d(16, 4, 3, padding=1)), "conv2 has a bias"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone_with_the_reason(change, reason):
+    block = BLOCK.make()
+    change(block)
+    row = fusedres.report(block)[0]
+    assert not row.fused and reason in row.reason
+
+
+def test_dropout_is_fused_in_evaluation():
+    block = fusedres.fuse(plain.DenseBlock(2, 6, 4, dropout=0.2).eval())
+    assert fusedres.report(block)[0].fused
+    assert not fusedres.report(block.train())[0].fused
+
+
+@pytest.mark.parametrize("schedule", [AUTO, "prologue"])
+def test_torchvisions_densenet(schedule):
+    densenet = pytest.importorskip("torchvision").models.densenet
+    torch.manual_seed(0)
+    model = randomised(densenet.DenseNet(8, (2, 3), 12, num_classes=5)).double()
+    twin = plain_copy(fusedres.fuse(model, schedule=schedule))
+    rows = list(fusedres.report(model))
+    assert [row.kind for row in rows] == ["DenseNet", "_DenseBlock", "_Transition", "_DenseBlock"]
+    assert all(row.fused for row in rows)
+    x = tensor(2, 3, 40, 40)
+    assert_twins(model, twin, x, tensor(2, 3, 40, 40, seed=2), tolerance=1e-9)
+    assert_twins(model.eval(), twin.eval(), x, tolerance=1e-9)
+    assert type(fusedres.unfuse(model)) is densenet.DenseNet
+
+
+def test_torchvisions_memory_efficient_layers_keep_their_frugality():
+    densenet = pytest.importorskip("torchvision").models.densenet
+    block = fusedres.fuse(densenet._DenseBlock(2, 6, 2, 4, 0.0, memory_efficient=True).double())
+    passes = [run(module, tensor(*BLOCK.size)) for module in (block, plain_copy(block))]
+    # torchvision's checkpointing moves running statistics once more in backward, the fused block does not.
+    assert_same_pass(*(done._replace(buffers={}) for done in passes))
+    assert block._schedule() == "prologue"
+
+
+@pytest.mark.slow
+def test_on_executed_kernels():
+    pytest.importorskip("llvmlite")
+    fused = CASES["three bottlenecks"].make("prologue", torch.float32)
+    twin, exact = plain_copy(fused), plain_copy(fused).double()
+    x = tensor(*BLOCK.size, dtype=torch.float32)
+    with torch.backends.cudnn.flags(allow_tf32=False), backend("vgpu:sm_90"):
+        ours = run(fused, x)
+    theirs, truth = run(twin, x), run(exact, x.double())
+    assert relative_error(ours.z, truth.z) <= max(1.5 * relative_error(theirs.z, truth.z), 1e-6)
+    for name, grad in truth.grads.items():
+        assert relative_error(ours.grads[name], grad) <= max(1.5 * relative_error(theirs.grads[name], grad), 1e-5), name
