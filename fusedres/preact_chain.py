@@ -10,10 +10,10 @@ from .autocast import contraction_dtype, no_autocast
 from .autograd import BNAddAct, PreAct
 from .autograd.bn_add_act import BNAddActSpec
 from .autograd.layer import normaliser_of
-from .autograd.preact import BARE, PreActSpec, unnormalised
-from .autograd.spec import LayerSpec, NormSpec, NormTensors
+from .autograd.preact import PreActSpec, unnormalised
+from .autograd.spec import NormSpec, NormTensors
 from .carried import carried, carry
-from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated
+from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated, layer_spec
 from .inference import contraction_of, infer_layer
 from .launch import wants_kernels
 from .ops.bn_act import bn_act
@@ -86,11 +86,11 @@ def run_preact(
     chosen = chain_schedule(schedule, kernels=wants_kernels(x))
     spec = PreActSpec(
         norm=None if norm is None else norm.spec,
-        layers=tuple(LayerSpec(layer.geometry, layer.norm) for layer in layers),
+        layers=tuple(layer_spec(layer, dtype) for layer in layers),
         schedule=chosen,
         dtype=dtype,
         shortcut=shortcut,
-        projection=None if projection is None else LayerSpec(projection.geometry, BARE),
+        projection=None if projection is None else layer_spec(projection, dtype),
         zero_pad_stride=zero_pad_stride,
         partials=partials_of(x, norm),
         measured=measured and chosen.statistics and measures,
