@@ -21,7 +21,7 @@ from .ops.bn_finalize import check_norm_vectors
 from .ops.contract import ConvInput, Partials, channels_last, check_activation
 from .ops.conv_bn_act import conv_bn_act
 from .ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_size
-from .plan import AUTO, chain_schedule
+from .plan import AUTO, Schedule, chain_schedule
 
 
 class Norm(NamedTuple):
@@ -83,7 +83,7 @@ def run_preact(
         with no_autocast(x.device.type):
             return _infer(x, dtype, norm, layers, projection, shortcut, zero_pad_stride)
 
-    chosen = chain_schedule(schedule, kernels=wants_kernels(x))
+    chosen = schedule_for(schedule, x)
     spec = PreActSpec(
         norm=None if norm is None else norm.spec,
         layers=tuple(layer_spec(layer, dtype) for layer in layers),
@@ -123,6 +123,12 @@ def run_bn_act(x: Tensor, norm: Norm, *, counters: Sequence[Tensor] = ()) -> Ten
     spec = BNAddActSpec(norm.spec, partials=partials_of(x, norm))
     z: Tensor = BNAddAct.apply(x, None, spec, *norm.tensors, *NormTensors())
     return z
+
+
+def schedule_for(requested: str, x: Tensor) -> Schedule:
+    """What `auto` is for blocks that begin with a batch norm: on kernels the prologue, fewest bytes and launches."""
+    kernels = wants_kernels(x)
+    return chain_schedule("prologue" if requested == AUTO and kernels else requested, kernels=kernels)
 
 
 def check_norm_of(size: Size, norm: Norm) -> None:
