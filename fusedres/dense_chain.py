@@ -11,13 +11,12 @@ from .autograd.dense import DenseLayerSpec, DenseSpec
 from .autograd.spec import LayerSpec
 from .carried import carried, carry
 from .chain import Layer, Size, advance, check_joins, checked_size, is_differentiated
-from .launch import wants_kernels
 from .ops.contract import ConvInput, Partials, check_activation
 from .ops.conv_forward import conv_forward
 from .ops.features import put_features
 from .ops.rows import empty_rows
-from .plan import AUTO, chain_schedule
-from .preact_chain import Norm, activated_by, check_norm_of, evaluated
+from .plan import AUTO
+from .preact_chain import Norm, activated_by, check_norm_of, evaluated, schedule_for
 
 
 class DenseLayerParts(NamedTuple):
@@ -71,7 +70,7 @@ def run_dense(
             DenseLayerSpec(norm.spec, tuple(LayerSpec(conv.geometry, conv.norm) for conv in convs))
             for norm, convs in layers
         ),
-        chain_schedule(schedule, kernels=wants_kernels(x)),
+        schedule_for(schedule, x),
         carried(x) if layers and layers[0].norm.spec.batch_stats else None,
     )
     tensors = [t for norm, convs in layers for t in (*norm.tensors, *(t for conv in convs for t in conv.tensors))]

@@ -10,10 +10,10 @@ from .autocast import contraction_dtype, no_autocast
 from .autograd import BNAddAct, PreAct
 from .autograd.bn_add_act import BNAddActSpec
 from .autograd.layer import normaliser_of
-from .autograd.preact import BARE, PreActSpec, unnormalised
-from .autograd.spec import LayerSpec, NormSpec, NormTensors
+from .autograd.preact import PreActSpec, unnormalised
+from .autograd.spec import NormSpec, NormTensors
 from .carried import carried, carry
-from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated
+from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated, layer_spec
 from .inference import contraction_of, infer_layer
 from .launch import wants_kernels
 from .ops.bn_act import bn_act
@@ -21,7 +21,7 @@ from .ops.bn_finalize import check_norm_vectors
 from .ops.contract import ConvInput, Partials, channels_last, check_activation
 from .ops.conv_bn_act import conv_bn_act
 from .ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_size
-from .plan import AUTO, chain_schedule
+from .plan import AUTO, Schedule, chain_schedule
 
 
 class Norm(NamedTuple):
@@ -83,14 +83,14 @@ def run_preact(
         with no_autocast(x.device.type):
             return _infer(x, dtype, norm, layers, projection, shortcut, zero_pad_stride)
 
-    chosen = chain_schedule(schedule, kernels=wants_kernels(x))
+    chosen = schedule_for(schedule, x)
     spec = PreActSpec(
         norm=None if norm is None else norm.spec,
-        layers=tuple(LayerSpec(layer.geometry, layer.norm) for layer in layers),
+        layers=tuple(layer_spec(layer, dtype) for layer in layers),
         schedule=chosen,
         dtype=dtype,
         shortcut=shortcut,
-        projection=None if projection is None else LayerSpec(projection.geometry, BARE),
+        projection=None if projection is None else layer_spec(projection, dtype),
         zero_pad_stride=zero_pad_stride,
         partials=partials_of(x, norm),
         measured=measured and chosen.statistics and measures,
@@ -123,6 +123,12 @@ def run_bn_act(x: Tensor, norm: Norm, *, counters: Sequence[Tensor] = ()) -> Ten
     spec = BNAddActSpec(norm.spec, partials=partials_of(x, norm))
     z: Tensor = BNAddAct.apply(x, None, spec, *norm.tensors, *NormTensors())
     return z
+
+
+def schedule_for(requested: str, x: Tensor) -> Schedule:
+    """What `auto` is for blocks that begin with a batch norm: on kernels the prologue, fewest bytes and launches."""
+    kernels = wants_kernels(x)
+    return chain_schedule("prologue" if requested == AUTO and kernels else requested, kernels=kernels)
 
 
 def check_norm_of(size: Size, norm: Norm) -> None:

@@ -150,17 +150,17 @@ def _end(
     elif spec.shortcut == "zero_pad":
         residual = zero_pad_shortcut(x, parameters[-1].weight.shape[0], spec.zero_pad_stride)
     last_spec = spec.layers[-1]
-    weight = parameters[len(spec.layers) - 1].weight.to(spec.dtype)
+    weight = last_spec.weight(parameters[len(spec.layers) - 1], spec.dtype)
     if spec.schedule.statistics:
         second = None
         if spec.projection is not None:
-            second = unnormalised(source, parameters[-1].weight.to(spec.dtype), spec.projection.geometry)
+            second = unnormalised(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
         main = unnormalised(last, weight, last_spec.geometry)
         z, _, partials = conv_bn_act(main, residual=residual, second=second, act=None, statistics=spec.measured)
         return z, partials
     z, _ = conv_forward(last, weight, last_spec.geometry)
     if spec.projection is not None:
-        residual, _ = conv_forward(source, parameters[-1].weight.to(spec.dtype), spec.projection.geometry)
+        residual, _ = conv_forward(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
     return z if residual is None else add_act(z, residual, act=None)[0], None
 
 
