@@ -86,10 +86,15 @@ def recorded_binaries(models: Sequence[str], dtypes: Sequence[str], targets: Seq
 
 
 def _alike(targets: Sequence[str]) -> list[list[str]]:
-    """The targets, those together that launch the same binaries: of one vendor, with the same warps and memory."""
+    """The targets, those together that launch the same binaries: of one vendor, with the same warps and memory.
+
+    On NVIDIA also of one generation, which is what tiles depend on.
+    """
     alike: dict[Target, list[str]] = {}
     for name in targets:
-        alike.setdefault(TARGETS[name]._replace(arch=""), []).append(name)
+        target = TARGETS[name]
+        generation = target.arch // 10 if isinstance(target.arch, int) else ""
+        alike.setdefault(target._replace(arch=generation), []).append(name)
     return list(alike.values())
 
 

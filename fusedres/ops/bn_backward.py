@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import launch
-from ..plan.tiles import PartialTile
-from .bn_finalize import MOST_PARTS
+from ..plan.tiles import MOST_PARTS, PartialTile
 from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
 from .relu_mask import gradient, laid_out, relu_backward

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from ..launch import launch
-from ..plan.tiles import PartialTile
+from ..plan.tiles import MOST_PARTS, PartialTile
 from .contract import Normaliser, Partials, check_vector
 from .op import Op
 from .rows import empty_partials, storable
-
-# More than these (a convolution's tiles, of which there are thousands) a single program would take too long over.
-MOST_PARTS = 2048
 
 
 def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,12 +13,13 @@ from typing import NamedTuple
 from ..offline import Target
 from . import conv_tiles
 from .schedule import Schedule
+from .tiles import MOST_PARTS
 
 FP32_BYTES = 4
 # Launches over channels and small matrices in the moments form.
 MOMENTS_FORWARD, MOMENTS_BACKWARD = 2, 2
 # A batch norm's numbers are summed of the parts that its convolution's tiles of pixels make; of many, in two steps.
-TILE, MOST_PARTS = 128, 512
+TILE = 128
 # The stem's without its raw output, by the library.
 EARLY = 17
 

@@ -13,6 +13,8 @@ PIECES = (128, 64)
 WIDEST_ROW = 2048
 # Programs that share a reduction: several for every multiprocessor of the largest GPUs, few enough partial sums.
 PROGRAMS = 512
+# Partial sums that one program adds up; more of them (a convolution has thousands of tiles) are combined first.
+MOST_PARTS = 2048
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_models_of_every_library_are_found():
         ({"batch": 0}, r"batch: expected at least 1, got 0"),
         ({"model": "vgg11"}, r"model: nothing to fuse in it \(no residual block that the library knows\)"),
         ({"batch": 200_000}, r"layer stem: .*expected a number of 32 bits, got 2508800000"),
-        ({"model": "cifar_resnet20", "batch": 2_100_000}, r"layer layer1.0: .*expected a number of 32 bits"),
+        ({"model": "cifar_resnet20", "batch": 2_100_000}, r"layer stem: .*expected a number of 32 bits"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_explained_is_refused(changed, message):
