@@ -247,7 +247,7 @@ def conv_input_grad_kernel(
         count = pixels // (H * W) * high * wide
         m_row = o_row < count - first
         # Rows beyond the class read its last pixel's window: no mask in the loop, and nobody stores what they give.
-        # A class may be empty; then its first pixel lies outside, where there is no dy.
+        # A class may be empty, and goes through no taps then.
         o_pixel = tl.maximum(tl.minimum(first + o_row, count - 1), 0)
         high, wide = tl.maximum(high, 1), tl.maximum(wide, 1)
         o_n, o_h, o_w = o_pixel // (high * wide), o_pixel // wide % high, o_pixel % wide
@@ -257,6 +257,7 @@ def conv_input_grad_kernel(
         first_s = _first_tap(class_w, pad_w, dilation_w, stride_w, S)
         o_p, o_q = (o_h + pad_h - first_r * dilation_h) // stride_h, (o_w + pad_w - first_s * dilation_w) // stride_w
         taps_r, taps_s = tl.cdiv(R - first_r, step_r), tl.cdiv(S - first_s, step_s)
+        taps_r = tl.where(count > 0, taps_r, 0)
         o_at = (o_n.to(tl.int64) * H + o_h) * W + o_w
     else:
         first = i_tile.to(tl.int64) * BLOCK_PIXELS

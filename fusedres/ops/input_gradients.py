@@ -109,7 +109,7 @@ def launch_input_grad(
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
-    partial = _partial(dy, size, window, geometry)
+    partial = _partial(dy, weight, size, geometry)
     if norm is None and consumed is not None:
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
     arguments = window_arguments(
@@ -152,16 +152,19 @@ def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputM
     return flops
 
 
-def _partial(dy: OutputGrad, size: tuple[int, ...], window: tuple[int, int], geometry: Geometry) -> dict[str, int]:
-    """Bytes of dy's parts that some pixel of the input is under: all of them, but for windows wholly in the padding."""
-    reached, whole = 1, dy.g.shape[2] * dy.g.shape[3]
-    steps = geometry.stride, geometry.padding, geometry.dilation
+def _partial(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> dict[str, int]:
+    """Bytes of what is not read whole: windows can lie in the padding, and taps of small inputs outside of these."""
+    window, steps = weight.shape[2:], (geometry.stride, geometry.padding, geometry.dilation)
+    reached, taps = 1, 1
     for side, windows, kernel, *step in zip(size[2:], dy.g.shape[2:], window, *steps, strict=True):
         reached *= windows_inside(side, windows, kernel, *step)
-    if reached == whole:
-        return {}
-    parts = {"g_ptr": None if is_pooled(dy.g) else dy.g, "mask_ptr": dy.mask, "y_ptr": dy.y}
-    return {name: part.nbytes * reached // whole for name, part in parts.items() if part is not None}
+        taps *= taps_inside(side, kernel, *step)
+    partial = {"w_ptr": weight.nbytes * taps // math.prod(window)}
+    whole = dy.g.shape[2] * dy.g.shape[3]
+    if reached < whole:
+        parts = {"g_ptr": None if is_pooled(dy.g) else dy.g, "mask_ptr": dy.mask, "y_ptr": dy.y}
+        partial |= {name: part.nbytes * reached // whole for name, part in parts.items() if part is not None}
+    return partial
 
 
 @functools.cache
@@ -169,3 +172,9 @@ def windows_inside(side: int, windows: int, kernel: int, stride: int, padding: i
     """How many windows hold one of ``side`` pixels."""
     places = range(side)
     return sum(any(i * stride - padding + j * dilation in places for j in range(kernel)) for i in range(windows))
+
+
+@functools.cache
+def taps_inside(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many taps belong to a class that has one of ``side`` pixels."""
+    return sum((i * dilation - padding) % stride < side for i in range(kernel))

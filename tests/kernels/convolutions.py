@@ -104,7 +104,9 @@ def assert_as_accurate(
     ours: Tensor, eager: Tensor, exact: Tensor, tf32: Tensor | None, terms: int, name: str = "tensor"
 ) -> None:
     """1.5 times eager's error at most, or the error of the product in ``tf32`` or of sums taken `one_by_one`."""
-    theirs = max(relative_error(eager, exact), 0.0 if tf32 is None else relative_error(tf32, exact), one_by_one(terms))
+    errors = [relative_error(eager, exact), 0.0 if tf32 is None else relative_error(tf32, exact), one_by_one(terms)]
+    # The library's gradients in 16 bits on a CPU are NaN now and then, which excuses nothing.
+    theirs = max(error for error in errors if error == error)
     allowed = max(1.5 * theirs, torch.finfo(ours.dtype).eps * (4 if ours.dtype == torch.float32 else 0.5))
     error = relative_error(ours, exact)
     assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"

@@ -173,7 +173,8 @@ def contraction_allowance(launch: Launch, constants: dict[str, Any]) -> float:
     A shortcut wider than the operands is read as many channels at a time as these have in 16 bytes.
     """
     types = dict(launch.specialisation.signature)
-    if types.get("residual_ptr", "constexpr") not in ("constexpr", types["x_ptr"]):
+    joined = types.get("residual_ptr", types.get("add_ptr", "constexpr"))
+    if joined not in ("constexpr", types.get("w_ptr", joined)):
         return 1.25
     few = min(constants["C_MULTIPLE"], constants.get("K_MULTIPLE", 16)) < 16 or constants.get("GROUPS_PER_TILE", 1) > 1
     return 8.0 if few or constants["BLOCK_C"] < 32 or constants.get("FLAT") else 1.05
