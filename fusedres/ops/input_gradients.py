@@ -160,6 +160,8 @@ def _partial(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Ge
         reached *= windows_inside(side, windows, kernel, *step)
         taps *= taps_inside(side, kernel, *step)
     partial = {"w_ptr": weight.nbytes * taps // math.prod(window)}
+    if taps == 0:
+        partial |= dict.fromkeys(GRADIENT, 0)
     whole = dy.g.shape[2] * dy.g.shape[3]
     if reached < whole:
         parts = {"g_ptr": None if is_pooled(dy.g) else dy.g, "mask_ptr": dy.mask, "y_ptr": dy.y}

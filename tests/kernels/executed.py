@@ -134,6 +134,11 @@ def check_traffic(launch: Launch, target: str) -> None:
     if target == "gfx1100" and launch.name.startswith(("conv_", "input_moments")):
         # The compiler may write outputs as the matrix units leave them, without gathering rows in shared memory.
         left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr", "out_ptr"}
+    types = dict(launch.specialisation.signature)
+    for name in ("residual_ptr", "add_ptr"):
+        if launch.name.startswith("conv_") and types.get(name, "constexpr") not in ("constexpr", types.get("w_ptr")):
+            # Wider than the operands, and read as many channels at a time as these have in 16 bytes.
+            left_out = left_out | {name}
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
         # The bits of a step's channels are a part of a sector, which comes from the cache for the next steps.
         left_out = left_out | {"mask_ptr", "add_mask_ptr"}
@@ -168,14 +173,7 @@ def sector_allowance(launch: Launch) -> float:
 
 
 def contraction_allowance(launch: Launch, constants: dict[str, Any]) -> float:
-    """As for other kernels, where at least 32 whole channels of a pixel are read at a time, and written.
-
-    A shortcut wider than the operands is read as many channels at a time as these have in 16 bytes.
-    """
-    types = dict(launch.specialisation.signature)
-    joined = types.get("residual_ptr", types.get("add_ptr", "constexpr"))
-    if joined not in ("constexpr", types.get("w_ptr", joined)):
-        return 1.25
+    """As for other kernels, where at least 32 whole channels of a pixel are read at a time, and written."""
     few = min(constants["C_MULTIPLE"], constants.get("K_MULTIPLE", 16)) < 16 or constants.get("GROUPS_PER_TILE", 1) > 1
     return 8.0 if few or constants["BLOCK_C"] < 32 or constants.get("FLAT") else 1.05
 
