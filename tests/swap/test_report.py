@@ -357,3 +357,14 @@ def test_converted_to_synchronised_batch_norm_after_fuse(resnet):
     assert not any(row.fused for row in fusedres.report(fused))
     assert {row.reason.split(",")[0] for row in fusedres.report(fused)} == {"bn1 is a SyncBatchNorm"}
     assert_twins(fused, plain, tensor(*IMAGES), tolerance=1e-8)
+
+
+def test_a_gradient_in_another_layout_is_copied_once_and_noted():
+    model = fusedres.fuse(nn.Sequential(resnet_module.BasicBlock(8, 8)))
+    x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    model(x).backward(torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last))
+    assert fusedres.report(model)[0].note == ""
+    model(x).backward(torch.randn(2, 8, 6, 5))
+    (row,) = fusedres.report(model)
+    assert row.fused and "strides (240, 30, 5, 1)" in row.note
+    assert "copied at every step" in str(fusedres.report(model))
