@@ -98,7 +98,7 @@ def summed_weight_grad(
     if not storable(dy.g, dy.y, u.tensor) or dy.g.dtype != u.tensor.dtype:
         return None
     n, k, p, q = dy.g.shape if pooled is None else pooled.size
-    shape = shape_of(u, n * p * q, k, kernel, geometry)._replace(operands=operands_of(dy))
+    shape = shape_of(u, n * p * q, k, kernel, geometry)._replace(operands=operands_of(dy) + (pooled is not None))
     tiles = weight_grad_tiles(shape, target_of(u.tensor))
     if not tiles or depthwise(shape):
         return None
