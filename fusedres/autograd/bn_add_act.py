@@ -8,14 +8,12 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
-from ..launch import wants_kernels
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward, masked
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import Normaliser, OutputGrad, Partials, channels_last
-from ..ops.relu_mask import is_pooled
 from .layer import normaliser_of
-from .layouts import in_dtype
+from .layouts import arrived, in_dtype
 from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import NormSpec, NormTensors
 
@@ -96,8 +94,7 @@ def _forward(
 def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved: Kept = kept(ctx)
     spec: BNAddActSpec = ctx.spec
-    # One value per image and channel, as global pooling sends it, stays that where kernels read it.
-    g = OutputGrad(dz if is_pooled(dz) and wants_kernels(dz) else channels_last(dz), saved.mask)
+    g = OutputGrad(arrived(dz), saved.mask)
 
     def through(y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None) -> tuple[Tensor, list[Any]]:
         typed = g._replace(g=in_dtype(g.g, y.dtype))

@@ -125,7 +125,7 @@ def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
 
 
 class Below(NamedTuple):
-    """What is under a layer's source: a gradient that joins its own, or the layer that made it and wants sums of it."""
+    """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums."""
 
     add: OutputGrad | None = None
     producer: Producer | None = None
@@ -200,7 +200,7 @@ def _moments_branch_backward(
         dweight = small.dweight.view(layer.weight.shape)
         grads = in_parameter_dtypes(dweight, small.dgamma, small.dbeta, branch.norm, layer, spec, needs)
     if below.producer is not None:
-        return grads, moments_producer_grad(g, matrices, spec.geometry, below.producer)
+        return grads, moments_producer_grad(g, matrices, spec.geometry, below.producer, add=below.add)
     if not needs.source:
         return grads, None
     return grads, moments_input_grad(g, matrices, branch.source, spec.geometry, add=below.add)

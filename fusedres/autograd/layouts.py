@@ -12,13 +12,13 @@ _reordered: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """First weight of a layer or block -> the strides of a gradient that had to be copied for it."""
 
 
-def arrived(dz: Tensor, weight: Tensor) -> Tensor:
+def arrived(dz: Tensor, weight: Tensor | None = None) -> Tensor:
     """``dz`` (N, K, P, Q) channels_last, or as pooling expanded it where kernels read that; ``weight``: its block's."""
     if is_pooled(dz) and wants_kernels(dz):
         return dz
     ordered = channels_last(dz)
     # Expanded gradients have no layout to keep.
-    if ordered is not dz and not is_pooled(dz):
+    if weight is not None and ordered is not dz and not is_pooled(dz):
         _reordered[weight] = dz.stride()
     return ordered
 

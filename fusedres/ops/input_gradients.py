@@ -12,7 +12,7 @@ from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
 from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
 from .contract import ConvInput, Geometry, Normaliser, OutputGrad, channels_last, pixels
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
-from .relu_mask import is_pooled, laid_out
+from .relu_mask import gradient, is_pooled, laid_out
 from .rows import empty_rows, storable
 
 
@@ -97,13 +97,13 @@ def launch_input_grad(
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
     consumed = None if x is None else channels_last(x.tensor)
-    gradient = gradient_arguments(dy)
-    pooled = gradient.pop("image") is not None
+    arriving = gradient_arguments(dy)
+    pooled = arriving.pop("image") is not None
     beside: dict[str, Any] = {
         "w_ptr": channels_last(weight), "quadratic_ptr": matrices and matrices.quadratic,
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
-        "add_ptr": _rows(add.g), "add_mask_ptr": laid_out(add.mask),
+        "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
@@ -119,7 +119,7 @@ def launch_input_grad(
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **gradient, **beside, **written, **arguments, "tiles": tiles,
+            **arriving, **beside, **written, **arguments, "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
@@ -136,13 +136,6 @@ def launch_input_grad(
     if sums is None or products is None or norm is None:
         return Launched(out, None)
     return Launched(out, finished(sums, products, n * h * w, norm))
-
-
-def _rows(g: Tensor | None) -> Tensor | None:
-    """A gradient in rows of channels, one for each pixel or, as pooling leaves it, for each image."""
-    if g is None:
-        return None
-    return g[:, :, 0, 0].contiguous() if is_pooled(g) else channels_last(g)
 
 
 def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputMatrices | None) -> int:

@@ -266,7 +266,7 @@ def _moments_input_grad_triton(
 
 
 def _moments_producer_grad(
-    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
 ) -> ProducerGrad:
     """du as `moments_input_grad` gives it, behind the ReLU of the layer that made u, and the sums of it.
 
@@ -275,11 +275,12 @@ def _moments_producer_grad(
         matrices: from `moments_backward`.
         geometry: of the 1x1 convolution.
         producer: of its input (N, C, H, W).
+        add: another gradient of the same input, masked on load, which joins before the ReLU, or None.
 
     Returns:
         As `conv_producer_grad`.
     """
-    return at_producer(moments_input_grad(g, matrices, producer.output, geometry), producer)
+    return at_producer(moments_input_grad(g, matrices, producer.output, geometry, add=add), producer)
 
 
 moments_producer_grad = Op(_moments_producer_grad)
@@ -287,9 +288,9 @@ moments_producer_grad = Op(_moments_producer_grad)
 
 @moments_producer_grad.triton
 def _moments_producer_grad_triton(
-    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
 ) -> ProducerGrad:
-    launched = _launched(g, matrices, producer.output, geometry, norm=producer.norm)
+    launched = _launched(g, matrices, producer.output, geometry, add=add, norm=producer.norm)
     if launched is None or launched.sums is None:
         return NotImplemented
     return ProducerGrad(launched.g, launched.sums)

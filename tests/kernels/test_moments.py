@@ -28,7 +28,7 @@ CASES = {
     "several tiles of C": ((1, 160, 5, 5), 64, (1, 1)),
     "one channel": ((2, 1, 3, 3), 4, (1, 1)),
 }
-FORMS = ("producer", "added", "alone", "frozen", "a large mean")
+FORMS = ("producer", "added", "producer, added", "alone", "frozen", "a large mean")
 
 
 class Setting:
@@ -46,7 +46,7 @@ class Setting:
         p, q = self.geometry.output_size(*size[2:], (1, 1))
         z = torch.relu(activation((size[0], k, p, q), dtype))
         self.g = OutputGrad(activation((size[0], k, p, q), dtype), pack_relu_mask(z))
-        self.add = OutputGrad(activation(size, dtype)) if form == "added" else None
+        self.add = OutputGrad(activation(size, dtype)) if "added" in form else None
 
     def step(self) -> tuple[Tensor, ...]:
         """By the ops of whichever backend is chosen: dW, dgamma, dbeta, du and the producer's two sums."""
@@ -60,8 +60,9 @@ class Setting:
             norm = moments_finalize(moments, self.weight, self.gamma, self.beta)
         d, sum_g = moments_contraction(self.g, u, (1, 1), self.geometry)
         small, matrices = moments_backward(d, sum_g, moments, self.weight, norm)
-        if self.form == "producer":
-            du, sums = moments_producer_grad(self.g, matrices, self.geometry, Producer(self.y, self.below))
+        if self.form.startswith("producer"):
+            producer = Producer(self.y, self.below)
+            du, sums = moments_producer_grad(self.g, matrices, self.geometry, producer, add=self.add)
             return *small, du, sums.sum_g, sums.sum_gy
         return *small, moments_input_grad(self.g, matrices, u, self.geometry, add=self.add)
 
@@ -87,13 +88,13 @@ class Setting:
             factors = [as_tf32(tensor.float()).to(dtype) for tensor in factors]
         dweight = weight_grad(*factors[:2], (1, 1), self.geometry)
         du = input_grad(factors[0], factors[2], tuple(u.shape), self.geometry)
-        if self.form == "producer":
-            du = torch.where(u > 0, du, 0)
-            centred = (self.y.to(wide) - numbers(self.below.mean)) * numbers(self.below.invstd)
-            return dweight, dgamma, dbeta, du, du.sum((0, 2, 3)), (du.to(wide) * centred).sum((0, 2, 3))
         if self.add is not None:
             du = du + self.add.g.to(dtype)
-        return dweight, dgamma, dbeta, du
+        if not self.form.startswith("producer"):
+            return dweight, dgamma, dbeta, du
+        du = torch.where(u > 0, du, 0)
+        centred = (self.y.to(wide) - numbers(self.below.mean)) * numbers(self.below.invstd)
+        return dweight, dgamma, dbeta, du, du.sum((0, 2, 3)), (du.to(wide) * centred).sum((0, 2, 3))
 
 
 NAMES = ("dweight", "dgamma", "dbeta", "du", "sum(g) of the producer", "sum(g y_hat) of the producer")
