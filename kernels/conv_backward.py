@@ -53,11 +53,12 @@ def conv_backward_kernel(
     x_scale_ptr,  # (C,) fp32: u = relu(x * scale + shift); None: u = x
     x_shift_ptr,  # (C,) fp32, or None
     x_mean_ptr,  # (C,) fp32, with the producer's sums
+    raw_ptr,  # (N, H, W, C) what the producer's batch norm normalised, where that is not x, or None
     add_ptr,  # (N, H, W, C) another gradient of the input, or None; ADD_POOLED: (N, C)
     add_mask_ptr,  # its bits or rectified output, or None
     out_ptr,  # (N, H, W, C) out: the gradient of the input, behind the producer's ReLU if sums are wanted
     part_g_ptr,  # (parts, C) fp32 out, sum(out); None: the producer's ReLU is not joined
-    part_gd_ptr,  # (parts, C) fp32 out, sum(out * (x - mean))
+    part_gd_ptr,  # (parts, C) fp32 out, sum(out * (y - mean)) with the producer's y, x or raw
     dw_ptr,  # (parts, K, R, S, C) fp32 out
     pixels,  # N * H * W
     pixels_per_part,  # a multiple of BLOCK_PIXELS
@@ -187,7 +188,10 @@ def conv_backward_kernel(
             tl.store(out_ptr + o, du, mask=m)
             wide_du = du.to(tl.float32)
             sum_g += tl.sum(wide_du, axis=0)
-            sum_gd += tl.sum(wide_du * (x.to(tl.float32) - mean[None, :]), axis=0)
+            y = x
+            if raw_ptr is not None:
+                y = tl.load(raw_ptr + o, mask=m, other=0.0)
+            sum_gd += tl.sum(wide_du * (y.to(tl.float32) - mean[None, :]), axis=0)
         else:
             tl.store(out_ptr + o, acc.to(out_ptr.dtype.element_ty), mask=m)
 

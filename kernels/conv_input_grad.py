@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .contraction import SIZES, contract, tile_of
-from .relu_mask import load_masked_rows, unpacked
+from .relu_mask import load_masked_rows, load_open, unpacked
 
 
 @triton.jit
@@ -188,15 +188,17 @@ def conv_input_grad_kernel(
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     quadratic_ptr,  # (C, TERMS, C) of the moments form, storage dtype: the input with every term is added; or None
     constant_ptr,  # (constants, C) fp32, terms of what is added to every pixel that the convolution reads; or None
-    x_ptr,  # (N, H, W, groups * C) what the convolution consumed; None where neither of its uses is wanted
+    x_ptr,  # (N, H, W, groups * C) what the convolution consumed; None where it is not needed
     x_scale_ptr,  # (groups * C,) fp32 where it consumed relu(x * scale + shift), or None
     x_shift_ptr,  # (groups * C,) fp32, or None
     x_mean_ptr,  # (groups * C,) fp32, with the producer's sums
+    raw_ptr,  # (N, H, W, groups * C) what the producer's batch norm normalised, where that is not x, or None
+    open_ptr,  # with raw: the bits of where what the convolution consumed is positive, or None: x itself says so
     add_ptr,  # (N, H, W, groups * C) another gradient of the input, or None; ADD_POOLED: (N, groups * C)
     add_mask_ptr,  # its bits or rectified output, or None
     out_ptr,  # (N, H, W, groups * C) out: the gradient of the input, behind the producer's ReLU if sums are wanted
     part_g_ptr,  # (classes * tiles, groups * C) fp32 out, sum(out); None: the producer's ReLU is not joined
-    part_gd_ptr,  # (classes * tiles, groups * C) fp32 out, sum(out * (x - mean))
+    part_gd_ptr,  # (classes * tiles, groups * C) fp32 out, sum(out * (y - mean)) with the producer's y, x or raw
     pixels,  # N * H * W
     groups,
     C,  # input channels of a group
@@ -291,26 +293,31 @@ def conv_input_grad_kernel(
 
     m = m_row[:, None] & m_c[None, :]
     o = o_at[:, None] * (groups * C) + o_out[None, :]
+    first_c = i_group * C + i_column % tl.cdiv(GROUPS_PER_TILE * C, BLOCK_C) * BLOCK_C
+    last_c = tl.minimum((i_group + GROUPS_PER_TILE) * C, groups * C)
     if add_ptr is not None:
         o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
-        first_c = i_group * C + i_column % tl.cdiv(GROUPS_PER_TILE * C, BLOCK_C) * BLOCK_C
-        last_c = tl.minimum((i_group + GROUPS_PER_TILE) * C, groups * C)
         acc += load_masked_rows(
             add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, BLOCK_PIXELS, BLOCK_C
         )
     if part_g_ptr is not None:
-        x = tl.load(x_ptr + o, mask=m, other=0.0)
-        scale = tl.load(x_scale_ptr + o_out, mask=m_c, other=0.0)
-        shift = tl.load(x_shift_ptr + o_out, mask=m_c, other=0.0)
+        y = tl.load((x_ptr if raw_ptr is None else raw_ptr) + o, mask=m, other=0.0)
+        wide_y = y.to(tl.float32)
+        if open_ptr is not None:
+            open_ = load_open(open_ptr, 0, o_at, first_c, m_row, last_c, groups * C, BLOCK_PIXELS, BLOCK_C)
+        elif raw_ptr is not None:
+            open_ = tl.load(x_ptr + o, mask=m, other=0.0) > 0
+        else:
+            scale = tl.load(x_scale_ptr + o_out, mask=m_c, other=0.0)
+            shift = tl.load(x_shift_ptr + o_out, mask=m_c, other=0.0)
+            # Rounded as it was when the convolution consumed it: what became zero then has no gradient.
+            open_ = (wide_y * scale[None, :] + shift[None, :]).to(y.dtype) > 0
         mean = tl.load(x_mean_ptr + o_out, mask=m_c, other=0.0)
-        wide_x = x.to(tl.float32)
-        # Rounded as it was when the convolution consumed it: what became zero then has no gradient.
-        u = (wide_x * scale[None, :] + shift[None, :]).to(x.dtype)
-        g = tl.where(u > 0, acc, 0.0).to(out_ptr.dtype.element_ty)
+        g = tl.where(open_, acc, 0.0).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + o, g, mask=m)
         g = tl.where(m, g.to(tl.float32), 0.0)
         o_part = i_tile.to(tl.int64) * (groups * C) + o_out
         tl.store(part_g_ptr + o_part, tl.sum(g, axis=0), mask=m_c)
-        tl.store(part_gd_ptr + o_part, tl.sum(g * (wide_x - mean[None, :]), axis=0), mask=m_c)
+        tl.store(part_gd_ptr + o_part, tl.sum(g * (wide_y - mean[None, :]), axis=0), mask=m_c)
     else:
         tl.store(out_ptr + o, acc.to(out_ptr.dtype.element_ty), mask=m)

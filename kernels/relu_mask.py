@@ -27,6 +27,26 @@ def unpacked(
 
 
 @triton.jit
+def load_open(
+    mask_ptr,  # (rows, ceil(C / 8)) uint8 bits
+    first,  # int64, the row that these are counted from
+    o_row,  # (BLOCK_ROWS,) rows
+    first_c,  # the tile's first channel, a multiple of 8
+    m_row,  # (BLOCK_ROWS,) rows inside the tensor
+    last_c,  # channels from here on are outside
+    C,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(BLOCK_ROWS, BLOCK_C) bool: where the ReLU was open."""
+    bytes_ = tl.cdiv(C, 8)
+    o_byte = first_c // 8 + tl.arange(0, BLOCK_C // 8)
+    m = m_row[:, None] & (o_byte < tl.cdiv(last_c, 8))[None, :]
+    o = o_row[:, None] * bytes_ + o_byte[None, :]
+    return unpacked(tl.load(mask_ptr + first * bytes_ + o, mask=m, other=0), BLOCK_ROWS, BLOCK_C)
+
+
+@triton.jit
 def load_masked(
     g_ptr,  # (rows, C) gradient at a rectified output
     mask_ptr,  # (rows, ceil(C / 8)) uint8 bits, or (rows, C) the rectified output, or None: nothing to mask
@@ -68,11 +88,7 @@ def load_masked_rows(
     g = tl.load(g_ptr + o_g[:, None] * C + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     if mask_ptr is not None:
         if mask_ptr.dtype.element_ty == tl.uint8:
-            bytes_ = tl.cdiv(C, 8)
-            o_byte = first_c // 8 + tl.arange(0, BLOCK_C // 8)
-            m = m_row[:, None] & (o_byte < tl.cdiv(last_c, 8))[None, :]
-            o = o_row[:, None] * bytes_ + o_byte[None, :]
-            open_ = unpacked(tl.load(mask_ptr + first * bytes_ + o, mask=m, other=0), BLOCK_ROWS, BLOCK_C)
+            open_ = load_open(mask_ptr, first, o_row, first_c, m_row, last_c, C, BLOCK_ROWS, BLOCK_C)
         else:
             open_ = tl.load(mask_ptr + first * C + o_row[:, None] * C + o_c[None, :], mask=m, other=0.0) > 0
         g = tl.where(open_, g, 0.0)

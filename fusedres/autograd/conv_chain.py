@@ -10,10 +10,10 @@ from ..autocast import no_autocast
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import masked
 from ..ops.bn_forward import bn_forward
-from ..ops.contract import ConvInput, OutputGrad, channels_last
+from ..ops.contract import ConvInput, OutputGrad, Producer, channels_last
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.conv_forward import conv_forward, formed
-from ..ops.conv_input_grad import Producer, ProducerGrad
+from ..ops.conv_input_grad import ProducerGrad
 from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
 from ..plan import Schedule
 from .layer import (

@@ -31,9 +31,18 @@ from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward_apply
 from ..ops.bn_finalize import bn_combine
 from ..ops.bn_statistics import bn_statistics
-from ..ops.contract import ConvInput, Normaliser, OutputGrad, Partials, channels_last, pixels, statistics_dtype
+from ..ops.contract import (
+    ConvInput,
+    Normaliser,
+    OutputGrad,
+    Partials,
+    Producer,
+    channels_last,
+    pixels,
+    statistics_dtype,
+)
 from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import Producer, ProducerGrad, at_producer
+from ..ops.conv_input_grad import ProducerGrad, at_producer
 from ..ops.features import add_feature_grad, put_features
 from ..ops.rows import empty_rows
 from ..plan import Schedule

@@ -15,12 +15,13 @@ from ..ops.contract import (
     Normaliser,
     OutputGrad,
     Partials,
+    Producer,
     statistics_dtype,
 )
 from ..ops.conv_backward import conv_backward, conv_producer_backward
 from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import Producer, ProducerGrad, conv_input_grad, conv_producer_grad
+from ..ops.conv_input_grad import ProducerGrad, conv_input_grad, conv_producer_grad
 from ..ops.conv_weight_grad import conv_weight_grad
 from ..ops.input_moments import input_moments, moments_finalize
 from ..ops.moments_backward import (

@@ -21,10 +21,19 @@ from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward, bn_backward_apply, output_grad
 from ..ops.bn_forward import bn_forward
 from ..ops.bn_statistics import bn_statistics
-from ..ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Partials, channels_last, statistics_dtype
+from ..ops.contract import (
+    ConvInput,
+    Geometry,
+    Normaliser,
+    OutputGrad,
+    Partials,
+    Producer,
+    channels_last,
+    statistics_dtype,
+)
 from ..ops.conv_bn_act import Contraction, conv_bn_act
 from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import Producer, ProducerGrad, at_producer, joined
+from ..ops.conv_input_grad import ProducerGrad, at_producer, joined
 from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
 from ..plan import Schedule
 from .conv_chain import Inner, _behind_relu, _inner_forward

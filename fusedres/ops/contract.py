@@ -83,6 +83,27 @@ class Normaliser(NamedTuple):
     shift: Tensor
 
 
+class Producer(NamedTuple):
+    """What made a convolution's input: a batch norm and a ReLU, or the end of a block.
+
+    ``y`` (N, C, H, W) is what the batch norm ``norm`` normalised, raw. The input was relu(y * scale + shift); where a
+    shortcut was added to it before the ReLU, ``out`` is the input itself, and ``mask``, unless it is None, the bits
+    (`pack_relu_mask`) of where that is positive.
+    """
+
+    y: Tensor
+    norm: Normaliser
+    out: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def output(self) -> ConvInput:
+        """What the convolution consumed."""
+        if self.out is not None:
+            return ConvInput(self.out)
+        return ConvInput(self.y, self.norm.scale, self.norm.shift)
+
+
 class Moments(NamedTuple):
     """First two moments of a 1x1 convolution's input over n pixels.
 
@@ -133,6 +154,17 @@ def check_activation(name: str, tensor: Tensor, channels: int | None = None) -> 
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if channels is not None and tensor.shape[1] != channels:
         raise ValueError(f"{name}: expected {channels} channels, got {tensor.shape[1]} in {tuple(tensor.shape)}")
+
+
+def check_producer(producer: Producer) -> None:
+    """Refuse an output of another shape or dtype than what was normalised, and bits of no output."""
+    y, _, out, mask = producer
+    if out is not None and (out.shape != y.shape or out.dtype != y.dtype):
+        raise ValueError(
+            f"producer.out: expected shape {tuple(y.shape)} in {y.dtype}, got {tuple(out.shape)} in {out.dtype}"
+        )
+    if out is None and mask is not None:
+        raise ValueError("producer.mask: expected None without producer.out, got a mask")
 
 
 def check_vector(name: str, vector: Tensor, channels: int) -> None:

@@ -10,11 +10,20 @@ from ..launch import launch, target_of
 from ..plan.backward_tiles import BackwardTile, backward_tile
 from ..plan.conv_tiles import ConvShape
 from .bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
-from .contract import ConvInput, Geometry, OutputGrad, channels_last, check_activation, pixels, statistics_dtype
+from .contract import (
+    ConvInput,
+    Geometry,
+    OutputGrad,
+    Producer,
+    channels_last,
+    check_activation,
+    check_producer,
+    pixels,
+    statistics_dtype,
+)
 from .contractions import window_arguments
 from .conv_forward import formed
 from .conv_input_grad import (
-    Producer,
     ProducerGrad,
     check_gradient,
     conv_input_grad,
@@ -109,6 +118,7 @@ def _conv_producer_backward_triton(
     *,
     add: OutputGrad | None = None,
 ) -> tuple[Tensor, ProducerGrad]:
+    check_producer(producer)
     check_gradient(dy, weight, tuple(producer.y.shape), geometry)
     narrow = _narrow(dy, producer.output, weight, geometry, add, producer=True)
     if narrow is None:
@@ -150,7 +160,8 @@ def _launched(
 
     x, size = channels_last(u.tensor), (dy.g.shape[2], dy.g.shape[3])
     taps = (shape.r, shape.s, shape.c)
-    norm = None if producer is None else producer.norm
+    norm = producer and producer.norm
+    raw = None if producer is None or producer.out is None else channels_last(producer.y)
     add = add or OutputGrad(None)  # type: ignore[arg-type]
     out = empty_rows(x, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype))
     parts = torch.empty((tile.parts, shape.k * math.prod(taps)), dtype=torch.float32, device=x.device)
@@ -161,8 +172,8 @@ def _launched(
     pooled = arriving.pop("image") is not None
     beside: dict[str, Any] = {
         "w_ptr": channels_last(weight), "x_ptr": x, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
-        "x_mean_ptr": norm and norm.mean, "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"],
-"add_mask_ptr": laid_out(add.mask),
+        "x_mean_ptr": norm and norm.mean, "raw_ptr": raw,
+        "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products, "dw_ptr": parts}
     arguments = window_arguments(x, shape, size, geometry)

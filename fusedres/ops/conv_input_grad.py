@@ -7,23 +7,19 @@ from torch import Tensor
 
 from .. import backends
 from . import onednn
-from .bn_act import bn_act
 from .bn_backward import NormSums, bn_backward_apply, bn_backward_reduce, masked
-from .contract import ConvInput, Geometry, Normaliser, OutputGrad, check_activation, check_conv_shapes, statistics_dtype
+from .contract import (
+    Geometry,
+    OutputGrad,
+    Producer,
+    check_activation,
+    check_conv_shapes,
+    check_producer,
+    statistics_dtype,
+)
+from .conv_forward import formed
 from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
-
-
-class Producer(NamedTuple):
-    """The layer that made a convolution's input as relu(y * scale + shift), raw output and numbers."""
-
-    y: Tensor
-    norm: Normaliser
-
-    @property
-    def output(self) -> ConvInput:
-        """What the convolution consumed."""
-        return ConvInput(self.y, self.norm.scale, self.norm.shift)
 
 
 class ProducerGrad(NamedTuple):
@@ -46,7 +42,9 @@ def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geom
 
 def at_producer(du: Tensor, producer: Producer) -> ProducerGrad:
     """``du`` behind the producer's ReLU and the sums of it, in passes of their own."""
-    g = masked(OutputGrad(du, bn_act(producer.y, producer.norm.scale, producer.norm.shift)[0]))
+    check_producer(producer)
+    mask = formed(producer.output) if producer.mask is None else producer.mask
+    g = masked(OutputGrad(du, mask))
     return ProducerGrad(g, bn_backward_reduce(OutputGrad(g), producer.y, producer.norm))
 
 
@@ -121,7 +119,7 @@ def _conv_producer_grad(
 
     Returns:
         g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
-        of g as stored.
+        of g as stored, of the producer's y and batch norm.
     """
     return at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
 
@@ -134,10 +132,11 @@ def _conv_producer_grad_triton(
     dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
 ) -> ProducerGrad:
     size = tuple(producer.y.shape)
+    check_producer(producer)
     check_gradient(dy, weight, size, geometry)
     if why_no_kernel(dy, weight, size, geometry) is not None:
         return NotImplemented
-    launched = launch_input_grad(dy, weight, size, geometry, x=producer.output, norm=producer.norm, add=add)
+    launched = launch_input_grad(dy, weight, size, geometry, producer=producer, add=add)
     assert launched.sums is not None
     return ProducerGrad(launched.g, launched.sums)
 

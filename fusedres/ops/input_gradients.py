@@ -10,7 +10,7 @@ from torch import Tensor
 from ..launch import launch, target_of
 from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
 from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
-from .contract import ConvInput, Geometry, Normaliser, OutputGrad, channels_last, pixels
+from .contract import ConvInput, Geometry, OutputGrad, Producer, channels_last, pixels
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
 from .relu_mask import gradient, is_pooled, laid_out
 from .rows import empty_rows, storable
@@ -27,7 +27,7 @@ class InputMatrices(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """The input's gradient, and its sums where a producer's numbers were given."""
+    """The input's gradient, and its sums where a producer was given."""
 
     g: Tensor
     sums: NormSums | None
@@ -66,16 +66,16 @@ def gradient_shape(
 
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
-    matrices: InputMatrices | None = None, add: OutputGrad | None = None, norm: Normaliser | None = None,
+    matrices: InputMatrices | None = None, add: OutputGrad | None = None, producer: Producer | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
     Args:
         dy, weight, size, geometry: as of `conv_input_grad`.
-        x: (N, C, H, W) what the convolution consumed, with ``matrices`` or ``norm``.
+        x: (N, C, H, W) what the convolution consumed, with ``matrices``.
         matrices: of the moments form.
         add: another gradient of the input.
-        norm: the numbers of the batch norm in x, behind whose ReLU the gradient is wanted with its sums.
+        producer: of the input, behind whose ReLU the gradient is wanted with its sums.
     """
     from ..kernels.conv_input_grad import conv_input_grad_kernel
 
@@ -92,17 +92,23 @@ def launch_input_grad(
     out = empty_rows(dy.g, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype), size)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
-    sums = products = None
-    if norm is not None:
+    sums = products = raw = open_ = None
+    if producer is not None:
+        if producer.out is not None:
+            raw, open_ = channels_last(producer.y), laid_out(producer.mask)
+        if groups > 1 and packed * shape.k % 8:
+            open_ = None
+        x = x if open_ is not None else producer.output
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
-    consumed = None if x is None else channels_last(x.tensor)
+    consumed, norm = None if x is None else channels_last(x.tensor), producer and producer.norm
     arriving = gradient_arguments(dy)
     pooled = arriving.pop("image") is not None
     beside: dict[str, Any] = {
         "w_ptr": channels_last(weight), "quadratic_ptr": matrices and matrices.quadratic,
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
+        "raw_ptr": raw, "open_ptr": open_,
         "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
@@ -110,7 +116,7 @@ def launch_input_grad(
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
     partial = bytes_reached(dy, weight, size, geometry)
-    if norm is None and consumed is not None:
+    if consumed is not None and (producer is None or open_ is not None):
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
     arguments = window_arguments(
         out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry

@@ -27,13 +27,15 @@ from .contract import (
     Moments,
     Normaliser,
     OutputGrad,
+    Producer,
     as_rows,
     channels_last,
+    check_producer,
     from_rows,
     statistics_dtype,
 )
 from .conv_forward import formed
-from .conv_input_grad import Producer, ProducerGrad, at_producer
+from .conv_input_grad import ProducerGrad, at_producer
 from .conv_weight_grad import summed_weight_grad, weight_grad
 from .input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
 from .input_moments import sampled
@@ -290,7 +292,8 @@ moments_producer_grad = Op(_moments_producer_grad)
 def _moments_producer_grad_triton(
     g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
 ) -> ProducerGrad:
-    launched = _launched(g, matrices, producer.output, geometry, add=add, norm=producer.norm)
+    check_producer(producer)
+    launched = _launched(g, matrices, producer.output, geometry, add=add, producer=producer)
     if launched is None or launched.sums is None:
         return NotImplemented
     return ProducerGrad(launched.g, launched.sums)
@@ -298,7 +301,7 @@ def _moments_producer_grad_triton(
 
 def _launched(
     g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None,
-    norm: Normaliser | None = None,
+    producer: Producer | None = None,
 ) -> Launched | None:  # fmt: skip
     """One pass by `conv_input_grad_kernel`, or None where there is no kernel."""
     dtype, size = u.tensor.dtype, tuple(u.tensor.shape)
@@ -309,8 +312,8 @@ def _launched(
     square = None
     if matrices.quadratic is not None and matrices.constants is not None:
         square = InputMatrices(matrices.quadratic.to(dtype), matrices.constants)
-    consumed = u if square is not None or norm is not None else None
-    return launch_input_grad(g, weight, size, geometry, x=consumed, matrices=square, add=add, norm=norm)
+    consumed = None if square is None else u
+    return launch_input_grad(g, weight, size, geometry, x=consumed, matrices=square, add=add, producer=producer)
 
 
 @moments_input_grad.native

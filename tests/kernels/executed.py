@@ -141,7 +141,7 @@ def check_traffic(launch: Launch, target: str) -> None:
             left_out = left_out | {name}
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
         # The bits of a step's channels are a part of a sector, which comes from the cache for the next steps.
-        left_out = left_out | {"mask_ptr", "add_mask_ptr"}
+        left_out = left_out | {"mask_ptr", "add_mask_ptr", "open_ptr"}
     if target == "sm_90" and "fp32" in str(launch.specialisation.signature[0]):
         # Its TF32 instruction wants both operands along the depth, and the compiler loads them in that order.
         along_depth = {"conv_weight_grad_kernel": {"x_ptr", "g_ptr"}, "conv_input_grad_kernel": {"w_ptr"}}

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fusedres.offline import TARGETS
 from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_reduce, masked
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.conv_backward import conv_backward, conv_producer_backward
 from fusedres.ops.conv_forward import formed
-from fusedres.ops.conv_input_grad import Producer, input_grad
+from fusedres.ops.conv_input_grad import input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
 from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.plan.backward_tiles import backward_tile
@@ -68,14 +68,19 @@ class Operands:
         if "producer" in join:
             mean, invstd, scale, shift = torch.rand(4, c) + 0.1
             self.producer = Producer(self.x, Normaliser(mean, invstd, scale, shift - 0.3))
+        elif "end" in join:
+            out = torch.relu(self.x)
+            self.producer = Producer(activation(conv.size, dtype, -0.5), Normaliser(*torch.rand(4, c)), out)
+        if self.producer is not None:
             self.u = self.producer.output
         elif join == "u formed":
             self.u = ConvInput(self.x, torch.rand(c) + 0.5, torch.randn(c))
-        if join not in ("nothing", "u formed", "producer"):
+        if join not in ("nothing", "u formed", "producer", "end"):
             size = (*conv.size[:2], 1, 1) if join == "pooled" else conv.size
             other = activation(size, torch.float32 if join == "wide" else dtype).expand(conv.size)
             z = torch.relu(activation(conv.size, dtype))
             masks = {"bits": pack_relu_mask(z), "output": z, "producer, bits": pack_relu_mask(z)}
+            masks["end, bits"] = masks["bits"]
             self.add = OutputGrad(other, masks.get(join))
 
     def launched(self):
@@ -166,7 +171,7 @@ RANDOM = {
 
 def check_any(conv: Conv, target: str, dtype: torch.dtype, form: str, join: str) -> None:
     pixels, (k, c) = conv.size[0] * conv.size[2] * conv.size[3], (conv.k, conv.size[1])
-    shape = ConvShape(pixels, c, k, 1, *conv.window, 2, operands=3, prologue="producer" in join)
+    shape = ConvShape(pixels, c, k, 1, *conv.window, 2, operands=3, prologue=join.startswith(("producer", "end")))
     assume(backward_tile(shape, TARGETS[target], bits=True) is not None)
     check(target, conv, dtype, form, join)
 

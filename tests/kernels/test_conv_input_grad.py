@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fusedres.offline import TARGETS
 from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_reduce, masked
-from fusedres.ops.contract import Geometry, Normaliser, OutputGrad
-from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad, input_grad
+from fusedres.ops.contract import Geometry, Normaliser, OutputGrad, Producer
+from fusedres.ops.conv_input_grad import conv_input_grad, conv_producer_grad, input_grad
 from fusedres.ops.input_gradients import gradient_shape
 from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.plan.conv_tiles import conv_tiles, pinned
@@ -88,13 +88,19 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str = "n
         tf32 = operands.computed(torch.float64, tf32=True)
     eager, exact = operands.computed(dtype), operands.computed(torch.float64)
     depth = conv.k // conv.geometry.groups * conv.window[0] * conv.window[1]
-    if join == "producer":
+    if join in ("producer", "end", "end, bits"):
         mean, invstd, scale, shift = torch.rand(4, conv.size[1]) + 0.1
         producer = Producer(activation(conv.size, dtype, -0.5), Normaliser(mean, invstd, scale, shift - 0.3))
-        call = lambda: conv_producer_grad(operands.dy, operands.weight, conv.geometry, producer)  # noqa: E731
+        u = torch.relu(producer.y.float() * scale.view(1, -1, 1, 1) + producer.norm.shift.view(1, -1, 1, 1)).to(dtype)
+        add = None
+        if join != "producer":
+            u = torch.relu(activation(conv.size, dtype))
+            producer = producer._replace(out=u, mask=pack_relu_mask(u) if join == "end, bits" else None)
+            add = OutputGrad(activation(conv.size, dtype))
+            eager, exact, tf32 = eager + add.g, exact + add.g, None if tf32 is None else tf32 + add.g
+        call = lambda: conv_producer_grad(operands.dy, operands.weight, conv.geometry, producer, add=add)  # noqa: E731
         (g, sums), trace = executed(target, call)
         assert trace.by_kernel()["bn_backward_finish_kernel"] == 1
-        u = torch.relu(producer.y.float() * scale.view(1, -1, 1, 1) + producer.norm.shift.view(1, -1, 1, 1)).to(dtype)
         eager, exact = torch.where(u > 0, eager, 0.0), torch.where(u > 0, exact, 0.0)
         tf32 = None if tf32 is None else torch.where(u > 0, tf32, 0.0)
         wide = Normaliser(*(vector.double() for vector in producer.norm))
@@ -120,7 +126,7 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str = "n
     assert_as_accurate(g, eager, exact, tf32, depth)
 
 
-JOINS = ("nothing", "producer", "plain", "bits", "output", "pooled", "wide")
+JOINS = ("nothing", "producer", "plain", "bits", "output", "pooled", "wide", "end", "end, bits")
 
 
 @pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES, contraction=True))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
-from fusedres.ops.conv_input_grad import Producer, input_grad
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Producer
+from fusedres.ops.conv_input_grad import input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
 from fusedres.ops.input_moments import input_moments, moments_finalize
 from fusedres.ops.moments_backward import (

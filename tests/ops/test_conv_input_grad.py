@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from fusedres.ops.bn_backward import masked
-from fusedres.ops.contract import Geometry, Normaliser, OutputGrad
-from fusedres.ops.conv_input_grad import Producer, at_producer, conv_input_grad, conv_producer_grad
+from fusedres.ops.bn_backward import bn_backward_reduce, masked
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Producer
+from fusedres.ops.conv_backward import conv_producer_backward
+from fusedres.ops.conv_input_grad import at_producer, conv_input_grad, conv_producer_grad
+from fusedres.ops.conv_weight_grad import conv_weight_grad
 from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
 
@@ -133,6 +135,22 @@ def test_at_the_producer(dtype, each_backend):
     assert grad.g.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *STORAGE])
+@pytest.mark.parametrize("bits", [False, True], ids=["output", "bits"])
+def test_at_the_end_of_a_block(bits, dtype, each_backend):
+    """The mask is of the sum, the sums are of the batch norm before it."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y, du, out = torch.randn(3, 3, 5, 7, 4, dtype=wide).to(dtype)
+    out = out.relu()
+    norm = Normaliser(*torch.rand(4, 5, dtype=wide))
+    grad = at_producer(du, Producer(y, norm, out, pack_relu_mask(out) if bits else None))
+    exact = du.double() * (out > 0)
+    assert torch.equal(grad.g.double(), exact)
+    sums = bn_backward_reduce.reference(OutputGrad(exact), y.double(), Normaliser(*(v.double() for v in norm)))
+    for name, ours, theirs in zip(sums._fields, grad.sums, sums, strict=True):
+        assert_close(ours, theirs, 1e-13 if dtype == torch.float64 else 1e-6, name=name)
+
+
 def test_at_the_producer_uses_the_rounded_output_as_its_mask(each_backend):
     """What the forward pass would have rounded to zero has no gradient."""
     y = torch.full((1, 1, 1, 1), 2.0**-20, dtype=torch.float16)
@@ -150,6 +168,33 @@ def test_to_the_producer_is_one_after_the_other(case, each_backend):
     assert_close(ours.g, apart.g)
     for name, mine, theirs in zip(apart.sums._fields, ours.sums, apart.sums, strict=True):
         assert_close(mine, theirs, name=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_to_the_end_of_a_block_behind_its_shortcut(case, each_backend):
+    weight, size, geometry, grad, _, exact = setting(case, torch.float64, "all")
+    y, out, other = torch.randn(3, *size, dtype=torch.float64)
+    producer = Producer(y, Normaliser(*torch.rand(4, size[1], dtype=torch.float64)), out.relu(), pack_relu_mask(out))
+    u, add = producer.output, OutputGrad(other)
+    dw, ours = conv_producer_backward(grad, u, weight, geometry, producer, add=add)
+    for found in (ours, conv_producer_grad(grad, weight, geometry, producer, add=add)):
+        assert_close(found.g, torch.where(out > 0, exact + other, 0.0))
+        assert_close(found.sums.sum_g, found.g.sum((0, 2, 3)))
+        centred = y - producer.norm.mean[:, None, None]
+        assert_close(found.sums.sum_gy, (found.g * centred).sum((0, 2, 3)) * producer.norm.invstd)
+    assert_close(dw, conv_weight_grad(grad, ConvInput(out.relu()), weight.shape[2:], geometry))
+
+
+def test_an_end_of_no_block_is_refused(each_backend):
+    weight, dy, size = torch.zeros(6, 4, 1, 1), OutputGrad(torch.zeros(2, 6, 5, 5)), (2, 4, 5, 5)
+    y, norm = torch.zeros(size), Normaliser(*torch.zeros(4, 4))
+    for producer, words in (
+        (Producer(y, norm, torch.zeros(2, 4, 5, 4)), r"producer.out: expected shape \(2, 4, 5, 5\)"),
+        (Producer(y, norm, y.double()), "producer.out: expected .* in torch.float32, got .* in torch.float64"),
+        (Producer(y, norm, None, pack_relu_mask(y)), "producer.mask: expected None without producer.out"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            conv_producer_grad(dy, weight, Geometry(), producer)
 
 
 def test_refused_by_name(each_backend):
