@@ -1,31 +1,49 @@
-"""The statistics of a tensor, from the pass that wrote it to the batch norm that follows, whatever lies between.
+"""What is known of a tensor, from the pass that wrote it to whoever is given that very tensor next.
 
-A fused block that ends without a batch norm leaves the statistics of its output here, and whichever block, dense layer
-or batch norm is given that very tensor next takes them, instead of reading the tensor once more. They belong to the
-object and to its version: a hook that returns another tensor, a tensor detached by checkpointing or gathered by
-parallelism, and one that was written to in place are measured again. (Writes through ``.data`` are not counted by torch
-and, as for autograd, not seen here.)
+Three things are left this way, whatever lies between: the statistics of a sum, for the batch norm that follows; the end
+of a block, for the block behind it; and, on the way back, the sums of a gradient that its batch norm needs. They belong
+to the object and to its version: a hook that returns another tensor, a tensor detached by checkpointing or gathered by
+parallelism, and one that was written to in place (as autograd does where it adds gradients up) bring nothing along.
+(Writes through ``.data`` are not counted by torch and, as for autograd, not seen here.)
 """
+
+from typing import Generic, TypeVar
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .ops.contract import Partials
+from .ops.bn_backward import NormSums
+from .ops.contract import Partials, Producer
 
-_carried: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""tensor -> (its version and shape when it was measured, its statistics); an entry dies with its tensor."""
-
-
-def carry(tensor: Tensor, partials: Partials) -> None:
-    """Leave the statistics of ``tensor`` for whoever normalises it next."""
-    if not tensor.is_inference():
-        _carried[tensor] = (tensor._version, tuple(tensor.shape), partials)
+Known = TypeVar("Known")
 
 
-def carried(tensor: Tensor) -> Partials | None:
-    """The statistics of ``tensor``, if it was measured and not written to since; taken once, not kept alive."""
-    known = _carried.pop(tensor, None)
-    if known is None or tensor.is_inference() or known[:2] != (tensor._version, tuple(tensor.shape)):
-        return None
-    partials: Partials = known[2]
-    return partials
+class Carried(Generic[Known]):
+    """One kind of knowledge."""
+
+    def __init__(self) -> None:
+        # tensor -> (its version and shape when this was known, what is known); an entry dies with its tensor.
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def leave(self, tensor: Tensor, known: Known) -> None:
+        """Leave what is known of ``tensor`` for the next."""
+        if not tensor.is_inference():
+            self._entries[tensor] = (tensor._version, tuple(tensor.shape), known)
+
+    def take(self, tensor: Tensor) -> Known | None:
+        """What is known of ``tensor``, unless it was written to since; taken once, not kept alive."""
+        entry = self._entries.pop(tensor, None)
+        if entry is None or tensor.is_inference() or entry[:2] != (tensor._version, tuple(tensor.shape)):
+            return None
+        known: Known = entry[2]
+        return known
+
+
+statistics: Carried[Partials] = Carried()
+"""Of a block's output: what a block that ends without a batch norm measured as it wrote it."""
+
+ends: Carried[Producer] = Carried()
+"""Of a block's output: the batch norm before its sum and its ReLU, inside a `FusedStage`."""
+
+reduced: Carried[NormSums] = Carried()
+"""Of a gradient at a block's output, already behind its ReLU: the sums that the batch norm there needs."""

@@ -56,6 +56,7 @@ def run_chain(
     act: str | None = "relu",
     schedule: str = AUTO,
     counters: Sequence[Tensor] = (),
+    hands_over: bool = False,
 ) -> Tensor:
     """act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), fused, differentiable once.
 
@@ -69,6 +70,7 @@ def run_chain(
         act: ``"relu"`` or None.
         schedule: ``"auto"`` or a rung of the ladder.
         counters: of batches, advanced by one as soon as nothing can be refused any more.
+        hands_over: whether the result goes to another fused chain and nobody else.
 
     Returns:
         (N, K, P, Q), channels_last.
@@ -118,6 +120,7 @@ def run_chain(
         shortcut=shortcut,
         act=act,
         zero_pad_stride=zero_pad_stride,
+        hands_over=hands_over,
     )
     tensors = [tensor for layer in every for tensor in layer.gained]
     z: Tensor = ConvChain.apply(x, residual, spec, *tensors)

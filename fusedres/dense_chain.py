@@ -9,7 +9,7 @@ from .autocast import contraction_dtype, no_autocast
 from .autograd import Dense
 from .autograd.dense import DenseLayerSpec, DenseSpec
 from .autograd.spec import LayerSpec
-from .carried import carried, carry
+from .carried import statistics
 from .chain import Layer, Size, advance, check_joins, checked_size, is_differentiated
 from .ops.contract import ConvInput, Partials, check_activation
 from .ops.conv_forward import conv_forward
@@ -71,13 +71,13 @@ def run_dense(
             for norm, convs in layers
         ),
         schedule_for(schedule, x),
-        carried(x) if layers and layers[0].norm.spec.batch_stats else None,
+        statistics.take(x) if layers and layers[0].norm.spec.batch_stats else None,
     )
     tensors = [t for norm, convs in layers for t in (*norm.tensors, *(t for conv in convs for t in conv.tensors))]
     z: Tensor
     z, *partials = Dense.apply(x, spec, *tensors)
     if partials[0] is not None:
-        carry(z, Partials(*partials))
+        statistics.leave(z, Partials(*partials))
     return z
 
 

@@ -12,7 +12,7 @@ from .autograd.bn_add_act import BNAddActSpec
 from .autograd.layer import normaliser_of
 from .autograd.preact import PreActSpec, unnormalised
 from .autograd.spec import NormSpec, NormTensors
-from .carried import carried, carry
+from .carried import statistics
 from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated, layer_spec
 from .inference import contraction_of, infer_layer
 from .launch import wants_kernels
@@ -99,7 +99,7 @@ def run_preact(
     z: Tensor
     z, *partials = PreAct.apply(x, spec, *(NormTensors() if norm is None else norm.tensors), *tensors)
     if partials[0] is not None:
-        carry(z, Partials(*partials))
+        statistics.leave(z, Partials(*partials))
     return z
 
 
@@ -139,7 +139,7 @@ def check_norm_of(size: Size, norm: Norm) -> None:
 
 def partials_of(x: Tensor, norm: Norm | None) -> Partials | None:
     """The statistics of x that its producer left, if its batch norm measures."""
-    return carried(x) if norm is not None and norm.spec.batch_stats else None
+    return statistics.take(x) if norm is not None and norm.spec.batch_stats else None
 
 
 def _infer(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, carried
 from ..autocast import no_autocast
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import masked
@@ -44,13 +44,18 @@ class Inner(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """All that the backward pass needs; no activation but raw outputs, the input and the mask."""
+    """All that the backward pass needs; no activation but raw outputs, the input and the mask.
+
+    ``under`` is the end of the block that made the input, whose gradient this one's last pass can reduce; its ``out``
+    is that input.
+    """
 
     inner: tuple[Inner, ...]
     main: Branch
     projection: Branch | None
     mask: Tensor | None
     parameters: tuple[ConvBN, ...]
+    under: Producer | None
 
 
 def _in_one_op(spec: LayerSpec, schedule: Schedule) -> bool:
@@ -135,6 +140,7 @@ class ConvChain(torch.autograd.Function):
 
 
 def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: list[ConvBN]) -> Tensor:
+    given, under = x, carried.ends.take(x)
     x = channels_last(x)
     residual = None if residual is None else channels_last(residual)
     source = u = ConvInput(x.to(spec.dtype))
@@ -169,8 +175,25 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
         ctx.spec, ctx.backend = spec, backends.current()
         ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
         ctx.residual_dtype = None if residual is None else residual.dtype
-        keep(ctx, Kept(tuple(inner), main, projection, mask, tuple(layer.parameters for layer in parameters)))
+        if spec.hands_over and rectified and _reducible(main, z, mask, spec):
+            assert main.y is not None
+            carried.ends.leave(z, Producer(main.y, main.norm, mask=mask))
+        takes = ctx.needs_input_grad[0] and spec.schedule.statistics and source.tensor is given
+        keep(
+            ctx,
+            Kept(
+                tuple(inner), main, projection, mask, tuple(layer.parameters for layer in parameters),
+                under if takes else None,
+            ),
+        )  # fmt: skip
     return z
+
+
+def _reducible(main: Branch, z: Tensor, mask: Tensor | None, spec: ChainSpec) -> bool:
+    """Whether the gradient at a chain's end has sums that the last pass of the block behind it can make."""
+    bits = mask is not None and mask.dtype == torch.uint8
+    written = main.y is not None and main.y.dtype == z.dtype
+    return written and bits and spec.schedule.statistics and spec.layers[-1].norm.batch_stats
 
 
 def _needs(ctx: Any, spec: ChainSpec) -> tuple[list[Needs], bool]:
@@ -191,7 +214,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     saved: Kept = kept(ctx)
     needs, needed_x = _needs(ctx, spec)
     schedule, last = spec.schedule, len(spec.layers) - 1
-    arriving = OutputGrad(arrived(dz, saved.parameters[0].weight), saved.mask)
+    sums = carried.reduced.take(dz)
+    arriving = OutputGrad(arrived(dz, saved.parameters[0].weight), saved.mask if sums is None else None)
     if saved.mask is not None and not schedule.bit_masks:
         arriving = OutputGrad(masked(arriving), scratch=True)
     g = arriving._replace(g=in_dtype(arriving.g, spec.dtype), scratch=False)
@@ -211,13 +235,13 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         dx = zero_pad_shortcut_grad(masked(arriving), ctx.input_size, spec.zero_pad_stride)
         at_input = OutputGrad(dx, scratch=True)
 
-    du: SourceGrad = None
+    du: SourceGrad = None if sums is None else ProducerGrad(g.g, sums)
     branch, out = saved.main, None
     for i in range(last, -1, -1):
         layer, layer_spec = saved.parameters[i], spec.layers[i]
         if not needs[i].any:
             break
-        below = Below(at_input if i == 0 and needed_x else None)
+        below = Below(at_input, _under(saved)) if i == 0 and needed_x else Below()
         if i > 0 and needs[i].source and schedule.statistics and not is_idle(spec.layers[i - 1].norm, needs[i - 1]):
             under = saved.inner[i - 1].branch
             assert under.y is not None
@@ -232,12 +256,23 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         if i > 0:
             branch, out = saved.inner[i - 1]
 
-    dx = du.to(ctx.input_dtype) if needed_x and isinstance(du, Tensor) else None
+    dx = None
+    if needed_x and isinstance(du, ProducerGrad):
+        dx = du.g.to(ctx.input_dtype)
+        carried.reduced.leave(dx, du.sums)
+    elif needed_x and isinstance(du, Tensor):
+        dx = du.to(ctx.input_dtype)
     dresidual = None
     if ctx.needs_input_grad[1]:
         dresidual = masked(arriving).to(ctx.residual_dtype)
     flat = [grad for layer_grads in grads for grad in layer_grads]
     return (dx, dresidual, None, *flat)
+
+
+def _under(saved: Kept) -> Producer | None:
+    """The end of the block below, with this chain's input as its output."""
+    first = saved.inner[0].branch if saved.inner else saved.main
+    return None if saved.under is None else saved.under._replace(out=first.source.tensor)
 
 
 def _behind_relu(du: Tensor, out: Tensor | None, branch: Branch) -> OutputGrad:

@@ -91,6 +91,8 @@ class ChainSpec:
         schedule: what is written to memory.
         dtype: of the contractions (autocast's, or the input's own).
         zero_pad_stride: of the zero-pad shortcut.
+        hands_over: whether nobody but a fused block behind this one sees its output, so that the gradient may arrive
+            behind its ReLU.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -100,6 +102,7 @@ class ChainSpec:
     shortcut: str = "none"
     act: str | None = "relu"
     zero_pad_stride: tuple[int, int] = (1, 1)
+    hands_over: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..launch import Launch, record
+from ..nn.stage import Bystander
 from .aten import KINDS, Cost, costs
 
 # By the first words of a kernel's name; the longest that fits counts.
@@ -82,8 +83,8 @@ class Account(TorchDispatchMode):
                 trace = stack.enter_context(record(self.target))
                 trace.launches = _Listening(self)
             for module, name in self.names.items():
-                stack.enter_context(_removed(module.register_forward_pre_hook(self._entering(name))))
-                stack.enter_context(_removed(module.register_forward_hook(self._leaving(name))))
+                stack.enter_context(_removed(module.register_forward_pre_hook(Bystander(self._entering(name)))))
+                stack.enter_context(_removed(module.register_forward_hook(Bystander(self._leaving(name)))))
             super().__enter__()
             self._cleanup = stack.pop_all()
         return self

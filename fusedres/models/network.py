@@ -11,6 +11,7 @@ from torch import nn
 from fusedres.nn import blocks, plain
 from fusedres.nn.fused import FusedStem, pooled
 from fusedres.nn.plain.variants import gated_modules
+from fusedres.nn.stage import fuse_stages
 
 __all__ = ["FusedResNet", "ResNet", "build", "cifar_depth", "initialise", "library", "residual_stages"]
 
@@ -129,6 +130,8 @@ def build(
     model = (FusedResNet if fused else ResNet)(
         conv1, *stages, num_classes=num_classes, stem_act=stem_act, pool=pool, end=end
     )
+    if fused:
+        fuse_stages(model)
     return initialise(model, zero_init_residual)
 
 

@@ -92,21 +92,22 @@ class FusedBlock(Fused):
     def fused_convs(self) -> tuple[nn.Module, ...]:
         return tuple(pair.conv for pair in self.checked_parts().pairs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, hands_over: bool = False) -> Tensor:
+        """The block; ``hands_over`` is what a `FusedStage` says of blocks that are a chain."""
         if not traced(x):
             try:
                 parts = self.checked_parts()
             except NotFusable:
                 pass
             else:
-                return self._run(x, parts)
+                return self._run_chain(x, parts, hands_over=True) if hands_over else self._run(x, parts)
         plain: Tensor = super().forward(x)
         return plain
 
     def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
         return self._run_chain(x, parts)
 
-    def _run_chain(self, x: Tensor, parts: BlockParts, *, gain: float = 1.0) -> Tensor:
+    def _run_chain(self, x: Tensor, parts: BlockParts, *, gain: float = 1.0, hands_over: bool = False) -> Tensor:
         """The block's chain with its own shortcut; ``gain`` multiplies the last batch norm's output."""
         *inner, last = (layer_of(pair) for pair in parts.chain)
         return run_chain(
@@ -118,6 +119,7 @@ class FusedBlock(Fused):
             act=parts.act,
             schedule=self.fused_schedule,
             counters=counters_of(parts.pairs),
+            hands_over=hands_over,
         )
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from ..autograd.layouts import reordered
 from ..nn.fused import Fused, FusedStem
 from ..nn.parts import NotFusable
+from ..nn.stage import fuse_stages, unfuse_stages
 from ..plan import AUTO, check_schedule
 from .families import NOTHING_TO_FUSE, families
 from .report import Report, Row
@@ -51,7 +52,8 @@ def fuse(model: Model, *, schedule: str = AUTO) -> Model:
     """Give every residual block and stem that the library knows its fused forward pass, in place.
 
     A block is fused by changing its class to a subclass of its own: ``isinstance``, parameters, buffers, names and
-    ``state_dict()`` stay as they are, and an optimizer made before goes on working. What can not be fused is left
+    ``state_dict()`` stay as they are, and an optimizer made before goes on working; so is an ``nn.Sequential`` in which
+    blocks follow each other, for what they have in common. What can not be fused is left
     alone, and `report` says why. Fusing again changes nothing but the schedule.
 
     Args:
@@ -74,6 +76,7 @@ def fuse(model: Model, *, schedule: str = AUTO) -> Model:
             _try_fuse(module, type(module), fused)
         if isinstance(module, Fused):
             module.fused_schedule = schedule
+    fuse_stages(model)
     return model
 
 
@@ -96,6 +99,7 @@ def unfuse(model: Model) -> Model:
         if plain is not None:
             module.__dict__.pop("fused_schedule", None)
             module.__class__ = plain
+    unfuse_stages(model)
     return model
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
-from fusedres import carried
 from fusedres.backends import backend
+from fusedres.carried import statistics
 from fusedres.nn import blocks
 from fusedres.plan import AUTO, SCHEDULES
 from tests.comparison import relative_error
@@ -263,17 +263,17 @@ def test_checkpointing(pieces, reentrant):
 
 
 def test_statistics_die_with_their_tensor_and_are_taken_once():
-    carried._carried.clear()
+    statistics._entries.clear()
     block = CASES["bottleneck"].make("prologue")
     z = block(tensor(3, 16, 5, 7))
-    assert len(carried._carried) == 1
-    partials = carried.carried(z)
-    assert partials is not None and carried.carried(z) is None
+    assert len(statistics._entries) == 1
+    partials = statistics.take(z)
+    assert partials is not None and statistics.take(z) is None
     exact = z.detach()
     assert relative_error(partials.mean.mean(0), exact.mean((0, 2, 3))) <= 1e-12
     z = block(tensor(3, 16, 5, 7))
     del z
-    assert len(carried._carried) == 0
+    assert len(statistics._entries) == 0
 
 
 def test_statistics_of_a_tensor_written_to_are_not_taken():
@@ -281,7 +281,7 @@ def test_statistics_of_a_tensor_written_to_are_not_taken():
     with torch.no_grad():
         z = block(tensor(3, 16, 5, 7))
         z[0, 0, 0, 0] = 7.0
-    assert carried.carried(z) is None
+    assert statistics.take(z) is None
 
 
 def test_only_raw_tensors_are_saved():
