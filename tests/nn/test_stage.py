@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -402,3 +403,23 @@ def test_on_kernels_in_bf16(handed: list[Tensor]) -> None:
         *((name, ours.grads[name], theirs.grads[name], exact.grads[name]) for name in ours.grads),
     ):
         assert_as_accurate_as_eager(mine, other, truth, name=name)
+
+
+def _resnet18() -> nn.Module:
+    return pytest.importorskip("torchvision").models.resnet18()
+
+
+@pytest.mark.parametrize(
+    ("make", "side", "ends"),
+    [(lambda: cifar_resnet(56, fused=False), 32, 3), (_resnet18, 224, 4)],
+    ids=["cifar_resnet56", "resnet18"],
+)
+def test_one_reduction_is_left_to_a_stage(make: Callable[[], nn.Module], side: int, ends: int) -> None:
+    """And that of a stem without pooling; counted as an H100 would run them."""
+    with torch.device("meta"):
+        model = make().bfloat16().to(memory_format=torch.channels_last)
+        images = torch.empty(256, 3, side, side, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    fusedres.fuse(model)
+    with fusedres.record("sm_90") as trace:
+        model(images).sum().backward()
+    assert trace.by_kernel()["bn_backward_reduce_kernel"] == ends + (model.maxpool is None)
