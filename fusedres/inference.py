@@ -73,18 +73,21 @@ def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
     """maxpool(relu(bn(conv(x)))) from running statistics; ``x`` in the dtype of the contraction."""
     if not wants_kernels(x):
         return max_pool2d(infer_layer(x, layer, "relu"), *pool)
-    u, weight, geometry, scale, shift = contraction_of(channels_last(x), layer)
+    u, weight, geometry, *_ = contraction_of(channels_last(x), layer)
     y, _ = conv_forward(u, weight, geometry)
-    return stem_pool(y, scale, shift, pool, indices=False)[0]
+    return stem_pool(y, *_numbers_of(layer, x.dtype), pool, indices=False)[0]
 
 
 def contraction_of(u: Tensor, layer: "Layer") -> Contraction:
     """A layer of running statistics as the operand of `conv_bn_act`."""
-    scale, shift = _once(layer, ("numbers", u.dtype), lambda: _numbers(layer, u.dtype))
     weight = layer.tensors.weight
     if weight.dtype != u.dtype:  # under autocast
         weight = _once(layer, ("weight", u.dtype), lambda: layer.tensors.weight.detach().to(u.dtype))
-    return Contraction(ConvInput(u), weight, layer.geometry, scale, shift)
+    return Contraction(ConvInput(u), weight, layer.geometry, *_numbers_of(layer, u.dtype))
+
+
+def _numbers_of(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _once(layer, ("numbers", dtype), lambda: _numbers(layer, dtype))
 
 
 def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -121,8 +124,9 @@ def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
         return None
 
     def packed() -> onednn.PackedConv:
-        _, weight, geometry, scale, shift = contraction_of(u, layer)
-        folded = onednn.fold(weight.detach(), scale.detach())
-        return onednn.pack(onednn.PackedConv(folded, shift.detach(), geometry), tuple(u.shape))
+        _, weight, geometry, *_ = contraction_of(u, layer)
+        scale, shift = _numbers_of(layer, u.dtype)
+        folded = onednn.fold(weight.detach(), scale)
+        return onednn.pack(onednn.PackedConv(folded, shift, geometry), tuple(u.shape))
 
     return _once(layer, "packed", packed)

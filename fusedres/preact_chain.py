@@ -10,7 +10,7 @@ from .autocast import contraction_dtype, no_autocast
 from .autograd import BNAddAct, PreAct
 from .autograd.bn_add_act import BNAddActSpec
 from .autograd.layer import normaliser_of
-from .autograd.preact import PreActSpec, unnormalised
+from .autograd.preact import PreActSpec
 from .autograd.spec import NormSpec, NormTensors
 from .carried import carried, carry
 from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated, layer_spec
@@ -19,7 +19,7 @@ from .launch import wants_kernels
 from .ops.bn_act import bn_act
 from .ops.bn_finalize import check_norm_vectors
 from .ops.contract import ConvInput, Partials, channels_last, check_activation
-from .ops.conv_bn_act import conv_bn_act
+from .ops.conv_bn_act import Contraction, conv_bn_act
 from .ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_size
 from .plan import AUTO, Schedule, chain_schedule
 
@@ -160,8 +160,8 @@ def _infer(
         residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
     second = None
     if projection is not None:
-        second = unnormalised(source, projection.tensors.weight.to(dtype), projection.geometry)
-    main = unnormalised(u, layers[-1].tensors.weight.to(dtype), layers[-1].geometry)
+        second = Contraction(source, projection.tensors.weight.to(dtype), projection.geometry)
+    main = Contraction(u, layers[-1].tensors.weight.to(dtype), layers[-1].geometry)
     return conv_bn_act(main, residual=residual, second=second, act=None)[0]
 
 

@@ -17,8 +17,8 @@ def conv_bn_act_kernel(
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     x_scale_ptr,  # (groups * C,) fp32: relu(x * scale + shift) is what is convolved; None: x itself
     x_shift_ptr,  # (groups * C,) fp32, or None
-    scale_ptr,  # (groups * K,) fp32, of the output
-    shift_ptr,  # (groups * K,) fp32
+    scale_ptr,  # (groups * K,) fp32, of the output; None: it joins as it is
+    shift_ptr,  # (groups * K,) fp32; None together with the scale
     residual_ptr,  # (pixels, groups * K) storage dtype, or None
     residual_scale_ptr,  # (groups * K,) fp32 where the residual is a raw projection, else None
     residual_shift_ptr,  # (groups * K,) fp32, or None
@@ -26,8 +26,8 @@ def conv_bn_act_kernel(
     second_w_ptr,  # (groups * K, second_C) its 1x1 weights
     second_x_scale_ptr,  # (second_C,) fp32 of its prologue, or None
     second_x_shift_ptr,  # (second_C,) fp32, or None
-    second_scale_ptr,  # (groups * K,) fp32, of its output
-    second_shift_ptr,  # (groups * K,) fp32
+    second_scale_ptr,  # (groups * K,) fp32, of its output, or None
+    second_shift_ptr,  # (groups * K,) fp32, or None
     z_ptr,  # (pixels, groups * K) out
     mask_ptr,  # (pixels, ceil(groups * K / 8)) uint8 out, bits of z > 0; None: not wanted
     count_ptr,  # (tiles,) fp32 out, pixels of each tile; None: no statistics of z
@@ -85,9 +85,11 @@ def conv_bn_act_kernel(
     o_out = i_group * K + o_k
     m_row = o_row < pixels - first
     m_out = (o_k < GROUPS_PER_TILE * K) & (o_out < groups * K)
-    scale = tl.load(scale_ptr + o_out, mask=m_out, other=0.0)
-    shift = tl.load(shift_ptr + o_out, mask=m_out, other=0.0)
-    z = acc * scale[None, :] + shift[None, :]
+    z = acc
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + o_out, mask=m_out, other=0.0)
+        shift = tl.load(shift_ptr + o_out, mask=m_out, other=0.0)
+        z = acc * scale[None, :] + shift[None, :]
     if second_x_ptr is not None:
         second_C = second_C // SECOND_C_MULTIPLE * SECOND_C_MULTIPLE
         acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
@@ -96,9 +98,11 @@ def conv_bn_act_kernel(
             groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1,
             1, 1, False, False, 1, SECOND_EVEN_C, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
-        scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)
-        shift = tl.load(second_shift_ptr + o_out, mask=m_out, other=0.0)
-        z += acc * scale[None, :] + shift[None, :]
+        if second_scale_ptr is not None:
+            scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)
+            shift = tl.load(second_shift_ptr + o_out, mask=m_out, other=0.0)
+            acc = acc * scale[None, :] + shift[None, :]
+        z += acc
     o = o_row[:, None] * (groups * K) + o_out[None, :]
     m = m_row[:, None] & m_out[None, :]
     if residual_ptr is not None:

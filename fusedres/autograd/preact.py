@@ -21,7 +21,7 @@ from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward, bn_backward_apply, output_grad
 from ..ops.bn_forward import bn_forward
 from ..ops.bn_statistics import bn_statistics
-from ..ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Partials, channels_last, statistics_dtype
+from ..ops.contract import ConvInput, Normaliser, OutputGrad, Partials, channels_last
 from ..ops.conv_bn_act import Contraction, conv_bn_act
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import Producer, ProducerGrad, at_producer, joined
@@ -104,6 +104,7 @@ class PreAct(torch.autograd.Function):
             z, partials = _forward(ctx, x, spec, NormTensors(*tensors[:NORM]), grouped(tensors[NORM:]))
         if partials is None:
             return z, None, None, None
+        ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
         ctx.mark_non_differentiable(*partials)
         return z, *partials
 
@@ -133,13 +134,6 @@ def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvI
     return ConvInput(bn_act(x, norm.scale, norm.shift)[0].to(spec.dtype)), norm
 
 
-def unnormalised(u: ConvInput, weight: Tensor, geometry: Geometry) -> Contraction:
-    """A convolution without a batch norm as the operand of `conv_bn_act`."""
-    numbers = {"dtype": statistics_dtype(weight.dtype), "device": weight.device}
-    scale, shift = torch.ones(weight.shape[0], **numbers), torch.zeros(weight.shape[0], **numbers)  # type: ignore[call-overload]
-    return Contraction(u, weight, geometry, scale, shift)
-
-
 def _end(
     x: Tensor, source: ConvInput, last: ConvInput, spec: PreActSpec, parameters: list[ConvBN]
 ) -> tuple[Tensor, Partials | None]:
@@ -154,8 +148,8 @@ def _end(
     if spec.schedule.statistics:
         second = None
         if spec.projection is not None:
-            second = unnormalised(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
-        main = unnormalised(last, weight, last_spec.geometry)
+            second = Contraction(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
+        main = Contraction(last, weight, last_spec.geometry)
         z, _, partials = conv_bn_act(main, residual=residual, second=second, act=None, statistics=spec.measured)
         return z, partials
     z, _ = conv_forward(last, weight, last_spec.geometry)

@@ -25,13 +25,15 @@ def check_act(act: str | None) -> None:
 
 
 def normalised_sum(
-    y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None,
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, residual_scale: Tensor | None,
     residual_shift: Tensor | None, act: str | None,
 ) -> Tensor:  # fmt: skip
     """act(y * scale + shift + residual * residual_scale + residual_shift), unrounded in the statistics dtype."""
-    z = y.to(scale.dtype) * per_channel(scale) + per_channel(shift)
+    z = y.to(statistics_dtype(y.dtype))
+    if scale is not None and shift is not None:
+        z = z * per_channel(scale) + per_channel(shift)
     if residual is not None:
-        branch = residual.to(scale.dtype)
+        branch = residual.to(z.dtype)
         if residual_scale is not None and residual_shift is not None:
             branch = branch * per_channel(residual_scale) + per_channel(residual_shift)
         z = z + branch

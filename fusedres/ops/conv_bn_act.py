@@ -26,13 +26,13 @@ class Joined(NamedTuple):
 
 
 class Contraction(NamedTuple):
-    """A convolution and the numbers that normalise its output: conv(u, weight) * scale + shift."""
+    """A convolution and the numbers that normalise its output: conv(u, weight) * scale + shift; None: as it is."""
 
     u: ConvInput
     weight: Tensor
     geometry: Geometry
-    scale: Tensor
-    shift: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def _check(
@@ -43,8 +43,11 @@ def _check(
     for branch in (main, second):
         if branch is not None:
             check_conv(branch.u.tensor, branch.weight, branch.geometry, name="u")
-            check_vector("scale", branch.scale, branch.weight.shape[0])
-            check_vector("shift", branch.shift, branch.weight.shape[0])
+            if (branch.scale is None) != (branch.shift is None):
+                raise ValueError("scale, shift: expected both or neither, got one")
+            for name, vector in (("scale", branch.scale), ("shift", branch.shift)):
+                if vector is not None:
+                    check_vector(name, vector, branch.weight.shape[0])
             n, _, h, w = branch.u.tensor.shape
             p, q = branch.geometry.output_size(h, w, (branch.weight.shape[2], branch.weight.shape[3]))
             sizes.append((n, branch.weight.shape[0], p, q))
@@ -74,7 +77,7 @@ def _conv_bn_act(
     written to memory), or ``second``, a convolution contracted into the same accumulator.
 
     Args:
-        main: u (N, C, H, W) formed on load, W (K, C/groups, R, S), scale and shift (K,).
+        main: u (N, C, H, W) formed on load, W (K, C/groups, R, S), scale and shift (K,) or both None.
         residual: (N, K, P, Q) or None.
         residual_scale, residual_shift: (K,) or both None.
         second: the projection's `Contraction` or None; not together with ``residual``.
@@ -141,7 +144,7 @@ def _conv_bn_act_triton(
         conv_bn_act_kernel, (conv.blocks,),
         {**conv.arguments, **beside, **projected, **sizes, **written, "RELU": act == "relu"},
         reads=reads, writes=tuple(written), partial={"x_ptr": conv.read, "second_x_ptr": read},
-        flops=conv.flops + flops + (4 + 4 * statistics) * z.numel(),
+        flops=conv.flops + flops + (2 + 2 * (main.scale is not None) + 4 * statistics) * z.numel(),
         num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
     )  # fmt: skip
     return Joined(z, mask, partials)
@@ -203,4 +206,5 @@ def _conv_bn_act_native(
 
 
 def _folded(branch: Contraction) -> onednn.PackedConv:
-    return onednn.PackedConv(onednn.fold(branch.weight, branch.scale), branch.shift, branch.geometry)
+    weight = branch.weight if branch.scale is None else onednn.fold(branch.weight, branch.scale)
+    return onednn.PackedConv(weight, branch.shift, branch.geometry)

@@ -69,7 +69,7 @@ class Operands:
             if tf32:
                 u, weight = as_tf32(u.float()).to(dtype), as_tf32(weight.float()).to(dtype)
             y = conv2d(u, weight, None, *of.geometry)
-            return (y.to(wide) * numbers(of.scale) + numbers(of.shift)).to(dtype)
+            return y if of.scale is None else (y.to(wide) * numbers(of.scale) + numbers(of.shift)).to(dtype)
 
         z = branch(self.main)
         if self.second is not None:
@@ -83,9 +83,12 @@ class Operands:
 
 def check(
     target: str, conv: Conv, dtype: torch.dtype, shortcut: str = "none", *, prologue: bool = False,
-    act: str | None = "relu", bit_mask: bool = True, statistics: bool = False,
+    act: str | None = "relu", bit_mask: bool = True, statistics: bool = False, bare: bool = False,
 ) -> None:  # fmt: skip
     operands = Operands(conv, dtype, shortcut, prologue=prologue)
+    if bare:
+        operands.main = Contraction(*operands.main[:3])
+        operands.second = operands.second and Contraction(*operands.second[:3])
     asked = {"act": act, "bit_mask": bit_mask, "statistics": statistics}
     (z, mask, partials), trace = executed(target, lambda: conv_bn_act(operands.main, **operands.keywords, **asked))
     assert trace.by_kernel()["conv_bn_act_kernel"] == 1
@@ -134,6 +137,14 @@ def test_without_mask(act: str | None, target: str, dtype: torch.dtype) -> None:
 )
 def test_statistics_of_the_output(case: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[case], dtype, "plain", statistics=True)
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "target", "dtype"), covering(["plain", "projection of a formed input"], offset=4, contraction=True)
+)
+def test_without_numbers(shortcut: str, target: str, dtype: torch.dtype) -> None:
+    case = CASES["tails of pixels, K and C"]
+    check(target, case, dtype, shortcut, prologue=True, act=None, bit_mask=False, statistics=True, bare=True)
 
 
 @pytest.mark.slow
