@@ -66,7 +66,8 @@ def _normalise(
     y, _ = conv_forward(u, spec.weight(layer, u.tensor.dtype), spec.geometry)
     z, mask, norm = bn_forward(
         y, layer.gamma, layer.beta, layer.running_mean, layer.running_var, bias=layer.bias,
-        eps=spec.norm.eps, momentum=spec.norm.momentum, residual=residual, act=act, bit_mask=bit_mask,
+        eps=spec.norm.eps, momentum=spec.norm.momentum, counted=layer.counted, residual=residual, act=act,
+        bit_mask=bit_mask,
     )  # fmt: skip
     return z, mask, Branch(u, norm, y, None)
 

@@ -74,6 +74,7 @@ class LayerGrads(NamedTuple):
     beta: Tensor | None = None
     running_mean: None = None
     running_var: None = None
+    counted: None = None
 
 
 def grouped(tensors: tuple[Tensor | None, ...]) -> list[ConvBN]:
@@ -88,11 +89,12 @@ def is_idle(norm: NormSpec, needs: Needs) -> bool:
 
 def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpec, dtype: torch.dtype) -> Normaliser:
     """From the batch's statistics, moving the running ones, or from the running ones."""
-    gamma, beta, running_mean, running_var, bias = tensors
+    gamma, beta, running_mean, running_var, bias, counted = tensors
     if partials is not None:
         return bn_finalize(
-            partials, gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, momentum=spec.momentum
-        )
+            partials, gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, momentum=spec.momentum,
+            counted=counted,
+        )  # fmt: skip
     assert running_mean is not None and running_var is not None
     return bn_from_running(
         gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, dtype=statistics_dtype(dtype)
@@ -106,10 +108,10 @@ def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) ->
         return Branch(u, normaliser_of(None, layer.norm, spec.norm, weight.dtype), None, None)
     if spec.moments:
         moments = input_moments(u, spec.geometry.stride)
-        gamma, beta, running_mean, running_var, bias = layer.norm
+        gamma, beta, running_mean, running_var, bias, counted = layer.norm
         norm = moments_finalize(
             moments, weight, gamma, beta, running_mean, running_var, bias=bias, eps=spec.norm.eps,
-            momentum=spec.norm.momentum,
+            momentum=spec.norm.momentum, counted=counted,
         )  # fmt: skip
         return Branch(u, norm, None, moments)
     y, partials = conv_forward(u, weight, spec.geometry, statistics=schedule.statistics and spec.norm.batch_stats)

@@ -122,7 +122,7 @@ def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvI
     if numbers.batch_stats and spec.partials is None and not spec.schedule.statistics:
         out, _, norm = bn_forward(
             x, tensors.gamma, tensors.beta, tensors.running_mean, tensors.running_var, eps=numbers.eps,
-            momentum=numbers.momentum,
+            momentum=numbers.momentum, counted=tensors.counted,
         )  # fmt: skip
         return ConvInput(out.to(spec.dtype)), norm
     partials = spec.partials

@@ -21,6 +21,7 @@ def _bn_forward(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    counted: Tensor | None = None,
     residual: Tensor | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
@@ -29,7 +30,7 @@ def _bn_forward(
 
     Args:
         y: (N, C, H, W) raw convolution output.
-        gamma, beta, running_mean, running_var, bias, eps, momentum: as in `bn_finalize`.
+        gamma, beta, running_mean, running_var, bias, eps, momentum, counted: as in `bn_finalize`.
         residual: (N, C, H, W), added before the activation, or None.
         act: ``"relu"`` or None.
         bit_mask: whether to return the ReLU's open positions too.
@@ -37,7 +38,10 @@ def _bn_forward(
     Returns:
         z (N, C, H, W), the bit mask (`pack_relu_mask`) or None, and the `Normaliser`.
     """
-    norm = bn_finalize(bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum)
+    norm = bn_finalize(
+        bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum,
+        counted=counted,
+    )  # fmt: skip
     return *bn_act(y, norm.scale, norm.shift, residual=residual, act=act, bit_mask=bit_mask), norm
 
 
@@ -57,6 +61,7 @@ def _bn_forward_native(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    counted: Tensor | None = None,
     residual: Tensor | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
@@ -70,6 +75,8 @@ def _bn_forward_native(
     check_act(act)
     check_norm_vectors(y.shape[1], gamma, beta, running_mean, running_var, bias)
     out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
+    if counted is not None:
+        counted.add_(1)
     if residual is not None:
         out.add_(residual)
     if act == "relu":

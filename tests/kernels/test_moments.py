@@ -42,6 +42,7 @@ class Setting:
         self.below = Normaliser(torch.randn(size[1]), torch.rand(size[1]) + 0.5, torch.rand(size[1]) + 0.5, shift)
         self.weight = (torch.randn(k, size[1], 1, 1) / size[1] ** 0.5).to(dtype)
         self.gamma, self.beta = torch.randn(2, k)
+        self.counted = torch.tensor(3)
         self.running = (torch.randn(k), torch.rand(k) + 0.5)
         p, q = self.geometry.output_size(*size[2:], (1, 1))
         z = torch.relu(activation((size[0], k, p, q), dtype))
@@ -57,7 +58,7 @@ class Setting:
             invstd = (self.running[1] + 1e-5) ** -0.5
             norm = Normaliser(self.running[0], invstd, scale, self.beta - self.running[0] * scale)
         else:
-            norm = moments_finalize(moments, self.weight, self.gamma, self.beta)
+            norm = moments_finalize(moments, self.weight, self.gamma, self.beta, counted=self.counted)
         d, sum_g = moments_contraction(self.g, u, (1, 1), self.geometry)
         small, matrices = moments_backward(d, sum_g, moments, self.weight, norm)
         if self.form.startswith("producer"):
@@ -102,7 +103,8 @@ NAMES = ("dweight", "dgamma", "dbeta", "du", "sum(g) of the producer", "sum(g y_
 
 def check(target: str, case: str, dtype: torch.dtype, form: str) -> None:
     setting = Setting(case, dtype, form)
-    ours, trace = executed(target, setting.step)
+    ours, trace = executed(target, setting.step, [setting.counted])
+    assert setting.counted.item() == 3 + (form != "frozen")
     assert trace.by_kernel()["conv_input_grad_kernel"] == trace.by_kernel()["moments_weight_grad_kernel"] == 1
     assert trace.by_kernel()["moments_quadratic_kernel"] == (form != "frozen")
     eager, exact = setting.autograd(dtype), setting.autograd(torch.float64)
