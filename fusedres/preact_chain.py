@@ -20,7 +20,7 @@ from .ops.bn_act import bn_act
 from .ops.bn_finalize import check_norm_vectors
 from .ops.contract import ConvInput, Partials, channels_last, check_activation
 from .ops.conv_bn_act import Contraction, conv_bn_act
-from .ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_size
+from .ops.zero_pad_shortcut import ZeroPadded, zero_pad_size
 from .plan import AUTO, Schedule, chain_schedule
 
 
@@ -148,11 +148,11 @@ def _infer(
     u = source
     for layer in layers[:-1]:
         u = ConvInput(activated_by(u, layer))
-    residual: Tensor | None = None
+    residual: Tensor | ZeroPadded | None = None
     if shortcut == "identity":
         residual = x
     elif shortcut == "zero_pad":
-        residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
+        residual = ZeroPadded(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
     second = None
     if projection is not None:
         second = Contraction(source, projection.tensors.weight.to(dtype), projection.geometry)

@@ -30,6 +30,7 @@ from ..ops.moments_backward import (
     moments_input_grad,
     moments_producer_grad,
 )
+from ..ops.zero_pad_shortcut import Added
 from ..plan import Schedule
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
@@ -129,7 +130,7 @@ def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
 class Below(NamedTuple):
     """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums."""
 
-    add: OutputGrad | None = None
+    add: Added | None = None
     producer: Producer | None = None
 
 

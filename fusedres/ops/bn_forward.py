@@ -9,6 +9,7 @@ from .bn_statistics import bn_statistics
 from .contract import Normaliser, check_activation, statistics_dtype
 from .op import Op
 from .relu_mask import pack_relu_mask
+from .zero_pad_shortcut import ZeroPadded, add_shortcut
 
 
 def _bn_forward(
@@ -22,7 +23,7 @@ def _bn_forward(
     eps: float = 1e-5,
     momentum: float = 0.1,
     counted: Tensor | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
@@ -31,7 +32,7 @@ def _bn_forward(
     Args:
         y: (N, C, H, W) raw convolution output.
         gamma, beta, running_mean, running_var, bias, eps, momentum, counted: as in `bn_finalize`.
-        residual: (N, C, H, W), added before the activation, or None.
+        residual: (N, C, H, W) or a `ZeroPadded` of that shape, added before the activation, or None.
         act: ``"relu"`` or None.
         bit_mask: whether to return the ReLU's open positions too.
 
@@ -62,7 +63,7 @@ def _bn_forward_native(
     eps: float = 1e-5,
     momentum: float = 0.1,
     counted: Tensor | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
@@ -78,7 +79,7 @@ def _bn_forward_native(
     if counted is not None:
         counted.add_(1)
     if residual is not None:
-        out.add_(residual)
+        add_shortcut(out, residual)
     if act == "relu":
         out.relu_()
     return out, pack_relu_mask(out) if bit_mask else None, normaliser(mean, invstd, gamma, beta)

@@ -9,10 +9,11 @@ from .conv_forward import formed
 from .conv_input_grad import conv_input_grad, joined, joined_by_onednn
 from .conv_weight_grad import conv_weight_grad
 from .op import Op
+from .zero_pad_shortcut import Added
 
 
 def _conv_backward(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
     """(dW, du): `conv_weight_grad` and `conv_input_grad`.
 
@@ -36,7 +37,7 @@ conv_backward = Op(_conv_backward)
 
 @conv_backward.triton
 def _conv_backward_triton(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
     if dy.p is None and dy.mask is None and u.scale is None and add is None:
         return NotImplemented  # nothing to join: both in one call, where a library has one
@@ -45,9 +46,9 @@ def _conv_backward_triton(
 
 @conv_backward.native
 def _conv_backward_native(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
-    if add is not None and joined_by_onednn(weight, geometry, add):
+    if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
         return NotImplemented
     check_activation("dy", dy.g, weight.shape[0])
     check_activation("u", u.tensor)

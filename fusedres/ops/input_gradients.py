@@ -14,6 +14,7 @@ from .contract import ConvInput, Geometry, Normaliser, OutputGrad, channels_last
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
 from .relu_mask import gradient, is_pooled, laid_out
 from .rows import empty_rows, storable
+from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
 
 
 class InputMatrices(NamedTuple):
@@ -66,7 +67,7 @@ def gradient_shape(
 
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
-    matrices: InputMatrices | None = None, add: OutputGrad | None = None, norm: Normaliser | None = None,
+    matrices: InputMatrices | None = None, add: Added | None = None, norm: Normaliser | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
@@ -86,10 +87,9 @@ def launch_input_grad(
     packed, per_tile = tile.groups_per_tile, tile.groups_per_tile * shape.c
     if groups > 1 and packed * shape.c % 8 and dy.mask is not None and dy.mask.dtype == torch.uint8:
         dy = dy._replace(g=masked(dy), mask=None)
-    if groups > 1 and packed * shape.k % 8 and add is not None and add.mask is not None:
-        add = OutputGrad(masked(add))
-    add = add or OutputGrad(None)  # type: ignore[arg-type]
-    out = empty_rows(dy.g, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype), size)
+    split = groups > 1 and packed * shape.k % 8 != 0
+    spread, from_elsewhere = added_geometry(add), _from_elsewhere(add, split)
+    out = empty_rows(dy.g, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
     sums = products = None
@@ -103,13 +103,16 @@ def launch_input_grad(
         "w_ptr": channels_last(weight), "quadratic_ptr": matrices and matrices.quadratic,
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
-        "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
+        "add_ptr": from_elsewhere and gradient(from_elsewhere.g)["g_ptr"],
+        "add_mask_ptr": from_elsewhere and laid_out(from_elsewhere.mask),
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
     partial = _partial(dy, weight, size, geometry)
+    if isinstance(add, ZeroPaddedGrad) and from_elsewhere is not None:
+        partial |= added_read(add._replace(grad=from_elsewhere))
     if norm is None and consumed is not None:
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
     arguments = window_arguments(
@@ -119,12 +122,12 @@ def launch_input_grad(
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, "tiles": tiles,
+            **arriving, **beside, **written, **arguments, **spread, "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
             "STRIDED": classes > 1, "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
-            "ADD_POOLED": add.g is not None and is_pooled(add.g), "GROUPS_PER_TILE": packed,
+            "ADD_POOLED": from_elsewhere is not None and is_pooled(from_elsewhere.g), "GROUPS_PER_TILE": packed,
             "EVEN_K": whole and per_tile % tile.block_c == 0,
             "EVEN_C": whole and packed * shape.k % tile.block_k == 0,
             "EVEN_DEPTH": matrices is not None and c % tile.block_c == 0,
@@ -136,6 +139,17 @@ def launch_input_grad(
     if sums is None or products is None or norm is None:
         return Launched(out, None)
     return Launched(out, finished(sums, products, n * h * w, norm))
+
+
+def _from_elsewhere(add: Added | None, split: bool) -> OutputGrad | None:
+    """``add`` as the kernel reads it; ``split``: whether a byte of its bits may belong to two tiles."""
+    if add is None:
+        return None
+    grad = add.grad if isinstance(add, ZeroPaddedGrad) else add
+    bits = grad.mask is not None and grad.mask.dtype == torch.uint8
+    if bits and (split or (isinstance(add, ZeroPaddedGrad) and add.places.start % 8)):
+        return OutputGrad(masked(grad))
+    return grad
 
 
 def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputMatrices | None) -> int:

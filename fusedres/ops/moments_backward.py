@@ -20,7 +20,7 @@ from torch import Tensor
 from ..launch import launch, target_of
 from ..plan.tiles import matrix_tile
 from . import onednn
-from .bn_backward import masked
+from .bn_backward import added, masked
 from .contract import (
     ConvInput,
     Geometry,
@@ -33,12 +33,13 @@ from .contract import (
     statistics_dtype,
 )
 from .conv_forward import formed
-from .conv_input_grad import Producer, ProducerGrad, at_producer
+from .conv_input_grad import Producer, ProducerGrad, at_producer, joined
 from .conv_weight_grad import summed_weight_grad, weight_grad
 from .input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
 from .input_moments import sampled
 from .op import Op
 from .rows import storable
+from .zero_pad_shortcut import Added
 
 
 class MomentsGrad(NamedTuple):
@@ -219,7 +220,7 @@ def frozen_matrices(weight: Tensor, norm: Normaliser) -> InputGradMatrices:
 
 
 def _moments_input_grad(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None
 ) -> Tensor:
     """du = (a * g) W - u Q - c at the pixels that the 1x1 convolution reads, zero elsewhere, plus the masked ``add``.
 
@@ -242,7 +243,7 @@ def _moments_input_grad(
     du = _spread(from_rows(rows, seen.tensor), u.tensor, geometry.stride)
     if add is None:
         return du.to(u.tensor.dtype)
-    return (du + masked(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
+    return (du + added(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
 
 
 def _spread(seen: Tensor, like: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -259,14 +260,14 @@ moments_input_grad = Op(_moments_input_grad)
 
 @moments_input_grad.triton
 def _moments_input_grad_triton(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None
 ) -> Tensor:
     launched = _launched(g, matrices, u, geometry, add=add)
     return NotImplemented if launched is None else launched.g
 
 
 def _moments_producer_grad(
-    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     """du as `moments_input_grad` gives it, behind the ReLU of the layer that made u, and the sums of it.
 
@@ -288,7 +289,7 @@ moments_producer_grad = Op(_moments_producer_grad)
 
 @moments_producer_grad.triton
 def _moments_producer_grad_triton(
-    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     launched = _launched(g, matrices, producer.output, geometry, add=add, norm=producer.norm)
     if launched is None or launched.sums is None:
@@ -297,7 +298,7 @@ def _moments_producer_grad_triton(
 
 
 def _launched(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None,
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None,
     norm: Normaliser | None = None,
 ) -> Launched | None:  # fmt: skip
     """One pass by `conv_input_grad_kernel`, or None where there is no kernel."""
@@ -315,7 +316,7 @@ def _launched(
 
 @moments_input_grad.native
 def _moments_input_grad_native(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None
 ) -> Tensor:
     if not onednn.runs(u.tensor) or (add is not None and add.g.dtype != u.tensor.dtype):
         return NotImplemented
@@ -327,4 +328,4 @@ def _moments_input_grad_native(
         du = onednn.conv_act(seen, onednn.pointwise(matrices.quadratic.sum(1), matrices.constants.sum(0)))
         onednn.conv_onto(du, masked(g), linear)
     du = _spread(du, u.tensor, geometry.stride)
-    return du if add is None else du.add_(masked(add))
+    return joined(du, add)

@@ -35,7 +35,8 @@ HELD = [
     ("resnet50", "MB saved", 19.3),
     ("resnet50", "launches", 419),
     ("resnet18", "MB", 48.1),
-    ("cifar_resnet56", "MB", 13.7),
+    ("cifar_resnet56", "MB", 13.3),
+    ("cifar_resnet56", "launches", 397),
     pytest.param("resnet101", "MB", 272.9, marks=pytest.mark.slow),
     pytest.param("resnet152", "MB", 387.9, marks=pytest.mark.slow),
 ]

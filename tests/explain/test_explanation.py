@@ -221,5 +221,10 @@ def test_batches_are_counted_where_running_statistics_move():
     assert "_foreach_add_" not in library_calls("cifar", lambda: cifar_resnet(8))
 
 
+def test_the_parameter_free_shortcut_is_part_of_other_launches():
+    found = library_calls("cifar", lambda: cifar_resnet(8))
+    assert found.isdisjoint({"zeros", "clone", "copy_", "constant_pad_nd", "fill_"})
+
+
 def test_nothing_absent_is_made_of_zeros_or_ones():
     assert library_calls("preact", lambda: preact_resnet(11)).isdisjoint({"zeros", "ones", "fill_", "zeros_like"})
