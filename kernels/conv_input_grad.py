@@ -16,7 +16,7 @@ from .relu_mask import load_masked_rows, unpacked
 from .zero_pad_shortcut import load_zero_padded_grad
 
 CLASSES = ("tiles", "step_r", "step_s", "row_step", "column_step", "constants")
-ADDED = ("add_P", "add_Q", "add_stride_h", "add_stride_w")
+ADDED = ("x_H", "x_W", "x_stride_h", "x_stride_w", "add_P", "add_Q", "add_stride_h", "add_stride_w")
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def conv_input_grad_kernel(
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     quadratic_ptr,  # (C, TERMS, C) of the moments form, storage dtype: the input with every term is added; or None
     constant_ptr,  # (constants, C) fp32, terms of what is added to every pixel that the convolution reads; or None
-    x_ptr,  # (N, H, W, groups * C) what the convolution consumed; None where neither of its uses is wanted
+    x_ptr,  # (N, x_H, x_W, groups * C) what the convolution consumed; None where neither of its uses is wanted
     x_scale_ptr,  # (groups * C,) fp32 where it consumed relu(x * scale + shift), or None
     x_shift_ptr,  # (groups * C,) fp32, or None
     x_mean_ptr,  # (groups * C,) fp32, with the producer's sums
@@ -221,6 +221,10 @@ def conv_input_grad_kernel(
     row_step,  # rows of dy between these
     column_step,
     constants,
+    x_H,  # as H and W, but where the gradient is wanted at every x_stride-th pixel of x alone
+    x_W,
+    x_stride_h,
+    x_stride_w,
     add_C,  # what the zero-pad shortcut is told of its output
     add_P,
     add_Q,
@@ -292,8 +296,9 @@ def conv_input_grad_kernel(
         if i_class == 0:
             # As the taps of a window that does not move.
             acc = contract(
-                x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, H, W, P, Q, stride_h,
-                stride_w, 0, 0, 0, 0, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+                x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, x_H, x_W, P, Q,
+                x_stride_h, x_stride_w, 0, 0, 0, 0, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS,
+                BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(constants):

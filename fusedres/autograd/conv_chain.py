@@ -30,6 +30,8 @@ from .layer import (
     layer_backward,
     measure,
     needs_of,
+    samples,
+    shortcut_grad,
 )
 from .layouts import arrived, in_dtype
 from .saved import differentiable_once, keep, kept, on_forward_backend
@@ -202,10 +204,10 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     at_input: Added | None = None
     if saved.projection is not None and spec.projection is not None:
         if needs[-1].any:
-            grads[-1], dx = branch_backward(
-                g, saved.projection, saved.parameters[-1], spec.projection, schedule, needs[-1]
-            )
-            at_input = OutputGrad(dx, scratch=True) if isinstance(dx, Tensor) else None
+            layer, projection = saved.parameters[-1], spec.projection
+            below = Below(compact=samples(layer, projection))
+            grads[-1], dx = branch_backward(g, saved.projection, layer, projection, schedule, needs[-1], below)
+            at_input = shortcut_grad(dx, ctx.input_size, layer, projection)
     elif spec.shortcut == "identity":
         at_input = arriving
     elif spec.shortcut == "zero_pad" and needed_x:

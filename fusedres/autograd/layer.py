@@ -30,7 +30,7 @@ from ..ops.moments_backward import (
     moments_input_grad,
     moments_producer_grad,
 )
-from ..ops.zero_pad_shortcut import Added
+from ..ops.zero_pad_shortcut import Added, ZeroPaddedGrad
 from ..plan import Schedule
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
@@ -127,15 +127,33 @@ def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
     return Contraction(branch.source, weight, spec.geometry, branch.norm.scale, branch.norm.shift)
 
 
+SourceGrad = Tensor | ProducerGrad | None
+"""The gradient of a layer's source, behind the ReLU of the layer below and with its sums where there is one."""
+
+
 class Below(NamedTuple):
-    """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums."""
+    """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums.
+
+    ``compact``: the gradient at the pixels that a strided 1x1 convolution reads is enough, (N, C, P, Q).
+    """
 
     add: Added | None = None
     producer: Producer | None = None
+    compact: bool = False
 
 
-SourceGrad = Tensor | ProducerGrad | None
-"""The gradient of a layer's source, behind the ReLU of the layer below and with its sums where there is one."""
+def samples(layer: ConvBN, spec: LayerSpec) -> bool:
+    """Whether a convolution leaves pixels of its source unread, every one between two that it reads."""
+    stride, padding, _, _ = spec.geometry
+    return layer.weight.shape[2:] == (1, 1) and padding == (0, 0) and stride != (1, 1)
+
+
+def shortcut_grad(du: SourceGrad, size: tuple[int, ...], layer: ConvBN, spec: LayerSpec) -> Added | None:
+    """What a projection sends to its source of ``size``, computed with ``Below(compact=samples(layer, spec))``."""
+    if not isinstance(du, Tensor):
+        return None
+    grad = OutputGrad(du, scratch=True)
+    return ZeroPaddedGrad(grad, size, spec.geometry.stride) if samples(layer, spec) else grad
 
 
 def convolution_backward(
@@ -144,6 +162,10 @@ def convolution_backward(
     """dW and the source's gradient of a convolution, each if asked for."""
     weight = spec.weight(layer, source.tensor.dtype)
     window = (weight.shape[2], weight.shape[3])
+    if below.compact and needs.source:
+        at_read = (dy.g.shape[0], source.tensor.shape[1], *dy.g.shape[2:])
+        du = conv_input_grad(dy, weight, at_read, spec.geometry._replace(stride=(1, 1)))
+        return conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None, du
     if below.producer is not None:
         dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
         return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer, add=below.add)
@@ -206,7 +228,7 @@ def _moments_branch_backward(
         return grads, moments_producer_grad(g, matrices, spec.geometry, below.producer, add=below.add)
     if not needs.source:
         return grads, None
-    return grads, moments_input_grad(g, matrices, branch.source, spec.geometry, add=below.add)
+    return grads, moments_input_grad(g, matrices, branch.source, spec.geometry, add=below.add, compact=below.compact)
 
 
 def in_parameter_dtypes(

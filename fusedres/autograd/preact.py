@@ -41,6 +41,8 @@ from .layer import (
     layer_backward,
     needs_of,
     normaliser_of,
+    samples,
+    shortcut_grad,
 )
 from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
@@ -198,9 +200,11 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     at_input: Added | None = None
     if spec.projection is not None:
         wanted = needs_of(asked[-1], at_source)
-        dweight, du = convolution_backward(g, saved.source, saved.parameters[-1], spec.projection, wanted, Below())
-        grads[-1] = _weight_alone(dweight, saved.parameters[-1])
-        at_input = OutputGrad(du, scratch=True) if isinstance(du, Tensor) else None
+        layer, projection = saved.parameters[-1], spec.projection
+        below_it = Below(compact=samples(layer, projection))
+        dweight, du = convolution_backward(g, saved.source, layer, projection, wanted, below_it)
+        grads[-1] = _weight_alone(dweight, layer)
+        at_input = shortcut_grad(du, ctx.size, layer, projection)
     elif spec.shortcut == "identity":
         at_input = OutputGrad(dz)
     elif spec.shortcut == "zero_pad" and needed_x:

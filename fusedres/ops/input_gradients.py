@@ -68,6 +68,7 @@ def gradient_shape(
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
     matrices: InputMatrices | None = None, add: Added | None = None, norm: Normaliser | None = None,
+    x_stride: tuple[int, int] | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
@@ -76,6 +77,7 @@ def launch_input_grad(
         x: (N, C, H, W) what the convolution consumed, with ``matrices`` or ``norm``.
         matrices: of the moments form.
         add: another gradient of the input.
+        x_stride: where ``size`` is of the pixels alone that a 1x1 convolution reads: how far they are apart in x.
         norm: the numbers of the batch norm in x, behind whose ReLU the gradient is wanted with its sums.
     """
     from ..kernels.conv_input_grad import conv_input_grad_kernel
@@ -114,7 +116,8 @@ def launch_input_grad(
     if isinstance(add, ZeroPaddedGrad) and from_elsewhere is not None:
         partial |= added_read(add._replace(grad=from_elsewhere))
     if norm is None and consumed is not None:
-        partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
+        read = geometry if x_stride is None else geometry._replace(stride=x_stride)
+        partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, read)
     arguments = window_arguments(
         out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry
     )
@@ -122,7 +125,8 @@ def launch_input_grad(
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, **spread, "tiles": tiles,
+            **arriving, **beside, **written, **arguments, **spread, **_consumed(consumed, x_stride or stride),
+            "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
@@ -139,6 +143,12 @@ def launch_input_grad(
     if sums is None or products is None or norm is None:
         return Launched(out, None)
     return Launched(out, finished(sums, products, n * h * w, norm))
+
+
+def _consumed(x: Tensor | None, stride: tuple[int, int]) -> dict[str, int]:
+    """Where in x the pixels are that a 1x1 convolution read."""
+    high, wide = (1, 1) if x is None else x.shape[2:]
+    return {"x_H": high, "x_W": wide, "x_stride_h": stride[0], "x_stride_w": stride[1]}
 
 
 def _from_elsewhere(add: Added | None, split: bool) -> OutputGrad | None:

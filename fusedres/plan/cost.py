@@ -119,10 +119,11 @@ def chain_passes(chain: ChainShape, rung: Schedule, itemsize: int, target: Targe
         else:
             yield from _written(layer, rung, itemsize, target, behind=i > 0, joining=joining, inner=True)
     if chain.projection is not None:
-        if rung.moments and takes_moments(chain.projection):
-            yield from _moments(chain.projection, itemsize, target)
+        projection = _sampled(chain.projection)
+        if rung.moments and takes_moments(projection):
+            yield from _moments(projection, itemsize, target)
         else:
-            yield from _written(chain.projection, rung, itemsize, target)
+            yield from _written(projection, rung, itemsize, target)
             if not rung.statistics:  # normalised before it joins
                 yield Pass(2 * _Sizes.of(chain.projection, itemsize).y)
     if chain.shortcut == "residual":
@@ -144,7 +145,12 @@ def _joining(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
     if chain.shortcut in ("identity", "zero_pad"):
         values = end.pixels * chain.layers[0].c
         return values * itemsize + values // 8
-    return _Sizes.of(chain.layers[0], itemsize).dx if chain.shortcut == "projection" else 0
+    return 0 if chain.projection is None else _Sizes.of(_sampled(chain.projection), itemsize).dx
+
+
+def _sampled(projection: ConvShape) -> ConvShape:
+    """A projection whose input's gradient is written at the pixels alone that it reads, where it is 1x1."""
+    return projection._replace(whole=projection.pixels) if projection.pointwise else projection
 
 
 def _written(

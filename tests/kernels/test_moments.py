@@ -28,7 +28,7 @@ CASES = {
     "several tiles of C": ((1, 160, 5, 5), 64, (1, 1)),
     "one channel": ((2, 1, 3, 3), 4, (1, 1)),
 }
-FORMS = ("producer", "added", "producer, added", "alone", "frozen", "a large mean")
+FORMS = ("producer", "added", "producer, added", "alone", "frozen", "a large mean", "compact")
 
 
 class Setting:
@@ -65,7 +65,8 @@ class Setting:
             producer = Producer(self.y, self.below)
             du, sums = moments_producer_grad(self.g, matrices, self.geometry, producer, add=self.add)
             return *small, du, sums.sum_g, sums.sum_gy
-        return *small, moments_input_grad(self.g, matrices, u, self.geometry, add=self.add)
+        compact = self.form == "compact"
+        return *small, moments_input_grad(self.g, matrices, u, self.geometry, add=self.add, compact=compact)
 
     def autograd(self, dtype: torch.dtype, *, tf32: bool = False) -> tuple[Tensor, ...]:
         """By separate operations, each rounding to ``dtype``; those of the backward pass from factors in TF32."""
@@ -91,6 +92,8 @@ class Setting:
         du = input_grad(factors[0], factors[2], tuple(u.shape), self.geometry)
         if self.add is not None:
             du = du + self.add.g.to(dtype)
+        if self.form == "compact":
+            du = du[:, :, :: self.geometry.stride[0], :: self.geometry.stride[1]]
         if not self.form.startswith("producer"):
             return dweight, dgamma, dbeta, du
         du = torch.where(u > 0, du, 0)
@@ -123,7 +126,7 @@ def test_agrees(case: str, target: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("form", "target", "dtype"), covering(FORMS, offset=4, contraction=True))
 def test_every_form(form: str, target: str, dtype: torch.dtype) -> None:
-    check(target, "tails of pixels, K and C", dtype, form)
+    check(target, "strided" if form == "compact" else "tails of pixels, K and C", dtype, form)
 
 
 @pytest.mark.slow
