@@ -17,7 +17,7 @@ from ..ops.contract import (
     Partials,
     statistics_dtype,
 )
-from ..ops.conv_backward import conv_backward
+from ..ops.conv_backward import conv_backward, conv_producer_backward
 from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import Producer, ProducerGrad, conv_input_grad, conv_producer_grad
@@ -167,8 +167,9 @@ def convolution_backward(
         du = conv_input_grad(dy, weight, at_read, spec.geometry._replace(stride=(1, 1)))
         return conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None, du
     if below.producer is not None:
-        dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
-        return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer, add=below.add)
+        if needs.weight:
+            return conv_producer_backward(dy, source, weight, spec.geometry, below.producer, add=below.add)
+        return None, conv_producer_grad(dy, weight, spec.geometry, below.producer, add=below.add)
     if needs.weight and needs.source:
         return conv_backward(dy, source, weight, spec.geometry, add=below.add)
     if needs.weight:

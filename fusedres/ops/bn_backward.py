@@ -181,10 +181,7 @@ def _bn_backward_apply_triton(dy: OutputGrad, *, add: Added | None = None) -> Te
 
     joining = None
     if add is not None:
-        grad = add.grad if isinstance(add, ZeroPaddedGrad) else add
-        joining = channels_last(masked(grad))
-        grad = OutputGrad(joining)
-        add = add._replace(grad=grad) if isinstance(add, ZeroPaddedGrad) else grad
+        joining = channels_last(masked(add.grad if isinstance(add, ZeroPaddedGrad) else add))
     out = empty_rows(dy.g, dy.g.dtype if joining is None else torch.promote_types(dy.g.dtype, joining.dtype))
     arguments = {
         **gradient_arguments(dy), "add_ptr": joining, **added_geometry(add), "H": out.shape[2], "W": out.shape[3],
@@ -192,7 +189,7 @@ def _bn_backward_apply_triton(dy: OutputGrad, *, add: Added | None = None) -> Te
     per_value = 1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None) + (joining is not None)
     launch_rows(
         bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=(*GRADIENT, "add_ptr"), writes=("dy_ptr",),
-        flops=per_value * out.numel(), partial=added_read(add),
+        flops=per_value * out.numel(), partial=added_read(add, None if joining is None else OutputGrad(joining)),
     )  # fmt: skip
     return out
 

@@ -90,7 +90,7 @@ def launch_input_grad(
     if groups > 1 and packed * shape.c % 8 and dy.mask is not None and dy.mask.dtype == torch.uint8:
         dy = dy._replace(g=masked(dy), mask=None)
     split = groups > 1 and packed * shape.k % 8 != 0
-    spread, from_elsewhere = added_geometry(add), _from_elsewhere(add, split)
+    other = from_elsewhere(add, split)
     out = empty_rows(dy.g, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
@@ -105,16 +105,13 @@ def launch_input_grad(
         "w_ptr": channels_last(weight), "quadratic_ptr": matrices and matrices.quadratic,
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
-        "add_ptr": from_elsewhere and gradient(from_elsewhere.g)["g_ptr"],
-        "add_mask_ptr": from_elsewhere and laid_out(from_elsewhere.mask),
+        "add_ptr": other and gradient(other.g)["g_ptr"], "add_mask_ptr": other and laid_out(other.mask),
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
-    partial = _partial(dy, weight, size, geometry)
-    if isinstance(add, ZeroPaddedGrad) and from_elsewhere is not None:
-        partial |= added_read(add._replace(grad=from_elsewhere))
+    partial = bytes_reached(dy, weight, size, geometry) | added_read(add, other)
     if norm is None and consumed is not None:
         read = geometry if x_stride is None else geometry._replace(stride=x_stride)
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, read)
@@ -125,13 +122,13 @@ def launch_input_grad(
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, **spread, **_consumed(consumed, x_stride or stride),
-            "tiles": tiles,
+            **arriving, **beside, **written, **arguments, **added_geometry(add),
+            **_consumed(consumed, x_stride or stride), "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
             "STRIDED": classes > 1, "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
-            "ADD_POOLED": from_elsewhere is not None and is_pooled(from_elsewhere.g), "GROUPS_PER_TILE": packed,
+            "ADD_POOLED": other is not None and is_pooled(other.g), "GROUPS_PER_TILE": packed,
             "EVEN_K": whole and per_tile % tile.block_c == 0,
             "EVEN_C": whole and packed * shape.k % tile.block_k == 0,
             "EVEN_DEPTH": matrices is not None and c % tile.block_c == 0,
@@ -151,7 +148,7 @@ def _consumed(x: Tensor | None, stride: tuple[int, int]) -> dict[str, int]:
     return {"x_H": high, "x_W": wide, "x_stride_h": stride[0], "x_stride_w": stride[1]}
 
 
-def _from_elsewhere(add: Added | None, split: bool) -> OutputGrad | None:
+def from_elsewhere(add: Added | None, split: bool = False) -> OutputGrad | None:
     """``add`` as the kernel reads it; ``split``: whether a byte of its bits may belong to two tiles."""
     if add is None:
         return None
@@ -169,7 +166,7 @@ def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputM
     return flops
 
 
-def _partial(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> dict[str, int]:
+def bytes_reached(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> dict[str, int]:
     """Bytes of what is not read whole: windows can lie in the padding, and taps of small inputs outside of these."""
     window, steps = weight.shape[2:], (geometry.stride, geometry.padding, geometry.dilation)
     reached, taps = 1, 1

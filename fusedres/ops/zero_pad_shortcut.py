@@ -149,11 +149,11 @@ def added_geometry(add: Added | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def added_read(add: Added | None) -> dict[str, int]:
-    """What kernels read of a gradient from elsewhere that they do not read whole, by argument."""
-    if not isinstance(add, ZeroPaddedGrad):
+def added_read(add: Added | None, grad: OutputGrad | None) -> dict[str, int]:
+    """What kernels read of a gradient from elsewhere, given as ``grad``, that they do not read whole, by argument."""
+    if not isinstance(add, ZeroPaddedGrad) or grad is None:
         return {}
-    g, mask, places = add.g, add.grad.mask, add.places
+    g, mask, places = grad.g, grad.mask, add.places
     n, _, p, q = g.shape
     read = {"add_ptr": (n if is_pooled(g) else n * p * q) * add.size[1] * g.element_size()}
     if mask is not None and mask.dtype == torch.uint8:
