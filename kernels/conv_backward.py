@@ -143,6 +143,10 @@ def conv_backward_kernel(
             if mask_ptr is not None:
                 g = tl.where(unpacked(mask, BLOCK_PIXELS, BLOCK_K) if BITS else mask > 0, g, 0.0)
             dy = g
+            if mask_ptr is None and p_ptr is None:
+                # Through registers: of a copy that arrives in shared memory for both products Triton 3.8 keeps one
+                # place, and lets the next overwrite it while wgmma, the slower of the two, still reads it.
+                dy = tl.where(m_in[:, None], g, 0.0)
             if p_ptr is not None:
                 wide = g.to(tl.float32) * tl.load(p_ptr + o_k, mask=m_k, other=0.0)[None, :]
                 if q_ptr is not None:

@@ -148,6 +148,13 @@ def test_every_epilogue(join: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[SMALL], dtype, "dy formed", join)
 
 
+@pytest.mark.skipif("sm_90" not in TESTED, reason="wgmma is sm_90's")
+@pytest.mark.parametrize("case", ["1x1 that narrows", "1x1 that widens"])
+def test_no_copy_overwrites_what_wgmma_still_reads(case: str) -> None:
+    """A race in what Triton 3.8 makes of a plain dy, were it to go from shared memory into both products."""
+    check("sm_90", CASES[case], torch.bfloat16, "plain", "nothing")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("form", "target", "dtype"), targets_of(FORMS))
