@@ -8,10 +8,11 @@ from torch import Tensor
 from .. import backends
 from . import onednn
 from .bn_act import bn_act
-from .bn_backward import NormSums, bn_backward_apply, bn_backward_reduce, masked
+from .bn_backward import NormSums, added, bn_backward_apply, bn_backward_reduce, masked
 from .contract import ConvInput, Geometry, Normaliser, OutputGrad, check_activation, check_conv_shapes, statistics_dtype
 from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
+from .zero_pad_shortcut import Added, ZeroPaddedGrad
 
 
 class Producer(NamedTuple):
@@ -50,7 +51,8 @@ def at_producer(du: Tensor, producer: Producer) -> ProducerGrad:
     return ProducerGrad(g, bn_backward_reduce(OutputGrad(g), producer.y, producer.norm))
 
 
-def _check(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> None:
+def check_gradient(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> None:
+    """Refuse a ``dy`` that is not the gradient of what ``weight`` makes of an input of ``size``."""
     check_activation("dy", dy.g, weight.shape[0])
     p, q = check_conv_shapes("size", size, weight, geometry)
     if dy.g.shape != (size[0], weight.shape[0], p, q):
@@ -63,7 +65,7 @@ def _conv_input_grad(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
     """du = dy convolved with the transposed weight, plus the masked ``add``.
 
@@ -72,17 +74,18 @@ def _conv_input_grad(
         weight: (K, C/groups, R, S) in the dtype of dy.
         size: (N, C, H, W) of the input.
         geometry: that of the forward convolution.
-        add: a gradient of the same input from elsewhere (the shortcut), masked on load, or None.
+        add: a gradient of the same input from elsewhere (the shortcut), masked on load, or what a zero-pad shortcut
+            makes of one, or None.
 
     Returns:
         du (N, C, H, W) channels_last, in the wider dtype of dy and ``add``.
     """
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     dtype = statistics_dtype(weight.dtype)
     du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
     if add is None:
         return du.to(weight.dtype)
-    return (du + masked(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
+    return (du + added(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
 
 
 conv_input_grad = Op(_conv_input_grad)
@@ -95,9 +98,9 @@ def _conv_input_grad_triton(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
     if backends.runs_native() and add is None and dy.mask is None and dy.p is None:
         return NotImplemented
@@ -107,7 +110,7 @@ def _conv_input_grad_triton(
 
 
 def _conv_producer_grad(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
 
@@ -116,7 +119,7 @@ def _conv_producer_grad(
         weight: (K, C/groups, R, S) in the dtype of dy.
         geometry: that of the forward convolution.
         producer: of the convolution's input, (N, C, H, W).
-        add: a gradient of the same input from elsewhere, masked on load, which joins before the ReLU, or None.
+        add: as in `conv_input_grad`; it joins before the ReLU.
 
     Returns:
         g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
@@ -130,10 +133,10 @@ conv_producer_grad = Op(_conv_producer_grad)
 
 @conv_producer_grad.triton
 def _conv_producer_grad_triton(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     size = tuple(producer.y.shape)
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     if why_no_kernel(dy, weight, size, geometry) is not None:
         return NotImplemented
     launched = launch_input_grad(dy, weight, size, geometry, x=producer.output, norm=producer.norm, add=add)
@@ -151,9 +154,13 @@ def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> boo
     return pointwise and small and add.g.dtype == weight.dtype and onednn.runs(weight)
 
 
-def joined(du: Tensor, add: OutputGrad | None) -> Tensor:
+def joined(du: Tensor, add: Added | None) -> Tensor:
     """``du``, whose memory may be written to, plus the masked ``add``, in the wider dtype of the two."""
     if add is None:
+        return du
+    if isinstance(add, ZeroPaddedGrad):
+        du = du.to(torch.promote_types(du.dtype, add.g.dtype))
+        du[:, :, :: add.stride[0], :: add.stride[1]] += masked(add.grad)[:, add.places]
         return du
     shortcut = masked(add)
     return du.add_(shortcut) if shortcut.dtype == du.dtype else du + shortcut
@@ -166,11 +173,11 @@ def _conv_input_grad_native(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     grad = bn_backward_apply(dy)
-    if add is not None and joined_by_onednn(weight, geometry, add):
+    if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
         shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..offline import Target
 from . import conv_tiles
+from .backward_tiles import BackwardTile, backward_tile
 from .schedule import Schedule
 from .tiles import MOST_PARTS
 
@@ -119,32 +120,38 @@ def chain_passes(chain: ChainShape, rung: Schedule, itemsize: int, target: Targe
         else:
             yield from _written(layer, rung, itemsize, target, behind=i > 0, joining=joining, inner=True)
     if chain.projection is not None:
-        if rung.moments and takes_moments(chain.projection):
-            yield from _moments(chain.projection, itemsize, target)
+        projection = _sampled(chain.projection)
+        if rung.moments and takes_moments(projection):
+            yield from _moments(projection, itemsize, target)
         else:
-            yield from _written(chain.projection, rung, itemsize, target)
+            yield from _written(projection, rung, itemsize, target)
             if not rung.statistics:  # normalised before it joins
                 yield Pass(2 * _Sizes.of(chain.projection, itemsize).y)
-    if chain.shortcut in ("zero_pad", "residual"):
+    if chain.shortcut == "residual":
         end = _Sizes.of(chain.layers[-1], itemsize)
         yield Pass(2 * end.y + end.bits)
-        if chain.shortcut == "zero_pad":
-            # Strided and padded by the library, there and back.
-            yield from [Pass(2 * end.y), Pass(_Sizes.of(chain.layers[0], itemsize).dx), Pass(end.y)]
 
 
 def _residual(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
     """Bytes of the shortcut that the block's end reads: none where it contracts the projection itself."""
+    if chain.shortcut == "zero_pad":  # the pixels that it looks at
+        return chain.layers[-1].pixels * chain.layers[0].c * itemsize
     contracted = chain.projection is not None and rung.moments and takes_moments(chain.projection)
     return 0 if chain.shortcut == "none" or contracted else _Sizes.of(chain.layers[-1], itemsize).y
 
 
 def _joining(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
     """Bytes that the first layer's input gradient reads of what comes by the shortcut."""
-    if chain.shortcut == "identity":
-        end = _Sizes.of(chain.layers[-1], itemsize)
-        return end.y + end.bits
-    return _Sizes.of(chain.layers[0], itemsize).dx if chain.shortcut in ("projection", "zero_pad") else 0
+    end = chain.layers[-1]
+    if chain.shortcut in ("identity", "zero_pad"):
+        values = end.pixels * chain.layers[0].c
+        return values * itemsize + values // 8
+    return 0 if chain.projection is None else _Sizes.of(_sampled(chain.projection), itemsize).dx
+
+
+def _sampled(projection: ConvShape) -> ConvShape:
+    """A projection whose input's gradient is written at the pixels alone that it reads, where it is 1x1."""
+    return projection._replace(whole=projection.pixels) if projection.pointwise else projection
 
 
 def _written(
@@ -180,6 +187,10 @@ def _written(
     formed = 2 * y + mask if rung.prologue else y
     if not rung.prologue:
         yield Pass(3 * y + mask)
+    tile = _joint_tile(layer, rung, itemsize, target, producer=behind and rung.statistics, bits=bool(mask))
+    if tile is not None:
+        yield from _in_parts(formed + x + w + dx + joining, 2 * layer.flops, tile.parts, layer)
+        return
     yield Pass(formed + w + (x if behind and rung.statistics else 0) + dx + joining, layer.flops)
     yield from _weight_gradient(layer, formed + x, itemsize, target, parts=rung.prologue)
 
@@ -207,9 +218,8 @@ def _moments(
 
 def _weight_gradient(layer: ConvShape, read: int, itemsize: int, target: Target, *, parts: bool) -> Iterator[Pass]:
     """The contraction over the pixels, and the sum of its parts where it is a kernel of ours."""
-    (r, s), dw = layer.window, FP32_BYTES * layer.weights
     shape = conv_tiles.ConvShape(
-        layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, r, s, itemsize
+        layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, *layer.window, itemsize
     )
     tiles = conv_tiles.weight_grad_tiles(shape, target) if parts else ()
     if not tiles:
@@ -217,9 +227,28 @@ def _weight_gradient(layer: ConvShape, read: int, itemsize: int, target: Target,
         if itemsize < FP32_BYTES:
             yield Pass(layer.weights * (itemsize + FP32_BYTES))
         return
-    yield Pass(read + tiles[0].parts * dw, layer.flops)
-    if tiles[0].parts > 1:
-        yield Pass((tiles[0].parts + 1) * dw)
+    yield from _in_parts(read, layer.flops, tiles[0].parts, layer)
+
+
+def _joint_tile(
+    layer: ConvShape, rung: Schedule, itemsize: int, target: Target, *, producer: bool, bits: bool
+) -> BackwardTile | None:
+    """Of the launch that makes both gradients of a convolution of stride 1, as `conv_backward` asks for it."""
+    if layer.pixels != layer.whole:
+        return None
+    shape = conv_tiles.ConvShape(
+        layer.pixels, layer.c, layer.k, layer.groups, *layer.window, itemsize, prologue=producer,
+        operands=2 if rung.prologue else 1,
+    )  # fmt: skip
+    return backward_tile(shape, target, bits=bits and rung.prologue)
+
+
+def _in_parts(moved: int, flops: int, parts: int, layer: ConvShape) -> Iterator[Pass]:
+    """A launch that leaves a weight's gradient in parts, and the sum of these."""
+    dw = FP32_BYTES * layer.weights
+    yield Pass(moved + parts * dw, flops)
+    if parts > 1:
+        yield Pass((parts + 1) * dw)
 
 
 def stem_passes(stem: StemShape, rung: Schedule, itemsize: int, target: Target) -> Iterator[Pass]:
