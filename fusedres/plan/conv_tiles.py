@@ -96,7 +96,7 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     if shape.flat:
         block_c = 32
     amd = target.backend == "hip"
-    if shape.gradient and amd and (shape.second or narrow_waves(target)):
+    if amd and (shape.second or (shape.gradient and narrow_waves(target))):
         # Without matrix units, as for fp32 on narrow waves, the unrolled products of 32 spill up to 72 bytes.
         block_c = min(block_c, 16 if narrow_waves(target) and shape.itemsize > 2 else 32)
     # The second contraction of a gradient adds to the same sums.
@@ -138,9 +138,11 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
     room = target.shared_bytes if alone else target.shared_bytes // 2
     most = MOST_STAGES
-    if target.backend == "hip" and (shape.gradient or shape.second):
-        # Steps wait in registers: of many operands or two products a third spills on narrow waves, a fourth on others.
-        most = 2 if narrow_waves(target) else 3
+    if target.backend == "hip":
+        # Steps wait in registers: a third spills where operands are formed, many, or of two products; a fourth of any
+        # gradient.
+        few = shape.prologue or shape.second or (shape.gradient and narrow_waves(target))
+        most = 2 if few else 3 if shape.gradient else MOST_STAGES
     stages = max(2, min(most, room // tile.stage_bytes(shape)))
     while stages > 1 and stages * tile.stage_bytes(shape) > target.shared_bytes:
         stages -= 1

@@ -67,6 +67,14 @@ def block_end_with_projection() -> None:
     conv_bn_act(main, second=main._replace(u=ConvInput(on_meta(64, 64, 14, 14))), bit_mask=True)
 
 
+def preactivation_with_projection() -> None:
+    dtype, vector = torch.bfloat16, on_meta(256)
+    main = Contraction(
+        formed_input((256, 64, 16, 16), dtype), on_meta(256, 64, 1, 1, dtype=dtype), Geometry(), vector, vector
+    )
+    conv_bn_act(main, second=main._replace(u=formed_input((256, 64, 16, 16), dtype)), act=None, statistics=True)
+
+
 def input_grad_of_a_preactivation() -> None:
     """Joined to the shortcut's gradient and then to the producer's ReLU."""
     size, vector = (256, 256, 16, 16), on_meta(256)
@@ -102,6 +110,7 @@ def input_grad_of_groups() -> None:
         pytest.param(weight_grad_of_moments, "gfx1100", id="fp32 without matrix units"),
         pytest.param(weight_grad_of_a_basic_block, "sm_86", id="both operands formed, and bits"),
         pytest.param(block_end_with_projection, "gfx1100", id="outputs that wait in fp32"),
+        pytest.param(preactivation_with_projection, "gfx942", id="two formed operands wait in registers"),
         pytest.param(input_grad_of_a_preactivation, "sm_90", id="much joined to a gradient in fp32"),
         pytest.param(input_grad_of_a_projection, "gfx1100", id="a gradient in fp32 without matrix units"),
         pytest.param(input_grad_of_groups, "sm_86", id="block-diagonal weights"),
