@@ -123,6 +123,7 @@ class Dense(torch.autograd.Function):
             z, partials = _forward(ctx, x, spec, _by_layer(tensors, spec))
         if partials is None:
             return z, None, None, None
+        ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
         ctx.mark_non_differentiable(*partials)
         return z, *partials
 

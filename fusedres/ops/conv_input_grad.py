@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from . import onednn
-from .bn_backward import NormSums, bn_backward_apply, bn_backward_reduce, masked
+from .bn_backward import NormSums, added, bn_backward_apply, bn_backward_reduce, masked
 from .contract import (
     Geometry,
     OutputGrad,
@@ -20,6 +20,7 @@ from .contract import (
 from .conv_forward import formed
 from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
+from .zero_pad_shortcut import Added, ZeroPaddedGrad
 
 
 class ProducerGrad(NamedTuple):
@@ -62,7 +63,7 @@ def _conv_input_grad(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
     """du = dy convolved with the transposed weight, plus the masked ``add``.
 
@@ -71,7 +72,8 @@ def _conv_input_grad(
         weight: (K, C/groups, R, S) in the dtype of dy.
         size: (N, C, H, W) of the input.
         geometry: that of the forward convolution.
-        add: a gradient of the same input from elsewhere (the shortcut), masked on load, or None.
+        add: a gradient of the same input from elsewhere (the shortcut), masked on load, or what a zero-pad shortcut
+            makes of one, or None.
 
     Returns:
         du (N, C, H, W) channels_last, in the wider dtype of dy and ``add``.
@@ -81,7 +83,7 @@ def _conv_input_grad(
     du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
     if add is None:
         return du.to(weight.dtype)
-    return (du + masked(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
+    return (du + added(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
 
 
 conv_input_grad = Op(_conv_input_grad)
@@ -94,7 +96,7 @@ def _conv_input_grad_triton(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
     check_gradient(dy, weight, size, geometry)
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
@@ -106,7 +108,7 @@ def _conv_input_grad_triton(
 
 
 def _conv_producer_grad(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
 
@@ -115,7 +117,7 @@ def _conv_producer_grad(
         weight: (K, C/groups, R, S) in the dtype of dy.
         geometry: that of the forward convolution.
         producer: of the convolution's input, (N, C, H, W).
-        add: a gradient of the same input from elsewhere, masked on load, which joins before the ReLU, or None.
+        add: as in `conv_input_grad`; it joins before the ReLU.
 
     Returns:
         g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
@@ -129,7 +131,7 @@ conv_producer_grad = Op(_conv_producer_grad)
 
 @conv_producer_grad.triton
 def _conv_producer_grad_triton(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     size = tuple(producer.y.shape)
     check_producer(producer)
@@ -151,9 +153,13 @@ def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> boo
     return pointwise and small and add.g.dtype == weight.dtype and onednn.runs(weight)
 
 
-def joined(du: Tensor, add: OutputGrad | None) -> Tensor:
+def joined(du: Tensor, add: Added | None) -> Tensor:
     """``du``, whose memory may be written to, plus the masked ``add``, in the wider dtype of the two."""
     if add is None:
+        return du
+    if isinstance(add, ZeroPaddedGrad):
+        du = du.to(torch.promote_types(du.dtype, add.g.dtype))
+        du[:, :, :: add.stride[0], :: add.stride[1]] += masked(add.grad)[:, add.places]
         return du
     shortcut = masked(add)
     return du.add_(shortcut) if shortcut.dtype == du.dtype else du + shortcut
@@ -166,11 +172,11 @@ def _conv_input_grad_native(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
     check_gradient(dy, weight, size, geometry)
     grad = bn_backward_apply(dy)
-    if add is not None and joined_by_onednn(weight, geometry, add):
+    if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
         shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)

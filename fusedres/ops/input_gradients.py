@@ -14,6 +14,7 @@ from .contract import ConvInput, Geometry, OutputGrad, Producer, channels_last, 
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
 from .relu_mask import gradient, is_pooled, laid_out
 from .rows import empty_rows, storable
+from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
 
 
 class InputMatrices(NamedTuple):
@@ -66,7 +67,8 @@ def gradient_shape(
 
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
-    matrices: InputMatrices | None = None, add: OutputGrad | None = None, producer: Producer | None = None,
+    matrices: InputMatrices | None = None, add: Added | None = None, producer: Producer | None = None,
+    x_stride: tuple[int, int] | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
@@ -75,6 +77,7 @@ def launch_input_grad(
         x: (N, C, H, W) what the convolution consumed, with ``matrices``.
         matrices: of the moments form.
         add: another gradient of the input.
+        x_stride: where ``size`` is of the pixels alone that a 1x1 convolution reads: how far they are apart in x.
         producer: of the input, behind whose ReLU the gradient is wanted with its sums.
     """
     from ..kernels.conv_input_grad import conv_input_grad_kernel
@@ -86,18 +89,15 @@ def launch_input_grad(
     packed, per_tile = tile.groups_per_tile, tile.groups_per_tile * shape.c
     if groups > 1 and packed * shape.c % 8 and dy.mask is not None and dy.mask.dtype == torch.uint8:
         dy = dy._replace(g=masked(dy), mask=None)
-    if groups > 1 and packed * shape.k % 8 and add is not None and add.mask is not None:
-        add = OutputGrad(masked(add))
-    add = add or OutputGrad(None)  # type: ignore[arg-type]
-    out = empty_rows(dy.g, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype), size)
+    split = groups > 1 and packed * shape.k % 8 != 0
+    other = from_elsewhere(add, split)
+    out = empty_rows(dy.g, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
     sums = products = raw = open_ = None
     if producer is not None:
         if producer.out is not None:
-            raw, open_ = channels_last(producer.y), laid_out(producer.mask)
-        if groups > 1 and packed * shape.k % 8:
-            open_ = None
+            raw, open_ = channels_last(producer.y), None if split else laid_out(producer.mask)
         x = x if open_ is not None else producer.output
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
@@ -109,15 +109,16 @@ def launch_input_grad(
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
         "raw_ptr": raw, "open_ptr": open_,
-        "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
+        "add_ptr": other and gradient(other.g)["g_ptr"], "add_mask_ptr": other and laid_out(other.mask),
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
-    partial = bytes_reached(dy, weight, size, geometry)
+    partial = bytes_reached(dy, weight, size, geometry) | added_read(add, other)
     if consumed is not None and (producer is None or open_ is not None):
-        partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
+        read = geometry if x_stride is None else geometry._replace(stride=x_stride)
+        partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, read)
     arguments = window_arguments(
         out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry
     )
@@ -125,12 +126,13 @@ def launch_input_grad(
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, "tiles": tiles,
+            **arriving, **beside, **written, **arguments, **added_geometry(add),
+            **_consumed(consumed, x_stride or stride), "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
             "STRIDED": classes > 1, "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
-            "ADD_POOLED": add.g is not None and is_pooled(add.g), "GROUPS_PER_TILE": packed,
+            "ADD_POOLED": other is not None and is_pooled(other.g), "GROUPS_PER_TILE": packed,
             "EVEN_K": whole and per_tile % tile.block_c == 0,
             "EVEN_C": whole and packed * shape.k % tile.block_k == 0,
             "EVEN_DEPTH": matrices is not None and c % tile.block_c == 0,
@@ -142,6 +144,23 @@ def launch_input_grad(
     if sums is None or products is None or norm is None:
         return Launched(out, None)
     return Launched(out, finished(sums, products, n * h * w, norm))
+
+
+def _consumed(x: Tensor | None, stride: tuple[int, int]) -> dict[str, int]:
+    """Where in x the pixels are that a 1x1 convolution read."""
+    high, wide = (1, 1) if x is None else x.shape[2:]
+    return {"x_H": high, "x_W": wide, "x_stride_h": stride[0], "x_stride_w": stride[1]}
+
+
+def from_elsewhere(add: Added | None, split: bool = False) -> OutputGrad | None:
+    """``add`` as the kernel reads it; ``split``: whether a byte of its bits may belong to two tiles."""
+    if add is None:
+        return None
+    grad = add.grad if isinstance(add, ZeroPaddedGrad) else add
+    bits = grad.mask is not None and grad.mask.dtype == torch.uint8
+    if bits and (split or (isinstance(add, ZeroPaddedGrad) and add.places.start % 8)):
+        return OutputGrad(masked(grad))
+    return grad
 
 
 def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputMatrices | None) -> int:

@@ -14,6 +14,9 @@ MOST_STAGES = 4
 # Elements of a weight gradient's tiles, all parts together: each is written and read once more, which at 16 MB was a
 # tenth of what ResNet-50's step moves. Of the widest tile it is one for every multiprocessor.
 PARTIAL_ELEMENTS = 1 << 21
+# Programs of a weight gradient, one for every multiprocessor of large GPUs; up to `ENOUGH_TILES` of them while their
+# parts, written and read once more, are less than half of what the contraction reads.
+FILLING = 128
 # The narrowest side of a tile that tensor cores multiply on every target.
 NARROWEST = 16
 
@@ -93,16 +96,22 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     if shape.flat:
         block_c = 32
     amd = target.backend == "hip"
-    if shape.gradient and amd and (shape.second or narrow_waves(target)):
-        block_c = min(block_c, 32)
+    if amd and (shape.second or (shape.gradient and narrow_waves(target))):
+        # Without matrix units, as for fp32 on narrow waves, the unrolled products of 32 spill up to 72 bytes.
+        block_c = min(block_c, 16 if narrow_waves(target) and shape.itemsize > 2 else 32)
     # The second contraction of a gradient adds to the same sums.
     apart = shape.second and not shape.gradient
-    if amd or apart or (shape.gradient and not wide(target)):
+    # In fp32 what is joined to 128 x 128 of a gradient, and the gradient, spill 76 bytes where they fit in 16 bits.
+    if amd or apart or (shape.gradient and (shape.itemsize > 2 or not wide(target))):
         block_k = min(block_k, 64)
+    if amd and apart and shape.itemsize > 2:
+        block_k = min(block_k, 32)  # the outputs that wait, in fp32 beside fp32 operands, spill up to 72 bytes
     sizes = [(128, block_k), (64, block_k)]
     if amd:
         # Its compiler keeps a mask for every row of a thread in scalar registers, and runs out of them.
         sizes = [(64, block_k), (32, block_k)][shape.prologue or shape.second or shape.flat :]
+    if shape.gradient and packed > 1 and not (amd or wide(target)):
+        sizes = sizes[-1:]  # masks of a block-diagonal weight: 128 pixels spill 4 bytes on sm_86
     if block_k == 128:
         sizes.append((64, 64))
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
@@ -128,8 +137,12 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # Where operands pass through registers, such a tile has the multiprocessor for itself.
     alone = outputs > 128 * 128 or (outputs == 128 * 128 and not wide(target))
     room = target.shared_bytes if alone else target.shared_bytes // 2
-    # Where steps wait in registers, as they do on AMD, a third of a gradient's many operands spills.
-    most = 2 if shape.gradient and narrow_waves(target) else MOST_STAGES
+    most = MOST_STAGES
+    if target.backend == "hip":
+        # Steps wait in registers: a third spills where operands are formed, many, or of two products; a fourth of any
+        # gradient.
+        few = shape.prologue or shape.second or (shape.gradient and narrow_waves(target))
+        most = 2 if few else 3 if shape.gradient else MOST_STAGES
     stages = max(2, min(most, room // tile.stage_bytes(shape)))
     while stages > 1 and stages * tile.stage_bytes(shape) > target.shared_bytes:
         stages -= 1
@@ -162,11 +175,15 @@ class WeightGradTile:
 def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile, ...]:
     """Tiles for the gradient of a weight, the default first; empty where groups do not fit into tiles.
 
-    The pixels are cut into as many parts as keep a large GPU busy, each of several steps.
+    The pixels are cut into as many parts as keep a large GPU busy, each of several steps, but into few where the
+    weight is large beside the activations.
     """
     grouped, amd, formed = shape.groups > 1, target.backend == "hip", shape.operands > 1
+    # Three products of TF32 hold each operand three times: 128 x 128, or steps of 32 pixels, spill up to 448 bytes.
+    tf32 = shape.itemsize > 2 and not amd
+    unrolled = shape.itemsize > 2 and narrow_waves(target)  # no matrix units: 64 x 64 of 32 pixels spills 936 bytes
     widest = 128 if shape.k >= 128 and shape.c >= 128 and not narrow_waves(target) else 64
-    block_k = max(NARROWEST, min(power_above(shape.k * shape.groups), widest))
+    block_k = max(NARROWEST, min(power_above(shape.k * shape.groups), 32 if unrolled else widest))
     while grouped and block_k > NARROWEST and shape.k % block_k and block_k % shape.k:
         block_k //= 2
     if grouped and shape.k % block_k and block_k % shape.k:
@@ -175,18 +192,27 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     width = shape.r * shape.s * shape.c if shape.flat else packed * shape.c
     # A whole window of few channels, so that dy is read, or formed, once: but on AMD, where every element of such a
     # tile has a mask in scalar registers.
-    widest_c = (64 if amd else 256) if shape.flat else widest
-    if formed and not shape.flat and isinstance(target.arch, int) and 100 <= target.arch < 120:
-        widest_c = min(widest_c, 64)  # its compiler leaves 128 registers beside its accumulators' own memory
+    widest_c = (64 if amd else 128 if tf32 else 256) if shape.flat else widest
+    if not shape.flat and (tf32 or (formed and tensor_memory(target))):
+        widest_c = min(widest_c, 64)  # the compiler for the latter leaves 128 registers beside the accumulators
     block_c = max(NARROWEST, min(power_above(width), widest_c))
-    if shape.flat and (formed or not wide(target)):
+    if shape.flat and not tf32 and (formed or not wide(target)):
         block_k = min(block_k, 32)
+    read = shape.pixels * shape.groups * (shape.operands * shape.k + shape.c) * shape.itemsize
+    part = 2 * 4 * shape.groups * shape.k * shape.r * shape.s * shape.c  # fp32, written and read
     tiles = []
-    for block_pixels in (32, 16) if shape.flat else (64, 32):
-        warps = 8 if block_k * block_c >= 128 * 128 or shape.flat else 4
+    # What four warps hold: less than 64 x 32 in TF32 by the compiler for sm_100, which spills 4 to 8 bytes there.
+    most = (64 * 32 - 1 if tensor_memory(target) else 64 * 64) if tf32 else 128 * 128 - 1
+    if formed and shape.prologue and not (amd or wide(target) or target.arch == 80):
+        most = min(most, 64 * 64 - 1)  # with both operands formed, and bits, 64 x 64 spills 4 bytes on sm_86
+    for block_pixels in (16,) if tf32 or unrolled else (32, 16) if shape.flat else (64, 32):
+        warps = 8 if block_k * block_c > most or shape.flat else 4
         tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
-        programs = min(ENOUGH_TILES, PARTIAL_ELEMENTS // (block_k * block_c))
-        wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // tile.tiles(shape)))
+        covering = tile.tiles(shape)
+        programs = min(
+            ENOUGH_TILES, PARTIAL_ELEMENTS // (block_k * block_c), max(FILLING, covering * read // (2 * part))
+        )
+        wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // covering))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
     # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.
@@ -197,6 +223,11 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
 def narrow_waves(target: Target) -> bool:
     """Whether a wave has 32 threads on AMD: half as many share a tile, and their registers spill sooner."""
     return target.backend == "hip" and target.warp_size == 32
+
+
+def tensor_memory(target: Target) -> bool:
+    """Whether accumulators have a memory of their own, as those of sm_100 do."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and 100 <= target.arch < 120
 
 
 def wide(target: Target) -> bool:

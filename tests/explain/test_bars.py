@@ -31,13 +31,16 @@ def measured(model: str, quantity: str) -> float:
 
 # To be lowered as the figures fall, never raised.
 HELD = [
-    ("resnet50", "MB", 173.5),
+    ("resnet50", "MB", 169.3),
     ("resnet50", "MB saved", 19.3),
-    ("resnet50", "launches", 412),
-    ("resnet18", "MB", 47.2),
-    ("cifar_resnet56", "MB", 10.8),
-    pytest.param("resnet101", "MB", 267.7, marks=pytest.mark.slow),
-    pytest.param("resnet152", "MB", 387.9, marks=pytest.mark.slow),
+    ("resnet50", "launches", 395),
+    ("resnet18", "MB", 46.1),
+    ("cifar_resnet56", "MB", 10.6),
+    ("cifar_resnet56", "launches", 321),
+    ("preact_resnet164", "MB", 59.4),
+    ("preact_resnet164", "launches", 897),
+    pytest.param("resnet101", "MB", 263.5, marks=pytest.mark.slow),
+    pytest.param("resnet152", "MB", 376.9, marks=pytest.mark.slow),
 ]
 
 # A row is switched on by taking its mark away.

@@ -1,0 +1,158 @@
+"""fusedres.plan.conv_tiles: what it chooses fits into the registers of its target, and into how many parts it cuts."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedres
+from fusedres.binaries import read_figures, violations
+from fusedres.offline import TARGETS, compile_for
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
+from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
+from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
+from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad
+from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, weight_grad_tiles
+
+Size = tuple[int, int, int, int]
+WINDOW = Geometry(padding=(1, 1))
+
+
+def on_meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device="meta").contiguous(memory_format=layout)
+
+
+def formed_input(size: Size, dtype: torch.dtype = torch.float32) -> ConvInput:
+    return ConvInput(on_meta(*size, dtype=dtype), on_meta(size[1]), on_meta(size[1]))
+
+
+def bits(size: Size) -> Tensor:
+    return on_meta(size[0], size[2], size[3], size[1] // 8, dtype=torch.uint8)
+
+
+def formed_gradient(size: Size, dtype: torch.dtype = torch.float32, mask: Tensor | None = None) -> OutputGrad:
+    p, q, r, mean = (on_meta(size[1]) for _ in range(4))
+    return OutputGrad(on_meta(*size, dtype=dtype), mask, on_meta(*size, dtype=dtype), p, q, r, mean)
+
+
+def weight_grad_of_moments() -> None:
+    size = (64, 256, 14, 14)
+    summed_weight_grad(OutputGrad(on_meta(*size), bits(size)), formed_input((64, 128, 14, 14)), (1, 1), Geometry())
+
+
+def weight_grad_of_a_window() -> None:
+    conv_weight_grad(formed_gradient((64, 128, 14, 14)), formed_input((64, 128, 14, 14)), (3, 3), WINDOW)
+
+
+def weight_grad_of_few_channels() -> None:
+    dy = OutputGrad(on_meta(64, 32, 16, 16), None, None, on_meta(32))
+    conv_weight_grad(dy, ConvInput(on_meta(64, 64, 16, 16)), (3, 3), WINDOW)
+
+
+def weight_grad_of_the_stem() -> None:
+    dy, u = OutputGrad(on_meta(64, 64, 112, 112)), ConvInput(on_meta(64, 3, 224, 224))
+    summed_weight_grad(dy, u, (7, 7), Geometry((2, 2), (3, 3)), sum_dy=False, sum_u=True)
+
+
+def weight_grad_of_a_basic_block() -> None:
+    size, dtype = (64, 64, 56, 56), torch.bfloat16
+    conv_weight_grad(formed_gradient(size, dtype, bits(size)), formed_input(size, dtype), (3, 3), WINDOW)
+
+
+def block_end_with_projection() -> None:
+    weight, vector = on_meta(256, 64, 1, 1), on_meta(256)
+    main = Contraction(formed_input((64, 64, 14, 14)), weight, Geometry(), vector, vector)
+    conv_bn_act(main, second=main._replace(u=ConvInput(on_meta(64, 64, 14, 14))), bit_mask=True)
+
+
+def preactivation_with_projection() -> None:
+    dtype, vector = torch.bfloat16, on_meta(256)
+    main = Contraction(
+        formed_input((256, 64, 16, 16), dtype), on_meta(256, 64, 1, 1, dtype=dtype), Geometry(), vector, vector
+    )
+    conv_bn_act(main, second=main._replace(u=formed_input((256, 64, 16, 16), dtype)), act=None, statistics=True)
+
+
+def input_grad_of_a_preactivation() -> None:
+    """Joined to the shortcut's gradient and then to the producer's ReLU."""
+    size, vector = (256, 256, 16, 16), on_meta(256)
+    producer = Producer(on_meta(*size), Normaliser(vector, vector, vector, vector))
+    dy = formed_gradient((256, 128, 16, 16))
+    conv_producer_grad(dy, on_meta(128, 256, 1, 1), Geometry(), producer, add=OutputGrad(on_meta(*size)))
+
+
+def input_grad_of_a_projection() -> None:
+    size = (64, 256, 14, 14)
+    conv_input_grad(
+        formed_gradient(size, mask=bits(size)), on_meta(256, 128, 1, 1), (64, 128, 28, 28), Geometry((2, 2))
+    )
+
+
+def input_grad_of_groups() -> None:
+    """Of a strided 3x3 convolution of ResNeXt-50 behind its producer's ReLU."""
+    dtype, vector = torch.bfloat16, on_meta(512)
+    producer = Producer(on_meta(64, 512, 28, 28, dtype=dtype), Normaliser(vector, vector, vector, vector))
+    geometry = Geometry((2, 2), (1, 1), groups=32)
+    conv_producer_grad(
+        formed_gradient((64, 512, 14, 14), dtype), on_meta(512, 16, 3, 3, dtype=dtype), geometry, producer
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "target"),
+    [
+        pytest.param(weight_grad_of_moments, "sm_80", id="TF32 of 128 x 128"),
+        pytest.param(weight_grad_of_a_window, "sm_86", id="TF32 in steps of 32 pixels"),
+        pytest.param(weight_grad_of_few_channels, "sm_100", id="TF32 by four warps on sm_100"),
+        pytest.param(weight_grad_of_the_stem, "sm_90", id="TF32 of a whole window"),
+        pytest.param(weight_grad_of_moments, "gfx1100", id="fp32 without matrix units"),
+        pytest.param(weight_grad_of_a_basic_block, "sm_86", id="both operands formed, and bits"),
+        pytest.param(block_end_with_projection, "gfx1100", id="outputs that wait in fp32"),
+        pytest.param(preactivation_with_projection, "gfx942", id="two formed operands wait in registers"),
+        pytest.param(input_grad_of_a_preactivation, "sm_90", id="much joined to a gradient in fp32"),
+        pytest.param(input_grad_of_a_projection, "gfx1100", id="a gradient in fp32 without matrix units"),
+        pytest.param(input_grad_of_groups, "sm_86", id="block-diagonal weights"),
+    ],
+)
+def test_what_spilled_once_spills_no_more(call: Callable[[], None], target: str) -> None:
+    with fusedres.record(target) as trace:
+        call()
+    assert any(launch.name.startswith("conv_") for launch in trace.launches)
+    for launch in trace.launches:
+        kernel, specialisation, num_warps, num_stages = launch.binary
+        compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
+        assert violations(launch.binary, target, read_figures(compiled, target)) == []
+
+
+def parts_of(shape: ConvShape) -> tuple[int, int, float]:
+    """Parts, programs, and the bytes of the parts, there and back, in units of what the contraction reads."""
+    tile = weight_grad_tiles(shape, TARGETS["sm_90"])[0]
+    read = shape.pixels * (shape.operands * shape.k + shape.c) * shape.itemsize
+    moved = 2 * 4 * tile.parts * shape.k * shape.r * shape.s * shape.c
+    return tile.parts, tile.parts * tile.tiles(shape), moved / read
+
+
+# The last stages of ResNet-56 and of a pre-activation ResNet-164, and the first one of ResNet-50, batch 256.
+CASES = {
+    "64 x 64, 3x3, 8 x 8 pixels": ConvShape(256 * 64, 64, 64, 1, 3, 3, 2, operands=2),
+    "64 -> 256, 8 x 8 pixels": ConvShape(256 * 64, 64, 256, 1, 1, 1, 2),
+    "256 -> 64, 8 x 8 pixels": ConvShape(256 * 64, 256, 64, 1, 1, 1, 2, operands=2),
+    "16 x 16, 3x3, 32 x 32 pixels": ConvShape(256 * 1024, 16, 16, 1, 3, 3, 2, operands=2),
+    "64 x 64, 3x3, 56 x 56 pixels": ConvShape(256 * 3136, 64, 64, 1, 3, 3, 2, operands=2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_fill_the_gpu_and_are_small_beside_the_operands(case):
+    parts, programs, share = parts_of(CASES[case])
+    assert parts > 1
+    assert FILLING * 0.8 <= programs <= ENOUGH_TILES
+    assert share <= 0.5 or programs <= FILLING
+
+
+def test_where_the_activations_are_large_there_are_as_many_programs_as_two_a_multiprocessor():
+    parts, programs, share = parts_of(CASES["16 x 16, 3x3, 32 x 32 pixels"])
+    assert (parts, programs) == (28, 252)
+    assert share < 0.03
