@@ -22,6 +22,7 @@ from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import Producer, ProducerGrad, conv_input_grad, conv_producer_grad
 from ..ops.conv_weight_grad import conv_weight_grad
+from ..ops.features import FeatureGrads
 from ..ops.input_moments import input_moments, moments_finalize
 from ..ops.moments_backward import (
     frozen_matrices,
@@ -125,10 +126,14 @@ def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
 
 
 class Below(NamedTuple):
-    """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums."""
+    """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums.
+
+    ``features``: where a producer's gradient is added instead of being written, a dense block's.
+    """
 
     add: OutputGrad | None = None
     producer: Producer | None = None
+    features: FeatureGrads | None = None
 
 
 SourceGrad = Tensor | ProducerGrad | None
@@ -143,7 +148,9 @@ def convolution_backward(
     window = (weight.shape[2], weight.shape[3])
     if below.producer is not None:
         dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
-        return dweight, conv_producer_grad(dy, weight, spec.geometry, below.producer, add=below.add)
+        return dweight, conv_producer_grad(
+            dy, weight, spec.geometry, below.producer, add=below.add, features=below.features
+        )
     if needs.weight and needs.source:
         return conv_backward(dy, source, weight, spec.geometry, add=below.add)
     if needs.weight:

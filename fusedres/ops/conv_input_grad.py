@@ -10,8 +10,10 @@ from . import onednn
 from .bn_act import bn_act
 from .bn_backward import NormSums, bn_backward_apply, bn_backward_reduce, masked
 from .contract import ConvInput, Geometry, Normaliser, OutputGrad, check_activation, check_conv_shapes, statistics_dtype
+from .features import FeatureGrads, add_feature_grad, check_features
 from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
+from .rows import in_rows
 
 
 class Producer(NamedTuple):
@@ -107,22 +109,33 @@ def _conv_input_grad_triton(
 
 
 def _conv_producer_grad(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
-) -> ProducerGrad:
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None,
+    features: FeatureGrads | None = None,
+) -> ProducerGrad:  # fmt: skip
     """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
 
     Args:
         dy: (N, K, P, Q), formed on load.
         weight: (K, C/groups, R, S) in the dtype of dy.
         geometry: that of the forward convolution.
-        producer: of the convolution's input, (N, C, H, W).
+        producer: of the convolution's input, (N, C, H, W); a slice of wider rows (`pitch_of`) is read where it is.
         add: a gradient of the same input from elsewhere, masked on load, which joins before the ReLU, or None.
+        features: what g is added to, times the producer's scale, instead of being written (`add_feature_grad`).
 
     Returns:
         g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
-        of g as stored.
+        of g as stored; ``features.into`` in its place if there are some, and the sums of g before it is added.
     """
-    return at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
+    if features is not None:
+        check_features(features, producer.y.shape)
+    found = at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
+    return found if features is None else added(found, producer, features)
+
+
+def added(found: ProducerGrad, producer: Producer, features: FeatureGrads) -> ProducerGrad:
+    """A gradient in memory as a part of that of ``features``."""
+    add_feature_grad(features, found.g, producer.norm.scale)
+    return found._replace(g=features.into)
 
 
 conv_producer_grad = Op(_conv_producer_grad)
@@ -130,13 +143,20 @@ conv_producer_grad = Op(_conv_producer_grad)
 
 @conv_producer_grad.triton
 def _conv_producer_grad_triton(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
-) -> ProducerGrad:
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None,
+    features: FeatureGrads | None = None,
+) -> ProducerGrad:  # fmt: skip
     size = tuple(producer.y.shape)
     _check(dy, weight, size, geometry)
     if why_no_kernel(dy, weight, size, geometry) is not None:
         return NotImplemented
-    launched = launch_input_grad(dy, weight, size, geometry, x=producer.output, norm=producer.norm, add=add)
+    if features is not None:
+        check_features(features, size)
+        if features.into.dtype != weight.dtype or in_rows(features.into) is not features.into:
+            return NotImplemented
+    launched = launch_input_grad(
+        dy, weight, size, geometry, x=producer.output, norm=producer.norm, add=add, features=features
+    )
     assert launched.sums is not None
     return ProducerGrad(launched.g, launched.sums)
 

@@ -12,8 +12,9 @@ from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
 from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
 from .contract import ConvInput, Geometry, Normaliser, OutputGrad, channels_last, pixels
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
+from .features import FeatureGrads
 from .relu_mask import gradient, is_pooled, laid_out
-from .rows import empty_rows, storable
+from .rows import empty_rows, in_rows, pitch_of, storable
 
 
 class InputMatrices(NamedTuple):
@@ -67,6 +68,7 @@ def gradient_shape(
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
     matrices: InputMatrices | None = None, add: OutputGrad | None = None, norm: Normaliser | None = None,
+    features: FeatureGrads | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
@@ -76,6 +78,7 @@ def launch_input_grad(
         matrices: of the moments form.
         add: another gradient of the input.
         norm: the numbers of the batch norm in x, behind whose ReLU the gradient is wanted with its sums.
+        features: where that gradient, times the scale of ``norm``, is added, in the layout of `in_rows`.
     """
     from ..kernels.conv_input_grad import conv_input_grad_kernel
 
@@ -89,14 +92,20 @@ def launch_input_grad(
     if groups > 1 and packed * shape.k % 8 and add is not None and add.mask is not None:
         add = OutputGrad(masked(add))
     add = add or OutputGrad(None)  # type: ignore[arg-type]
-    out = empty_rows(dy.g, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype), size)
+    if features is not None:
+        out = features.into
+    else:
+        out = empty_rows(dy.g, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype), size)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
     sums = products = None
     if norm is not None:
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
-    consumed = None if x is None else channels_last(x.tensor)
+    consumed = None if x is None else in_rows(x.tensor)
+    onto = None if features is None else in_rows(features.before)
+    tensors = {"x_row": consumed, "onto_row": onto, "out_row": out}
+    pitches = {name: None if tensor is None else pitch_of(tensor) for name, tensor in tensors.items()}
     arriving = gradient_arguments(dy)
     pooled = arriving.pop("image") is not None
     beside: dict[str, Any] = {
@@ -104,6 +113,7 @@ def launch_input_grad(
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
         "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
+        "onto_ptr": onto,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
@@ -113,13 +123,14 @@ def launch_input_grad(
     if norm is None and consumed is not None:
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
     arguments = window_arguments(
-        out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry
-    )
+        out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry,
+        c_rows=tuple(pitches.values()),
+    )  # fmt: skip
     del arguments["FLAT"]
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, "tiles": tiles,
+            **arriving, **beside, **written, **arguments, **pitches, "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
