@@ -217,11 +217,11 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
 
     def arrived(first: int, end: int) -> OutputGrad:
         """The gradient of some channels, once all of their consumers have added theirs."""
-        dy = OutputGrad(sent[:, first:end])
+        g = sent[:, first:end]
         if mean is None or sent is not into:
-            return dy
+            return OutputGrad(channels_last(g))
         p, q, r, m = (vector[first:end] for vector in (ones, total_q, total_r, mean))
-        return OutputGrad(bn_backward_apply(dy._replace(y=features[:, first:end], p=p, q=q, r=r, mean=m)))
+        return OutputGrad(bn_backward_apply(OutputGrad(g, y=features[:, first:end], p=p, q=q, r=r, mean=m)))
 
     below = needed_x
     needs = []

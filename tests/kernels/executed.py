@@ -169,6 +169,10 @@ def sector_allowance(launch: Launch) -> float:
         return contraction_allowance(launch, constants)
     if launch.name.startswith("stem_pool") and multiple < 16:
         return 2.5
+    if multiple < 16 and any(
+        name.endswith("_row") and type_ != "constexpr" for name, type_ in launch.specialisation.signature
+    ):
+        return 8.0  # slices of wider rows that begin anywhere
     return 1.5 if multiple < 4 else 1.05
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres.backends import backend
@@ -171,6 +172,35 @@ def test_nothing_is_concatenated(monkeypatch):
     z = fused(tensor(*BLOCK.size).requires_grad_())
     z.sum().backward()
     assert z.is_contiguous(memory_format=torch.channels_last)
+
+
+class Copies(TorchDispatchMode):
+    """Channels of the activations that the library copies, and how many bytes that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        copies = ("clone", "copy_", "_to_copy", "contiguous", "addcmul", "cat")
+        if func.overloadpacket.__name__ in copies and out.dim() == 4 and out.shape[2] > 3:
+            self.channels.append(out.shape[1])
+        return out
+
+
+def test_kernels_take_features_where_they_lie():
+    """What is copied is the block's input, into the buffer, and the last feature map's gradient, out of dz."""
+    with torch.device("meta"):
+        fused = fusedres.fuse(blocks.DenseBlock(4, 24, 12), schedule="prologue")
+        x = torch.empty(2, 24, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+        dz = torch.empty(2, 72, 8, 8).contiguous(memory_format=torch.channels_last)
+    with fusedres.record() as trace, Copies() as copies:
+        fused(x).backward(dz)
+    assert copies.channels == [24, 12]
+    assert trace.by_kernel()["conv_input_grad_kernel"] == 8 and trace.by_kernel()["bn_backward_apply_kernel"] == 4
+    into = [launch for launch in trace.launches if "onto_ptr" in launch.read]
+    assert [launch.read["onto_ptr"] for launch in into] == [4 * 2 * 64 * c for c in (60, 48, 36, 24)]
 
 
 def test_one_buffer_and_the_bottlenecks_are_saved():
