@@ -177,11 +177,7 @@ def _contract_gradient(
     return acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        *SIZES, "tiles", "step_r", "step_s", "row_step", "column_step", "constants", "onto_row", "out_row",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*SIZES, "tiles", "step_r", "step_s", "row_step", "column_step", "constants"])
 def conv_input_grad_kernel(
     g_ptr,  # (N, P, Q, groups * K) gradient behind the batch norm, or dy itself without p; POOLED: (N, groups * K)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
@@ -223,9 +219,7 @@ def conv_input_grad_kernel(
     row_step,  # rows of dy between these
     column_step,
     constants,
-    x_row,  # elements from one pixel of x to the next, a multiple of C_MULTIPLE; None: groups * C
-    onto_row,  # the same of onto
-    out_row,  # the same of out
+    x_row,  # elements from one pixel of x to the next, and where there is onto of it and out; None: groups * C
     R: tl.constexpr,
     S: tl.constexpr,
     TERMS: tl.constexpr,
@@ -238,14 +232,14 @@ def conv_input_grad_kernel(
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides the input channels
     EVEN_DEPTH: tl.constexpr,  # whether BLOCK_K divides C
     TF32: tl.constexpr,
-    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K, and the rows that are given
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
-    x_row, out_row = row_of(x_row, groups * C, C_MULTIPLE), row_of(out_row, groups * C, C_MULTIPLE)
+    x_row = row_of(x_row, groups * C, C_MULTIPLE)
     i_tile, i_column, i_group, o_c = tile_of(groups, C, GROUPS_PER_TILE, BLOCK_C)
     o_row = tl.arange(0, BLOCK_PIXELS)
     i_class = 0
@@ -301,7 +295,8 @@ def conv_input_grad_kernel(
             acc += constant[None, :]
 
     m = m_row[:, None] & m_c[None, :]
-    o = o_at[:, None] * out_row + o_out[None, :]
+    o_x = o_at[:, None] * x_row + o_out[None, :]
+    o = o_x if onto_ptr is not None else o_at[:, None] * (groups * C) + o_out[None, :]
     if add_ptr is not None:
         o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
         first_c = i_group * C + i_column % tl.cdiv(GROUPS_PER_TILE * C, BLOCK_C) * BLOCK_C
@@ -310,7 +305,7 @@ def conv_input_grad_kernel(
             add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, groups * C, BLOCK_PIXELS, BLOCK_C
         )
     if part_g_ptr is not None:
-        x = tl.load(x_ptr + (o_at[:, None] * x_row + o_out[None, :]), mask=m, other=0.0)
+        x = tl.load(x_ptr + o_x, mask=m, other=0.0)
         scale = tl.load(x_scale_ptr + o_out, mask=m_c, other=0.0)
         shift = tl.load(x_shift_ptr + o_out, mask=m_c, other=0.0)
         mean = tl.load(x_mean_ptr + o_out, mask=m_c, other=0.0)
@@ -319,8 +314,7 @@ def conv_input_grad_kernel(
         u = (wide_x * scale[None, :] + shift[None, :]).to(x.dtype)
         g = tl.where(u > 0, acc, 0.0)
         if onto_ptr is not None:
-            o_onto = o_at[:, None] * row_of(onto_row, groups * C, C_MULTIPLE) + o_out[None, :]
-            onto = tl.load(onto_ptr + o_onto, mask=m, other=0.0).to(tl.float32)
+            onto = tl.load(onto_ptr + o, mask=m, other=0.0).to(tl.float32)
             tl.store(out_ptr + o, (onto + g * scale[None, :]).to(out_ptr.dtype.element_ty), mask=m)
         else:
             g = g.to(out_ptr.dtype.element_ty)

@@ -54,8 +54,10 @@ def conv_weight_grad_kernel(
     POOL_STRIDE_W: tl.constexpr,
     POOL_PAD_H: tl.constexpr,
     POOL_PAD_W: tl.constexpr,
+    PADDED: tl.constexpr,  # whether a window can reach beyond the input
     FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of the window too
     GROUPS_PER_TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # whether BLOCK_K divides the output channels
     SUM_DY: tl.constexpr,  # whether the sum of dy is wanted too
     SUM_U: tl.constexpr,  # whether the sum of u's windows is wanted too; of a single group
     TF32: tl.constexpr,
@@ -83,7 +85,7 @@ def conv_weight_grad_kernel(
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     i_group = i_k * BLOCK_K // K // GROUPS_PER_TILE * GROUPS_PER_TILE
     o_x = i_group * C + o_e
-    m_k = o_k < groups * K
+    m_k = tl.full((BLOCK_K,), True, tl.int1) if EVEN_K else o_k < groups * K
     m_e = o_e < width
     if FLAT:
         # A row of the window is one run of memory.
@@ -133,7 +135,8 @@ def conv_weight_grad_kernel(
         else:
             h, w = h + tap_r * dilation_h, w + tap_s * dilation_w
             o_in = ((o_row // (P * Q)).to(tl.int64) * H + h) * W + w
-            m = (m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & m_e[None, :]
+            m_in = m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W) if PADDED else m_row
+            m = m_in[:, None] & m_e[None, :]
             u = tl.load(x_ptr + o_in[:, None] * x_row + o_x[None, :], mask=m, other=0.0)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + o_x, mask=m_e, other=0.0)

@@ -13,7 +13,7 @@ from .contract import ConvInput, Geometry, Normaliser, OutputGrad, check_activat
 from .features import FeatureGrads, add_feature_grad, check_features
 from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
-from .rows import in_rows
+from .rows import in_rows, pitch_of
 
 
 class Producer(NamedTuple):
@@ -152,13 +152,18 @@ def _conv_producer_grad_triton(
         return NotImplemented
     if features is not None:
         check_features(features, size)
-        if features.into.dtype != weight.dtype or in_rows(features.into) is not features.into:
+        if features.into.dtype != weight.dtype or not _alike(producer.y, *features):
             return NotImplemented
     launched = launch_input_grad(
         dy, weight, size, geometry, x=producer.output, norm=producer.norm, add=add, features=features
     )
     assert launched.sums is not None
     return ProducerGrad(launched.g, launched.sums)
+
+
+def _alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether kernels go through all of these in the same steps, where they lie."""
+    return in_rows(first) is first and all(in_rows(t) is t and pitch_of(t) == pitch_of(first) for t in others)
 
 
 def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> bool:

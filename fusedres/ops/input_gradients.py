@@ -78,7 +78,7 @@ def launch_input_grad(
         matrices: of the moments form.
         add: another gradient of the input.
         norm: the numbers of the batch norm in x, behind whose ReLU the gradient is wanted with its sums.
-        features: where that gradient, times the scale of ``norm``, is added, in the layout of `in_rows`.
+        features: where that gradient, times the scale of ``norm``, is added, in the layout of x.
     """
     from ..kernels.conv_input_grad import conv_input_grad_kernel
 
@@ -103,9 +103,7 @@ def launch_input_grad(
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
     consumed = None if x is None else in_rows(x.tensor)
-    onto = None if features is None else in_rows(features.before)
-    tensors = {"x_row": consumed, "onto_row": onto, "out_row": out}
-    pitches = {name: None if tensor is None else pitch_of(tensor) for name, tensor in tensors.items()}
+    x_row = None if consumed is None else pitch_of(consumed)
     arriving = gradient_arguments(dy)
     pooled = arriving.pop("image") is not None
     beside: dict[str, Any] = {
@@ -113,7 +111,7 @@ def launch_input_grad(
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
         "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
-        "onto_ptr": onto,
+        "onto_ptr": features and features.before,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
@@ -124,13 +122,13 @@ def launch_input_grad(
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
     arguments = window_arguments(
         out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry,
-        c_rows=tuple(pitches.values()),
+        c_rows=[x_row],
     )  # fmt: skip
     del arguments["FLAT"]
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, **pitches, "tiles": tiles,
+            **arriving, **beside, **written, **arguments, "x_row": x_row, "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
