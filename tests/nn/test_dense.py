@@ -34,6 +34,7 @@ CASES = {
     "one layer, odd growth": Case("DenseBlock", (1, 6, 3), {"bottleneck": 2}, (3, 6, 5, 7)),
     "one pixel an image": Case("DenseBlock", (2, 3, 2), {}, (5, 3, 1, 1)),
     "transition": Case("Transition", (6, 3), {}, (3, 6, 6, 8)),
+    "transition, a row and a column left over": Case("Transition", (6, 3), {}, (3, 6, 7, 5)),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 BLOCK = CASES["three bottlenecks"]
@@ -160,6 +161,52 @@ def test_each_feature_map_is_measured_once(schedule, monkeypatch):
     twin = plain_copy(model)
     assert_twins(model, twin, tensor(3, 6, 6, 8))
     assert seen == [6, 9], "the first block's input, and what the pooling put out"
+
+
+def test_a_pooling_joined_to_its_convolution_is_measured_as_it_is_written(monkeypatch):
+    from fusedres.autograd import dense
+
+    torch.manual_seed(0)
+    model = nn.Sequential(blocks.Transition(6, 4), blocks.DenseBlock(2, 4, 4))
+    fusedres.fuse(randomised(model).double(), schedule="prologue")
+    twin = plain_copy(model)
+    monkeypatch.setattr(dense, "bn_statistics", None)
+    with backend("reference"):
+        assert_twins(model, twin, tensor(3, 6, 6, 8))
+
+
+POOLINGS = {
+    "of two by two": (lambda: nn.AvgPool2d(2), True),
+    "overlapping": (lambda: nn.AvgPool2d((2, 4), stride=(1, 2)), True),
+    "of nine pixels": (lambda: nn.AvgPool2d(3), False),
+    "padded": (lambda: nn.AvgPool2d(2, padding=1), False),
+    "of what is left over too": (lambda: nn.AvgPool2d(2, ceil_mode=True), False),
+    "divided by another number": (lambda: nn.AvgPool2d(2, divisor_override=3), False),
+    "of maxima": (lambda: nn.MaxPool2d(2), False),
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(("pool", "joins"), POOLINGS.values(), ids=POOLINGS)
+def test_which_poolings_are_joined_to_their_convolution(pool, joins, hooked, monkeypatch):
+    fused, seen = CASES["transition"].make("prologue"), []
+    fused.pool = pool()
+    twin = plain_copy(fused)
+    if hooked:
+        fused.pool.register_forward_hook(lambda *_: seen.append(True))
+    with backend("reference"):
+        assert_twins(fused, twin, tensor(3, 6, 7, 8), tensor(3, 6, 7, 8, seed=2))
+        assert bool(seen) == hooked
+
+        def refuse(*_: Any) -> None:
+            raise AssertionError("pooled apart")
+
+        monkeypatch.setattr(type(fused.pool), "forward", refuse)
+        if joins and not hooked:
+            fused(tensor(3, 6, 7, 8))
+        else:
+            with pytest.raises(AssertionError, match="pooled apart"):
+                fused(tensor(3, 6, 7, 8))
 
 
 def test_nothing_is_concatenated(monkeypatch):
