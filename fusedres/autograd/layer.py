@@ -1,7 +1,7 @@
 """One convolution and its batch norm, forward and backward: the steps that the Functions share."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..ops.contract import (
     Partials,
     statistics_dtype,
 )
-from ..ops.conv_backward import conv_backward
+from ..ops.conv_backward import conv_backward, conv_producer_backward
 from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import Producer, ProducerGrad, conv_input_grad, conv_producer_grad
@@ -147,10 +147,10 @@ def convolution_backward(
     weight = spec.weight(layer, source.tensor.dtype)
     window = (weight.shape[2], weight.shape[3])
     if below.producer is not None:
-        dweight = conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None
-        return dweight, conv_producer_grad(
-            dy, weight, spec.geometry, below.producer, add=below.add, features=below.features
-        )
+        joins: dict[str, Any] = {"add": below.add, "features": below.features}
+        if needs.weight:
+            return conv_producer_backward(dy, source, weight, spec.geometry, below.producer, **joins)
+        return None, conv_producer_grad(dy, weight, spec.geometry, below.producer, **joins)
     if needs.weight and needs.source:
         return conv_backward(dy, source, weight, spec.geometry, add=below.add)
     if needs.weight:

@@ -19,8 +19,8 @@ from .aten import KINDS, Cost, costs
 _KIND_OF_KERNEL = {
     "conv_forward": "convolution", "conv_bn_act": "convolution", "conv_input_grad": "input gradient",
     "moments_input_grad": "input gradient", "conv_weight_grad": "weight gradient", "sum_parts": "weight gradient",
-    "input_moments": "moments", "moments": "moments", "bn": "batch norm", "relu": "add and ReLU", "add": "add and ReLU",
-    "stem_pool": "pooling", "zero_pad": "add and ReLU",
+    "conv_backward": "both gradients", "input_moments": "moments", "moments": "moments", "bn": "batch norm",
+    "relu": "add and ReLU", "add": "add and ReLU", "stem_pool": "pooling", "zero_pad": "add and ReLU",
 }  # fmt: skip
 
 

@@ -31,8 +31,8 @@ class Cost(NamedTuple):
 
 
 KINDS = (
-    "convolution", "input gradient", "weight gradient", "moments", "batch norm", "add and ReLU", "pooling", "cast",
-    "other",
+    "convolution", "input gradient", "weight gradient", "both gradients", "moments", "batch norm", "add and ReLU",
+    "pooling", "cast", "other",
 )  # fmt: skip
 
 _KIND_OF = {

@@ -1,14 +1,34 @@
-"""Both gradients of a convolution whose output gradient serves them at once."""
+"""Both gradients of a convolution: by one launch where it is narrow, and by one each elsewhere."""
+
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bn_backward import bn_backward_apply
-from .contract import ConvInput, Geometry, OutputGrad, check_activation, statistics_dtype
+from ..launch import launch, target_of
+from ..plan.backward_tiles import BackwardTile, backward_tile
+from ..plan.conv_tiles import ConvShape
+from .bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
+from .contract import ConvInput, Geometry, OutputGrad, channels_last, check_activation, pixels, statistics_dtype
+from .contractions import window_arguments
 from .conv_forward import formed
-from .conv_input_grad import conv_input_grad, joined, joined_by_onednn
-from .conv_weight_grad import conv_weight_grad
+from .conv_input_grad import (
+    Producer,
+    ProducerGrad,
+    check_gradient,
+    conv_input_grad,
+    conv_producer_grad,
+    joined,
+    joined_by_onednn,
+    takes,
+)
+from .conv_weight_grad import conv_weight_grad, parts_summed
+from .features import FeatureGrads
+from .input_gradients import bytes_reached, why_no_kernel
 from .op import Op
+from .relu_mask import gradient, is_pooled, laid_out
+from .rows import empty_rows, in_rows, pitch_of
 
 
 def _conv_backward(
@@ -38,6 +58,11 @@ conv_backward = Op(_conv_backward)
 def _conv_backward_triton(
     dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
 ) -> tuple[Tensor, Tensor]:
+    check_gradient(dy, weight, tuple(u.tensor.shape), geometry)
+    narrow = _narrow(dy, u, weight, geometry, add, producer=False)
+    if narrow is not None:
+        launched = _launched(dy, u, weight, geometry, *narrow, add=add)
+        return launched.dw, launched.du
     if dy.p is None and dy.mask is None and u.scale is None and add is None:
         return NotImplemented  # nothing to join: both in one call, where a library has one
     return _conv_backward(dy, u, weight, geometry, add=add)
@@ -57,3 +82,116 @@ def _conv_backward_native(
         (True, True, False),
     )  # fmt: skip
     return dweight.to(statistics_dtype(dweight.dtype)), joined(du, add)
+
+
+def _conv_producer_backward(
+    dy: OutputGrad,
+    u: ConvInput,
+    weight: Tensor,
+    geometry: Geometry,
+    producer: Producer,
+    *,
+    add: OutputGrad | None = None,
+    features: FeatureGrads | None = None,
+) -> tuple[Tensor, ProducerGrad]:
+    """(dW, du): `conv_weight_grad` and `conv_producer_grad`, u being what the producer put out; arguments as there."""
+    dweight = conv_weight_grad(dy, u, (weight.shape[2], weight.shape[3]), geometry)
+    return dweight, conv_producer_grad(dy, weight, geometry, producer, add=add, features=features)
+
+
+conv_producer_backward = Op(_conv_producer_backward)
+
+
+@conv_producer_backward.triton
+def _conv_producer_backward_triton(
+    dy: OutputGrad,
+    u: ConvInput,
+    weight: Tensor,
+    geometry: Geometry,
+    producer: Producer,
+    *,
+    add: OutputGrad | None = None,
+    features: FeatureGrads | None = None,
+) -> tuple[Tensor, ProducerGrad]:
+    check_gradient(dy, weight, tuple(producer.y.shape), geometry)
+    if features is not None and not takes(features, producer, weight):
+        return NotImplemented
+    narrow = _narrow(dy, producer.output, weight, geometry, add, producer=True)
+    if narrow is None:
+        return NotImplemented
+    launched = _launched(dy, producer.output, weight, geometry, *narrow, add=add, producer=producer, features=features)
+    assert launched.sums is not None
+    return launched.dw, ProducerGrad(launched.du, launched.sums)
+
+
+class _Launched(NamedTuple):
+    dw: Tensor
+    du: Tensor
+    sums: NormSums | None
+
+
+def _narrow(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, add: OutputGrad | None, *, producer: bool
+) -> tuple[ConvShape, BackwardTile] | None:
+    """The convolution and its tile where one launch makes both gradients."""
+    x = u.tensor
+    if math.prod(geometry.stride) > 1 or geometry.groups > 1 or x.dtype != weight.dtype:
+        return None
+    if why_no_kernel(dy, weight, tuple(x.shape), geometry) is not None:
+        return None
+    k, c, r, s = weight.shape
+    shape = ConvShape(pixels(x), c, k, 1, r, s, weight.element_size(), prologue=producer, operands=operands_of(dy))
+    masks = [dy.mask, add.mask if producer and add is not None else None]
+    bits = any(mask is not None and mask.dtype == torch.uint8 for mask in masks)
+    tile = backward_tile(shape, target_of(weight), bits=bits)
+    return None if tile is None else (shape, tile)
+
+
+def _launched(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, shape: ConvShape, tile: BackwardTile, *,
+    add: OutputGrad | None, producer: Producer | None = None, features: FeatureGrads | None = None,
+) -> _Launched:  # fmt: skip
+    """The kernel, and what adds its parts."""
+    from ..kernels.conv_backward import conv_backward_kernel
+
+    x, size = in_rows(u.tensor), (dy.g.shape[2], dy.g.shape[3])
+    x_row = pitch_of(x)
+    taps = (shape.r, shape.s, shape.c)
+    norm = None if producer is None else producer.norm
+    add = add or OutputGrad(None)  # type: ignore[arg-type]
+    if features is not None:
+        out = features.into
+    else:
+        out = empty_rows(x, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype))
+    parts = torch.empty((tile.parts, shape.k * math.prod(taps)), dtype=torch.float32, device=x.device)
+    sums = products = None
+    if norm is not None:
+        sums, products = torch.empty((2, tile.parts, shape.c), dtype=torch.float32, device=x.device)
+    arriving = gradient_arguments(dy)
+    pooled = arriving.pop("image") is not None
+    beside: dict[str, Any] = {
+        "w_ptr": channels_last(weight), "x_ptr": x, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
+        "x_mean_ptr": norm and norm.mean, "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"],
+        "add_mask_ptr": laid_out(add.mask), "onto_ptr": features and features.before,
+    }  # fmt: skip
+    written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products, "dw_ptr": parts}
+    arguments = window_arguments(x, shape, size, geometry, c_rows=[x_row])
+    for name in ("groups", "stride_h", "stride_w", "FLAT"):
+        del arguments[name]
+    launch(
+        conv_backward_kernel, (tile.parts * tile.pieces(shape),),
+        {
+            **arriving, **beside, **written, **arguments, "x_row": x_row,
+            "pixels_per_part": tile.per_part(shape.pixels),
+            "POOLED": pooled, "ADD_POOLED": add.g is not None and is_pooled(add.g),
+            "WINDOWED": taps[:2] != (1, 1) or geometry.padding != (0, 0),
+            "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c, "BLOCK_K": tile.block_k,
+        },
+        reads=(*GRADIENT, *beside), writes=tuple(written),
+        partial=bytes_reached(dy, weight, tuple(x.shape), geometry), flops=4 * pixels(dy.g) * weight.numel(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    dw = parts_summed(parts).view(shape.k, *taps).permute(0, 3, 1, 2)
+    if sums is None or products is None or norm is None:
+        return _Launched(dw, out, None)
+    return _Launched(dw, out, finished(sums, products, shape.pixels, norm))

@@ -52,7 +52,8 @@ def at_producer(du: Tensor, producer: Producer) -> ProducerGrad:
     return ProducerGrad(g, bn_backward_reduce(OutputGrad(g), producer.y, producer.norm))
 
 
-def _check(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> None:
+def check_gradient(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> None:
+    """Refuse a ``dy`` that is not the gradient of what ``weight`` makes of an input of ``size``."""
     check_activation("dy", dy.g, weight.shape[0])
     p, q = check_conv_shapes("size", size, weight, geometry)
     if dy.g.shape != (size[0], weight.shape[0], p, q):
@@ -79,7 +80,7 @@ def _conv_input_grad(
     Returns:
         du (N, C, H, W) channels_last, in the wider dtype of dy and ``add``.
     """
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     dtype = statistics_dtype(weight.dtype)
     du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
     if add is None:
@@ -99,7 +100,7 @@ def _conv_input_grad_triton(
     *,
     add: OutputGrad | None = None,
 ) -> Tensor:
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
     if backends.runs_native() and add is None and dy.mask is None and dy.p is None:
         return NotImplemented
@@ -147,13 +148,11 @@ def _conv_producer_grad_triton(
     features: FeatureGrads | None = None,
 ) -> ProducerGrad:  # fmt: skip
     size = tuple(producer.y.shape)
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     if why_no_kernel(dy, weight, size, geometry) is not None:
         return NotImplemented
-    if features is not None:
-        check_features(features, size)
-        if features.into.dtype != weight.dtype or not _alike(producer.y, *features):
-            return NotImplemented
+    if features is not None and not takes(features, producer, weight):
+        return NotImplemented
     launched = launch_input_grad(
         dy, weight, size, geometry, x=producer.output, norm=producer.norm, add=add, features=features
     )
@@ -161,9 +160,11 @@ def _conv_producer_grad_triton(
     return ProducerGrad(launched.g, launched.sums)
 
 
-def _alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether kernels go through all of these in the same steps, where they lie."""
-    return in_rows(first) is first and all(in_rows(t) is t and pitch_of(t) == pitch_of(first) for t in others)
+def takes(features: FeatureGrads, producer: Producer, weight: Tensor) -> bool:
+    """Whether kernels add to these where they lie: in the storage dtype, rows as far apart as the producer's output."""
+    check_features(features, producer.y.shape)
+    alike = all(in_rows(t) is t and pitch_of(t) == pitch_of(producer.y) for t in (producer.y, *features))
+    return alike and features.into.dtype == weight.dtype
 
 
 def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> bool:
@@ -193,7 +194,7 @@ def _conv_input_grad_native(
     *,
     add: OutputGrad | None = None,
 ) -> Tensor:
-    _check(dy, weight, size, geometry)
+    check_gradient(dy, weight, size, geometry)
     grad = bn_backward_apply(dy)
     if add is not None and joined_by_onednn(weight, geometry, add):
         shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())

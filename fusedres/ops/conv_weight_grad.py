@@ -109,8 +109,8 @@ def _launched(
     dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape, size: tuple[int, int], tile: WeightGradTile,
     pooled: Pooled | None, *, sum_dy: bool, sum_u: bool,
 ) -> WeightSums:  # fmt: skip
-    """The kernel, and a second that adds the parts of the pixels."""
-    from ..kernels.conv_weight_grad import conv_weight_grad_kernel, sum_parts_kernel
+    """The kernel, and where the pixels come in parts a second that adds them."""
+    from ..kernels.conv_weight_grad import conv_weight_grad_kernel
 
     x = in_rows(u.tensor)
     x_row = pitch_of(x)
@@ -135,20 +135,27 @@ def _launched(
         partial={"x_ptr": covered}, flops=2 * shape.pixels * sizes[0],
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    total = parts[0]
-    if tile.parts > 1:
-        # Of rows not known to begin at 16 bytes, neighbouring lanes take neighbouring numbers, one each.
-        total, block = torch.empty_like(parts[0]), 1024 if parts.shape[1] % ALIGNMENT == 0 else 128
-        launch(
-            sum_parts_kernel, (-(-total.numel() // block),),
-            {"part_ptr": parts, "total_ptr": total, "parts": tile.parts, "size": total.numel(), "BLOCK": block},
-            reads=("part_ptr",), writes=("total_ptr",), flops=parts.numel(),
-        )  # fmt: skip
-    dw, dy_total, u_total = total.split(sizes)
+    dw, dy_total, u_total = parts_summed(parts).split(sizes)
     return WeightSums(
         dw.view(k, *taps).permute(0, 3, 1, 2), dy_total if sum_dy else None,
         u_total.view(taps).permute(2, 0, 1) if sum_u else None,
     )  # fmt: skip
+
+
+def parts_summed(parts: Tensor) -> Tensor:
+    """The sum of (parts, size) fp32 along the first dimension, in its order; by a launch if there are several."""
+    from ..kernels.conv_weight_grad import sum_parts_kernel
+
+    if len(parts) == 1:
+        return parts[0]
+    # Of rows not known to begin at 16 bytes, neighbouring lanes take neighbouring numbers, one each.
+    total, block = torch.empty_like(parts[0]), 1024 if parts.shape[1] % ALIGNMENT == 0 else 128
+    launch(
+        sum_parts_kernel, (-(-total.numel() // block),),
+        {"part_ptr": parts, "total_ptr": total, "parts": len(parts), "size": total.numel(), "BLOCK": block},
+        reads=("part_ptr",), writes=("total_ptr",), flops=parts.numel(),
+    )  # fmt: skip
+    return total
 
 
 def _pooling(pooled: Pooled | None, g: Tensor) -> dict[str, Any]:

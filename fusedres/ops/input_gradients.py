@@ -117,7 +117,7 @@ def launch_input_grad(
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
-    partial = _partial(dy, weight, size, geometry)
+    partial = bytes_reached(dy, weight, size, geometry)
     if norm is None and consumed is not None:
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
     arguments = window_arguments(
@@ -154,7 +154,7 @@ def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputM
     return flops
 
 
-def _partial(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> dict[str, int]:
+def bytes_reached(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> dict[str, int]:
     """Bytes of what is not read whole: windows can lie in the padding, and taps of small inputs outside of these."""
     window, steps = weight.shape[2:], (geometry.stride, geometry.padding, geometry.dilation)
     reached, taps = 1, 1

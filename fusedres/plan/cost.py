@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..offline import Target
 from . import conv_tiles
+from .backward_tiles import BackwardTile, backward_tile
 from .schedule import Schedule
 from .tiles import MOST_PARTS
 
@@ -180,6 +181,10 @@ def _written(
     formed = 2 * y + mask if rung.prologue else y
     if not rung.prologue:
         yield Pass(3 * y + mask)
+    tile = _joint_tile(layer, rung, itemsize, target, producer=behind and rung.statistics, bits=bool(mask))
+    if tile is not None:
+        yield from _in_parts(formed + x + w + dx + joining, 2 * layer.flops, tile.parts, layer)
+        return
     yield Pass(formed + w + (x if behind and rung.statistics else 0) + dx + joining, layer.flops)
     yield from _weight_gradient(layer, formed + x, itemsize, target, parts=rung.prologue)
 
@@ -207,9 +212,8 @@ def _moments(
 
 def _weight_gradient(layer: ConvShape, read: int, itemsize: int, target: Target, *, parts: bool) -> Iterator[Pass]:
     """The contraction over the pixels, and the sum of its parts where it is a kernel of ours."""
-    (r, s), dw = layer.window, FP32_BYTES * layer.weights
     shape = conv_tiles.ConvShape(
-        layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, r, s, itemsize
+        layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, *layer.window, itemsize
     )
     tiles = conv_tiles.weight_grad_tiles(shape, target) if parts else ()
     if not tiles:
@@ -217,9 +221,28 @@ def _weight_gradient(layer: ConvShape, read: int, itemsize: int, target: Target,
         if itemsize < FP32_BYTES:
             yield Pass(layer.weights * (itemsize + FP32_BYTES))
         return
-    yield Pass(read + tiles[0].parts * dw, layer.flops)
-    if tiles[0].parts > 1:
-        yield Pass((tiles[0].parts + 1) * dw)
+    yield from _in_parts(read, layer.flops, tiles[0].parts, layer)
+
+
+def _joint_tile(
+    layer: ConvShape, rung: Schedule, itemsize: int, target: Target, *, producer: bool, bits: bool
+) -> BackwardTile | None:
+    """Of the launch that makes both gradients of a convolution of stride 1, as `conv_backward` asks for it."""
+    if layer.pixels != layer.whole:
+        return None
+    shape = conv_tiles.ConvShape(
+        layer.pixels, layer.c, layer.k, layer.groups, *layer.window, itemsize, prologue=producer,
+        operands=2 if rung.prologue else 1,
+    )  # fmt: skip
+    return backward_tile(shape, target, bits=bits and rung.prologue)
+
+
+def _in_parts(moved: int, flops: int, parts: int, layer: ConvShape) -> Iterator[Pass]:
+    """A launch that leaves a weight's gradient in parts, and the sum of these."""
+    dw = FP32_BYTES * layer.weights
+    yield Pass(moved + parts * dw, flops)
+    if parts > 1:
+        yield Pass((parts + 1) * dw)
 
 
 def stem_passes(stem: StemShape, rung: Schedule, itemsize: int, target: Target) -> Iterator[Pass]:

@@ -13,6 +13,7 @@ from fusedres.launch import Trace
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_reduce
 from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
+from fusedres.ops.conv_backward import conv_producer_backward
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_forward import conv_forward, formed
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad, input_grad
@@ -23,6 +24,7 @@ from tests.comparison import assert_as_accurate_as_eager
 from tests.kernels.convolutions import Conv, as_tf32, assert_as_accurate
 from tests.kernels.executed import activation, covering, executed
 from tests.kernels.on_device import emulated_only
+from tests.kernels.test_conv_backward import targets_of
 from tests.kernels.test_conv_forward import check_statistics
 
 PADDED = Geometry(padding=(1, 1))
@@ -165,11 +167,8 @@ def test_weight_gradient(case: str, target: str, dtype: torch.dtype) -> None:
     assert_as_accurate(dw, eager, exact, tf32, dy.g[:, 0].numel())
 
 
-@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in place", "first"])
-@cases("a layer of DenseNet-121", "4 divides rows, 16 divides C", "one pixel an image", "odd channels", offset=3)
-def test_input_gradient_is_added_to_that_of_the_features(
-    case: str, target: str, dtype: torch.dtype, in_place: bool
-) -> None:
+def check_added(target: str, case: str, dtype: torch.dtype, *, in_place: bool, together: bool) -> None:
+    """The input's gradient behind the producer's ReLU, added to that of the features; with the weight's or alone."""
     operands = Operands(case, dtype)
     conv, weight, dy = operands.conv, operands.weight, gradient(operands.size, dtype)
     mean, invstd, scale, shift = torch.rand(4, conv.size[1]) + 0.1
@@ -177,33 +176,59 @@ def test_input_gradient_is_added_to_that_of_the_features(
     before = sliced(conv.input(dtype), operands.around_x)
     into = before if in_place else sliced(torch.full(conv.size, float("nan"), dtype=dtype), operands.around_x)
     given, features = before.clone(), FeatureGrads(before, into)
-    call = lambda: conv_producer_grad(dy, weight, conv.geometry, producer, features=features)  # noqa: E731
-    (g, sums), trace = executed(target, call, [into])
-    assert_one_launch(trace, "conv_input_grad_kernel")
+    rounded, whole = bn_backward_apply.reference(dy), bn_backward_apply.reference(widened(dy))
+    if together:
+        operands.u = producer.output
+        forms = dy, operands.u, weight, conv.geometry
+        call = lambda: conv_producer_backward(*forms, producer, features=features)  # noqa: E731
+        (dw, (g, sums)), trace = executed(target, call, [into])
+        exact = weight_grad(whole, operands.formed(torch.float64), conv.window, conv.geometry)
+        eager = weight_grad(rounded, operands.formed(dtype), conv.window, conv.geometry)
+        assert_as_accurate(dw, eager, exact, None, dy.g[:, 0].numel(), "dw")
+    else:
+        call = lambda: conv_producer_grad(dy, weight, conv.geometry, producer, features=features)  # noqa: E731
+        (g, sums), trace = executed(target, call, [into])
+    assert_one_launch(trace, "conv_backward_kernel" if together else "conv_input_grad_kernel")
     assert_untouched(into, operands.around_x)
     assert torch.equal(g, into)
 
+    u = (producer.y.float() * scale.view(1, -1, 1, 1) + producer.norm.shift.view(1, -1, 1, 1)).to(dtype)
+
     def added(part: Tensor) -> Tensor:
         wide = torch.promote_types(part.dtype, torch.float32)
-        u = producer.y.float() * scale.view(1, -1, 1, 1) + producer.norm.shift.view(1, -1, 1, 1)
-        part = torch.where(u.to(dtype) > 0, part, 0.0)
+        part = torch.where(u > 0, part, 0.0)
         return (given.to(wide) + part.to(wide) * scale.to(wide).view(1, -1, 1, 1)).to(part.dtype)
 
-    rounded, whole = bn_backward_apply.reference(dy), bn_backward_apply.reference(widened(dy))
     exact = input_grad(whole, weight.double(), conv.size, conv.geometry)
     eager = added(input_grad(rounded, weight, conv.size, conv.geometry))
     tf32 = tf32_of(target, dtype, added(input_grad(seen(rounded), seen(weight), conv.size, conv.geometry)))
-    assert_as_accurate(into, eager, added(exact), tf32, conv.k * conv.window[0] * conv.window[1])
+    assert_as_accurate(into, eager, added(exact), tf32, conv.k * conv.window[0] * conv.window[1], "into")
 
     # Of the same gradient written out: sums differ by its rounding there, and by their order.
     written, _ = executed(target, lambda: conv_input_grad(dy, weight, conv.size, conv.geometry))
     wide = Normaliser(*(vector.double() for vector in producer.norm))
-    u = producer.y.float() * scale.view(1, -1, 1, 1) + producer.norm.shift.view(1, -1, 1, 1)
-    behind = torch.where(u.to(dtype) > 0, written, 0.0).double()
+    behind = torch.where(u > 0, written, 0.0).double()
     expected = bn_backward_reduce.reference(OutputGrad(behind), producer.y.double(), wide)
     sizes = behind.abs().sum((0, 2, 3)).max() * torch.tensor([1.0, 4.0, 4.0, 1.0]) * max(1.0, float(scale.max()))
     for ours, theirs, size in zip(sums, expected, sizes, strict=True):
         assert float((ours.double() - theirs).abs().max()) <= torch.finfo(dtype).eps * float(size) + 1e-5
+
+
+@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in place", "first"])
+@cases("a layer of DenseNet-121", "4 divides rows, 16 divides C", "one pixel an image", "odd channels", offset=3)
+def test_input_gradient_is_added_to_that_of_the_features(
+    case: str, target: str, dtype: torch.dtype, in_place: bool
+) -> None:
+    check_added(target, case, dtype, in_place=in_place, together=False)
+
+
+NARROW = ("a layer of DenseNet-121", "one pixel an image", "3x3", "a growth of 12", "odd channels")
+
+
+@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in place", "first"])
+@pytest.mark.parametrize(("case", "target", "dtype"), targets_of(NARROW))
+def test_both_gradients_at_once(case: str, target: str, dtype: torch.dtype, in_place: bool) -> None:
+    check_added(target, case, dtype, in_place=in_place, together=True)
 
 
 ROWS = {

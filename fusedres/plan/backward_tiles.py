@@ -1,0 +1,89 @@
+"""Where one pass makes both gradients of a convolution, and its tile: a pure function of shape, dtype and target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..offline import Target
+from .conv_tiles import ENOUGH_TILES, NARROWEST, PARTIAL_ELEMENTS, ConvShape, wide
+from .gpus import target_gpu
+from .tiles import power_above
+
+# A program keeps its sums of the weight's gradient, one for each tap, in the registers of at most eight warps.
+MOST_SUMS = 1 << 14
+SUMS_OF_FOUR_WARPS = 1 << 12
+# Of the FLOP/s of long products, what these reach: dy passes through registers and shared memory on its way to both.
+# By the instructions of one step; for a target whose tensor cores are half as fast these hold up half as much.
+TOGETHER_REACHED, APART_REACHED = {True: 1 / 3, False: 1 / 5}, {True: 1 / 2, False: 1 / 4}
+FAST_MATRIX_TFLOPS = 500
+# What a launch that is not made spares, where Python starts them one by one.
+LAUNCH_SECONDS = 10e-6
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """``block_pixels`` at a time of one of ``parts`` of the pixels, ``block_c`` input channels, all output channels.
+
+    ``block_k`` is the power of two that holds the output's channels.
+    """
+
+    block_pixels: int
+    block_k: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    parts: int
+
+    def pieces(self, shape: ConvShape) -> int:
+        """Tiles side by side that cover the input's channels."""
+        return -(-shape.c // self.block_c)
+
+    def per_part(self, pixels: int) -> int:
+        """Pixels of a part, a multiple of ``block_pixels``."""
+        return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
+
+
+def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> BackwardTile | None:
+    """The tile of `conv_backward` for a convolution of stride 1; None where two launches are faster or nothing fits.
+
+    Args:
+        shape: ``operands`` is how many tensors dy is formed of; ``prologue``, whether a producer's sums are wanted.
+        target: that it runs on.
+        bits: whether bit masks are unpacked in registers: dy's, or beside a producer's sums that of what is added.
+    """
+    # AMD's compilers keep the masks of unrolled taps in scalar registers, and spill hundreds.
+    if target.backend != "cuda" or shape.itemsize != 2 or shape.groups > 1 or shape.pixels == 0:
+        return None
+    taps, block_k = shape.r * shape.s, max(NARROWEST, power_above(shape.k))
+    widest = NARROWEST if taps > 1 else 64 if shape.prologue and not wide(target) else 128
+    block_c = max(NARROWEST, min(power_above(shape.c), widest, MOST_SUMS // (taps * block_k)))
+    sums = taps * block_k * block_c
+    # Compilers from sm_100 on have no registers left for the bits of nine taps.
+    crowded = bits and taps > 1 and int(target.arch) >= 100
+    if crowded or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(shape, target):
+        return None
+    # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
+    tile = BackwardTile(16, block_k, block_c, 8, 1, 1)
+    if taps == 1:
+        few = sums <= SUMS_OF_FOUR_WARPS
+        short = not few or (shape.prologue and not wide(target))
+        tile = BackwardTile(32 if short else 64, block_k, block_c, 4 if few else 8, 2, 1)
+    programs = ENOUGH_TILES // tile.pieces(shape)
+    weights = taps * shape.c * shape.k
+    moved = shape.pixels * (shape.operands * shape.k + 2 * shape.c) * shape.itemsize
+    most = min(PARTIAL_ELEMENTS, moved // 16) // weights  # written and read, half of what the operands take
+    wanted = max(1, min(-(-shape.pixels // (4 * tile.block_pixels)), programs, most))
+    return replace(tile, parts=-(-shape.pixels // replace(tile, parts=wanted).per_part(shape.pixels)))
+
+
+def one_pass_pays(shape: ConvShape, target: Target) -> bool:
+    """Whether one launch takes no longer than two, as far as bytes and FLOPs tell."""
+    gpu, pointwise = target_gpu(target), shape.r * shape.s == 1
+    dy, x = shape.operands * shape.k * shape.itemsize, shape.c * shape.itemsize
+    flops = 2 * shape.r * shape.s * shape.c * shape.k
+    rate = gpu.rate(torch.bfloat16) * (1 if gpu.matrix_tflops > FAST_MATRIX_TFLOPS else 2)
+    apart = 2 * max((dy + x) / gpu.bandwidth, flops / (APART_REACHED[pointwise] * rate))
+    together = max((dy + 2 * x) / gpu.bandwidth, 2 * flops / (TOGETHER_REACHED[pointwise] * rate))
+    return shape.pixels * (together - apart) <= LAUNCH_SECONDS
