@@ -11,9 +11,8 @@ from .conv_tiles import ENOUGH_TILES, NARROWEST, PARTIAL_ELEMENTS, ConvShape, wi
 from .gpus import target_gpu
 from .tiles import power_above
 
-# A program keeps its sums of the weight's gradient, one for each tap, in the registers of at most eight warps.
+# A program keeps its sums of the weight's gradient, one for each tap, in the registers of eight warps.
 MOST_SUMS = 1 << 14
-SUMS_OF_FOUR_WARPS = 1 << 12
 # Of the FLOP/s of long products, what these reach: dy passes through registers and shared memory on its way to both.
 # By the instructions of one step; for a target whose tensor cores are half as fast these hold up half as much.
 TOGETHER_REACHED, APART_REACHED = {True: 1 / 3, False: 1 / 5}, {True: 1 / 2, False: 1 / 4}
@@ -57,7 +56,7 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     if target.backend != "cuda" or shape.itemsize != 2 or shape.groups > 1 or shape.pixels == 0:
         return None
     taps, block_k = shape.r * shape.s, max(NARROWEST, power_above(shape.k))
-    widest = NARROWEST if taps > 1 else 64 if shape.prologue and not wide(target) else 128
+    widest = NARROWEST if taps > 1 else 32 if shape.prologue and not wide(target) else 128
     block_c = max(NARROWEST, min(power_above(shape.c), widest, MOST_SUMS // (taps * block_k)))
     sums = taps * block_k * block_c
     # Compilers from sm_100 on have no registers left for the bits of nine taps.
@@ -65,11 +64,8 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     if crowded or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(shape, target):
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
-    tile = BackwardTile(16, block_k, block_c, 8, 1, 1)
-    if taps == 1:
-        few = sums <= SUMS_OF_FOUR_WARPS
-        short = not few or (shape.prologue and not wide(target))
-        tile = BackwardTile(32 if short else 64, block_k, block_c, 4 if few else 8, 2, 1)
+    short = taps > 1 or (block_k > 128 and not wide(target))
+    tile = BackwardTile(16 if short else 32, block_k, block_c, 8, 2 if taps == 1 else 1, 1)
     programs = ENOUGH_TILES // tile.pieces(shape)
     weights = taps * shape.c * shape.k
     moved = shape.pixels * (shape.operands * shape.k + 2 * shape.c) * shape.itemsize
