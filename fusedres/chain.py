@@ -55,7 +55,6 @@ def run_chain(
     zero_pad_stride: tuple[int, int] = (1, 1),
     act: str | None = "relu",
     schedule: str = AUTO,
-    counters: Sequence[Tensor] = (),
 ) -> Tensor:
     """act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), fused, differentiable once.
 
@@ -68,7 +67,6 @@ def run_chain(
         zero_pad_stride: of the zero-pad shortcut.
         act: ``"relu"`` or None.
         schedule: ``"auto"`` or a rung of the ladder.
-        counters: of batches, advanced by one as soon as nothing can be refused any more.
 
     Returns:
         (N, K, P, Q), channels_last.
@@ -92,7 +90,6 @@ def run_chain(
         check_activation("residual", residual)
         check_joins("residual", tuple(residual.shape), size)
 
-    advance(counters)
     every = [*layers, projection] if projection is not None else list(layers)
     if not is_differentiated(x, residual, every) and not any(layer.norm.batch_stats for layer in every):
         with no_autocast(x.device.type):
@@ -124,16 +121,14 @@ def run_chain(
     return z
 
 
-def run_stem(
-    x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUTO, counters: Sequence[Tensor] = ()
-) -> Tensor:
+def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUTO) -> Tensor:
     """maxpool(relu(bn(conv(x)))), fused, differentiable once.
 
     Args:
         x: (N, C, H, W).
         layer: the convolution and its batch norm.
         pool: the max-pooling window.
-        schedule, counters: as in `run_chain`.
+        schedule: as in `run_chain`.
 
     Returns:
         (N, K, P, Q), channels_last.
@@ -146,7 +141,6 @@ def run_stem(
     _, _, height, width = checked_size("x", x, layer, tuple(x.shape), dtype)
     if min(pool.output_size(height, width)) < 1:
         raise ValueError(f"pool: {height} x {width} pixels are too few for {pool}")
-    advance(counters)
     if not is_differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
             return infer_stem(x.to(dtype), layer, pool)
@@ -211,12 +205,6 @@ def _conv_shape(size: Size, weight: Size, geometry: Geometry) -> tuple[ConvShape
         read, n * h * w, n * p * q, c, k, geometry.groups, (kernel[0], kernel[1]), geometry.padding != (0, 0)
     )
     return shape, (n, k, p, q)
-
-
-def advance(counters: Sequence[Tensor]) -> None:
-    """Count a batch."""
-    if counters:
-        torch._foreach_add_(list(counters), 1)
 
 
 def is_differentiated(

@@ -10,7 +10,7 @@ from .autograd import Dense
 from .autograd.dense import DenseLayerSpec, DenseSpec
 from .autograd.spec import LayerSpec
 from .carried import carried, carry
-from .chain import Layer, Size, advance, check_joins, checked_size, is_differentiated
+from .chain import Layer, Size, check_joins, checked_size, is_differentiated
 from .ops.contract import ConvInput, Partials, check_activation
 from .ops.conv_forward import conv_forward
 from .ops.features import put_features
@@ -31,16 +31,13 @@ def takes_dense(x: Tensor) -> bool:
     return x.dim() == 4 and x.dtype.is_floating_point and contraction_dtype(x) == x.dtype
 
 
-def run_dense(
-    x: Tensor, layers: Sequence[DenseLayerParts], *, schedule: str = AUTO, counters: Sequence[Tensor] = ()
-) -> Tensor:
+def run_dense(x: Tensor, layers: Sequence[DenseLayerParts], *, schedule: str = AUTO) -> Tensor:
     """x and the outputs of all layers side by side, each layer fed with everything before it; differentiable once.
 
     Args:
         x: (N, C, H, W) in the dtype of the convolutions (`takes_dense`).
         layers: in order; each takes C and the channels of all layers before it.
         schedule: ``"auto"`` or a rung of the ladder.
-        counters: of batches, advanced by one as soon as nothing can be refused any more.
 
     Returns:
         (N, C + sum of the layers' channels, H, W), channels_last.
@@ -58,7 +55,6 @@ def run_dense(
         check_joins(f"layer {i}", (n, 0, *size[2:]), (n, 0, h, w))
         channels += size[1]
 
-    advance(counters)
     every = [conv for layer in layers for conv in layer.convs]
     norms = [tensor for layer in layers for tensor in layer.norm.tensors]
     measures = any(layer.norm.spec.batch_stats for layer in layers) or any(conv.norm.batch_stats for conv in every)

@@ -24,7 +24,7 @@ def _pair(name: str, value: IntPair) -> tuple[int, int]:
 
 def _check_norm_tensors(tensors: NormTensors, channels: int, training: bool) -> bool:
     """Whether batch statistics normalise; refuses vectors of other lengths and one running statistic alone."""
-    check_norm_vectors(channels, *tensors)
+    check_norm_vectors(channels, *tensors.vectors)
     return training or tensors.running_mean is None
 
 

@@ -16,7 +16,7 @@ from .ops.contract import ConvInput, PoolGeometry, channels_last
 from .ops.conv_bn_act import Contraction, conv_bn_act
 from .ops.conv_forward import conv_forward
 from .ops.stem_pool import stem_pool
-from .ops.zero_pad_shortcut import zero_pad_shortcut
+from .ops.zero_pad_shortcut import ZeroPadded, written
 from .writes import state_of
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ def forget(weight: Tensor) -> None:
     _folded.pop(weight, None)
 
 
-def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | None = None) -> Tensor:
+def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | ZeroPadded | None = None) -> Tensor:
     """act(bn(conv(u)) + residual) from running statistics; ``u`` in the dtype of the contraction."""
     u = channels_last(u)
     if backends.runs_native() and onednn.runs(u) and (residual is None or residual.dtype == u.dtype):
         packed = _packed_layer(u, layer)
         if packed is not None:
-            return onednn.conv_act(u, packed, residual, act)
+            return onednn.conv_act(u, packed, written(residual), act)
     return conv_bn_act(contraction_of(u, layer), residual=residual, act=act)[0]
 
 
@@ -58,33 +58,37 @@ def infer_chain(
     source = u = x.to(dtype)
     for layer in layers[:-1]:
         u = infer_layer(u, layer, "relu")
+    joining: Tensor | ZeroPadded | None = residual
     if shortcut == "identity":
-        residual = x
+        joining = x
     elif shortcut == "zero_pad":
-        residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
+        joining = ZeroPadded(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
     elif projection is not None and backends.runs_native() and not wants_kernels(x):
-        residual = infer_layer(source, projection, None)
+        joining = infer_layer(source, projection, None)
     elif projection is not None:
         return conv_bn_act(contraction_of(u, layers[-1]), second=contraction_of(source, projection), act=act)[0]
-    return infer_layer(u, layers[-1], act, residual)
+    return infer_layer(u, layers[-1], act, joining)
 
 
 def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
     """maxpool(relu(bn(conv(x)))) from running statistics; ``x`` in the dtype of the contraction."""
     if not wants_kernels(x):
         return max_pool2d(infer_layer(x, layer, "relu"), *pool)
-    u, weight, geometry, scale, shift = contraction_of(channels_last(x), layer)
+    u, weight, geometry, *_ = contraction_of(channels_last(x), layer)
     y, _ = conv_forward(u, weight, geometry)
-    return stem_pool(y, scale, shift, pool, indices=False)[0]
+    return stem_pool(y, *_numbers_of(layer, x.dtype), pool, indices=False)[0]
 
 
 def contraction_of(u: Tensor, layer: "Layer") -> Contraction:
     """A layer of running statistics as the operand of `conv_bn_act`."""
-    scale, shift = _once(layer, ("numbers", u.dtype), lambda: _numbers(layer, u.dtype))
     weight = layer.tensors.weight
     if weight.dtype != u.dtype:  # under autocast
         weight = _once(layer, ("weight", u.dtype), lambda: layer.tensors.weight.detach().to(u.dtype))
-    return Contraction(ConvInput(u), weight, layer.geometry, scale, shift)
+    return Contraction(ConvInput(u), weight, layer.geometry, *_numbers_of(layer, u.dtype))
+
+
+def _numbers_of(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _once(layer, ("numbers", dtype), lambda: _numbers(layer, dtype))
 
 
 def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -121,8 +125,9 @@ def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
         return None
 
     def packed() -> onednn.PackedConv:
-        _, weight, geometry, scale, shift = contraction_of(u, layer)
-        folded = onednn.fold(weight.detach(), scale.detach())
-        return onednn.pack(onednn.PackedConv(folded, shift.detach(), geometry), tuple(u.shape))
+        _, weight, geometry, *_ = contraction_of(u, layer)
+        scale, shift = _numbers_of(layer, u.dtype)
+        folded = onednn.fold(weight.detach(), scale)
+        return onednn.pack(onednn.PackedConv(folded, shift, geometry), tuple(u.shape))
 
     return _once(layer, "packed", packed)

@@ -10,17 +10,17 @@ from .autocast import contraction_dtype, no_autocast
 from .autograd import BNAddAct, PreAct
 from .autograd.bn_add_act import BNAddActSpec
 from .autograd.layer import normaliser_of
-from .autograd.preact import PreActSpec, unnormalised
+from .autograd.preact import PreActSpec
 from .autograd.spec import NormSpec, NormTensors
 from .carried import carried, carry
-from .chain import Layer, Size, advance, check_joins, check_norm, checked_size, is_differentiated, layer_spec
+from .chain import Layer, Size, check_joins, check_norm, checked_size, is_differentiated, layer_spec
 from .inference import contraction_of, infer_layer
 from .launch import wants_kernels
 from .ops.bn_act import bn_act
 from .ops.bn_finalize import check_norm_vectors
 from .ops.contract import ConvInput, Partials, channels_last, check_activation
-from .ops.conv_bn_act import conv_bn_act
-from .ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_size
+from .ops.conv_bn_act import Contraction, conv_bn_act
+from .ops.zero_pad_shortcut import ZeroPadded, zero_pad_size
 from .plan import AUTO, Schedule, chain_schedule
 
 
@@ -40,7 +40,6 @@ def run_preact(
     shortcut: str = "identity",
     zero_pad_stride: tuple[int, int] = (1, 1),
     schedule: str = AUTO,
-    counters: Sequence[Tensor] = (),
     measured: bool = True,
 ) -> Tensor:
     """conv(relu(bn(... conv(relu(bn(x)))))) + shortcut, fused, differentiable once.
@@ -53,7 +52,6 @@ def run_preact(
         shortcut: ``"none"``, ``"identity"``, ``"zero_pad"`` or ``"projection"``.
         zero_pad_stride: of the zero-pad shortcut.
         schedule: ``"auto"`` or a rung of the ladder.
-        counters: of batches, advanced by one as soon as nothing can be refused any more.
         measured: whether a batch norm of the output may follow, for which it is measured as it is written.
 
     Returns:
@@ -76,7 +74,6 @@ def run_preact(
     elif shortcut == "zero_pad":
         check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
 
-    advance(counters)
     every = [*layers, projection] if projection is not None else list(layers)
     measures = (norm is not None and norm.spec.batch_stats) or any(layer.norm.batch_stats for layer in every)
     if not measures and not is_differentiated(x, None, every, () if norm is None else norm.tensors):
@@ -103,13 +100,12 @@ def run_preact(
     return z
 
 
-def run_bn_act(x: Tensor, norm: Norm, *, counters: Sequence[Tensor] = ()) -> Tensor:
+def run_bn_act(x: Tensor, norm: Norm) -> Tensor:
     """relu(bn(x)), fused, differentiable once.
 
     Args:
         x: (N, C, H, W).
         norm: its batch norm.
-        counters: as in `run_preact`.
 
     Returns:
         (N, C, H, W), channels_last.
@@ -119,7 +115,6 @@ def run_bn_act(x: Tensor, norm: Norm, *, counters: Sequence[Tensor] = ()) -> Ten
     """
     check_activation("x", x)
     check_norm_of(tuple(x.shape), norm)
-    advance(counters)
     spec = BNAddActSpec(norm.spec, partials=partials_of(x, norm))
     z: Tensor = BNAddAct.apply(x, None, spec, *norm.tensors, *NormTensors())
     return z
@@ -133,7 +128,7 @@ def schedule_for(requested: str, x: Tensor) -> Schedule:
 
 def check_norm_of(size: Size, norm: Norm) -> None:
     """Refuse vectors of another length than an (N, C, H, W) has channels, and numbers that batch norm can not use."""
-    check_norm_vectors(size[1], *norm.tensors)
+    check_norm_vectors(size[1], *norm.tensors.vectors)
     check_norm("x", norm.spec, size[0] * size[2] * size[3])
 
 
@@ -153,15 +148,15 @@ def _infer(
     u = source
     for layer in layers[:-1]:
         u = ConvInput(activated_by(u, layer))
-    residual: Tensor | None = None
+    residual: Tensor | ZeroPadded | None = None
     if shortcut == "identity":
         residual = x
     elif shortcut == "zero_pad":
-        residual = zero_pad_shortcut(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
+        residual = ZeroPadded(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
     second = None
     if projection is not None:
-        second = unnormalised(source, projection.tensors.weight.to(dtype), projection.geometry)
-    main = unnormalised(u, layers[-1].tensors.weight.to(dtype), layers[-1].geometry)
+        second = Contraction(source, projection.tensors.weight.to(dtype), projection.geometry)
+    main = Contraction(u, layers[-1].tensors.weight.to(dtype), layers[-1].geometry)
     return conv_bn_act(main, residual=residual, second=second, act=None)[0]
 
 

@@ -8,14 +8,19 @@ import triton.language as tl
 
 from .relu_mask import packed
 from .rows import row_of
+from .zero_pad_shortcut import load_zero_padded
 
 
-@triton.jit(do_not_specialize=["rows", "y_row"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "y_row", "P", "Q", "residual_H", "residual_W", "residual_stride_h", "residual_stride_w",
+    ]
+)  # fmt: skip
 def bn_act_kernel(
     y_ptr,  # (rows, C) raw convolution output, storage dtype
     scale_ptr,  # (C,) fp32, gamma * invstd; None: y is added as it is
     shift_ptr,  # (C,) fp32, beta - mean * scale; None together with the scale
-    residual_ptr,  # (rows, C) storage dtype, or None
+    residual_ptr,  # (rows, C) storage dtype, or (N, residual_H, residual_W, residual_C) zero-padded, or None
     residual_scale_ptr,  # (C,) fp32 where the residual is a raw projection, else None
     residual_shift_ptr,  # (C,) fp32, or None
     z_ptr,  # (rows, C) out
@@ -23,6 +28,15 @@ def bn_act_kernel(
     rows,
     C,
     y_row,  # elements from one row of y to the next, a multiple of C_MULTIPLE; None: C
+    P,  # of the output, and what the zero-pad shortcut is told of its input
+    Q,
+    residual_C,
+    residual_H,
+    residual_W,
+    residual_stride_h,
+    residual_stride_w,
+    RESIDUAL_FIRST: tl.constexpr,  # as in `load_zero_padded`; None: the residual is of the output's size
+    RESIDUAL_MULTIPLE: tl.constexpr,  # a power of two that divides residual_C
     RELU: tl.constexpr,
     C_MULTIPLE: tl.constexpr,  # a power of two that divides C and y_row
     BLOCK_ROWS: tl.constexpr,
@@ -49,7 +63,14 @@ def bn_act_kernel(
         shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)
         z = z * scale[None, :] + shift[None, :]
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+        if RESIDUAL_FIRST is None:
+            residual = tl.load(residual_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+        else:
+            at = first + o_row
+            residual = load_zero_padded(
+                residual_ptr, at // (P * Q), at // Q % P, at % Q, m_row, o_c, residual_C, residual_H, residual_W,
+                residual_stride_h, residual_stride_w, RESIDUAL_FIRST, RESIDUAL_MULTIPLE,
+            )  # fmt: skip
         if residual_scale_ptr is not None:
             scale = tl.load(residual_scale_ptr + o_c, mask=m_c, other=0.0)
             shift = tl.load(residual_shift_ptr + o_c, mask=m_c, other=0.0)

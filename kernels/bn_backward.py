@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .relu_mask import load_masked
 from .rows import row_of
+from .zero_pad_shortcut import load_zero_padded_grad
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part", "image"])
@@ -108,7 +109,11 @@ def bn_backward_finish_kernel(
     tl.store(r_ptr + o_c, factor * total_g, mask=m_c)
 
 
-@triton.jit(do_not_specialize=["rows", "image", "g_row", "y_row"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "image", "g_row", "y_row", "H", "W", "add_P", "add_Q", "add_stride_h", "add_stride_w",
+    ]
+)  # fmt: skip
 def bn_backward_apply_kernel(
     g_ptr,  # (rows, C) gradient behind the normalisation; (rows // image, C)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
@@ -117,13 +122,22 @@ def bn_backward_apply_kernel(
     q_ptr,  # (C,) fp32, or None
     r_ptr,  # (C,) fp32; None together with q
     mean_ptr,  # (C,) fp32, or None: zero
-    add_ptr,  # (rows, C) a gradient that joins, or None
+    add_ptr,  # (rows, C) a gradient that joins, or (N, add_P, add_Q, add_C) that of a zero-pad shortcut, or None
     dy_ptr,  # (rows, C) out: p * g + q * (y - mean) + r + add
     rows,
     image,  # as in `load_masked`
     C,
     g_row,  # elements from one row of g to the next, a multiple of C_MULTIPLE; None: C
     y_row,  # the same of y
+    H,  # of dy, and what the zero-pad shortcut is told of its output
+    W,
+    add_C,
+    add_P,
+    add_Q,
+    add_stride_h,
+    add_stride_w,
+    ADD_FIRST: tl.constexpr,  # as in `load_zero_padded_grad`; None: what joins is of dy's size
+    ADD_MULTIPLE: tl.constexpr,  # a power of two that divides add_C
     C_MULTIPLE: tl.constexpr,  # a power of two that divides C and the rows that are given
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -150,5 +164,12 @@ def bn_backward_apply_kernel(
         r = tl.load(r_ptr + o_c, mask=m_c, other=0.0)
         dy += y * q[None, :] + r[None, :]
     if add_ptr is not None:
-        dy += tl.load(add_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+        if ADD_FIRST is None:
+            dy += tl.load(add_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+        else:
+            at = first + o_row
+            dy += load_zero_padded_grad(
+                add_ptr, None, at // (H * W), at // W % H, at % W, m_row, i_c * BLOCK_C, C, add_C, add_P, add_Q,
+                add_stride_h, add_stride_w, ADD_FIRST, ADD_MULTIPLE, False, BLOCK_ROWS, BLOCK_C,
+            )  # fmt: skip
     tl.store(dy_ptr + first * C + o, dy.to(dy_ptr.dtype.element_ty), mask=m)

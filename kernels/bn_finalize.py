@@ -54,6 +54,7 @@ def store_normaliser(
     bias_ptr,  # (C,) of the convolution before, or None
     running_mean_ptr,  # (C,) updated in place, or None
     running_var_ptr,  # (C,) updated in place, or None
+    counted_ptr,  # () int64, one more afterwards, or None
     mean_ptr,  # (C,) fp32 out
     invstd_ptr,  # (C,) fp32 out
     scale_ptr,  # (C,) fp32 out, gamma * invstd
@@ -63,7 +64,7 @@ def store_normaliser(
     eps,
     momentum,
 ):
-    """The numbers that normalise, and the running statistics, from those of the batch."""
+    """The numbers that normalise, the running statistics and their count of batches, from those of the batch."""
     invstd = 1.0 / tl.sqrt_rn(m2 / count + eps)
     scale = invstd
     if gamma_ptr is not None:
@@ -83,6 +84,11 @@ def store_normaliser(
         running_var = tl.load(running_var_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
         tl.store(running_mean_ptr + o_c, _lerp(running_mean, mean, momentum), mask=m_c)
         tl.store(running_var_ptr + o_c, _lerp(running_var, m2 / (count - 1.0), momentum), mask=m_c)
+    if counted_ptr is not None:  # noqa: SIM102 (a choice of the compiler's, then one of the program's)
+        if tl.program_id(0) == 0:
+            counted = tl.load(counted_ptr)
+            tl.debug_barrier()  # every thread reads, one of them writes
+            tl.store(counted_ptr, counted + 1)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -95,6 +101,7 @@ def bn_finalize_kernel(
     bias_ptr,  # (C,) of the convolution before, or None
     running_mean_ptr,  # (C,) updated in place, or None
     running_var_ptr,  # (C,) updated in place, or None
+    counted_ptr,  # () int64, one more afterwards, or None
     mean_ptr,  # (C,) fp32 out
     invstd_ptr,  # (C,) fp32 out
     scale_ptr,  # (C,) fp32 out, gamma * invstd
@@ -135,6 +142,6 @@ def bn_finalize_kernel(
     m2 = tl.sum(squares, axis=0)
 
     store_normaliser(
-        count, mean, m2, gamma_ptr, beta_ptr, bias_ptr, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr,
-        scale_ptr, shift_ptr, o_c, m_c, eps, momentum,
+        count, mean, m2, gamma_ptr, beta_ptr, bias_ptr, running_mean_ptr, running_var_ptr, counted_ptr,
+        mean_ptr, invstd_ptr, scale_ptr, shift_ptr, o_c, m_c, eps, momentum,
     )  # fmt: skip

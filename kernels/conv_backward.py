@@ -12,6 +12,7 @@ import triton.language as tl
 from .contraction import SIZES, formed
 from .relu_mask import load_masked_rows, unpacked
 from .rows import row_of
+from .zero_pad_shortcut import load_zero_padded_grad
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _parts_of_dy(
     return g, mask, y
 
 
-@triton.jit(do_not_specialize=[*SIZES, "pixels_per_part"])
+@triton.jit(do_not_specialize=[*SIZES, "pixels_per_part", "add_P", "add_Q", "add_stride_h", "add_stride_w"])
 def conv_backward_kernel(
     g_ptr,  # (N, P, Q, K) gradient behind the batch norm, or dy itself without p; POOLED: (N, K)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
@@ -54,7 +55,7 @@ def conv_backward_kernel(
     x_scale_ptr,  # (C,) fp32: u = relu(x * scale + shift); None: u = x
     x_shift_ptr,  # (C,) fp32, or None
     x_mean_ptr,  # (C,) fp32, with the producer's sums
-    add_ptr,  # (N, H, W, C) another gradient of the input, or None; ADD_POOLED: (N, C)
+    add_ptr,  # (N, H, W, C) another gradient of the input, or of its zero-pad shortcut, or None
     add_mask_ptr,  # its bits or rectified output, or None
     onto_ptr,  # (N, H, W, C) what is written is this plus x_scale times the gradient, with sums; or None
     out_ptr,  # (N, H, W, C) out: the gradient of the input, behind the producer's ReLU if sums are wanted
@@ -74,11 +75,18 @@ def conv_backward_kernel(
     dilation_h,
     dilation_w,
     x_row,  # elements from one pixel of x to the next, and where there is onto of it and out; None: C
+    add_C,  # what the zero-pad shortcut is told of its output
+    add_P,
+    add_Q,
+    add_stride_h,
+    add_stride_w,
     R: tl.constexpr,
     S: tl.constexpr,
     WINDOWED: tl.constexpr,  # whether some tap of some pixel has no dy
     POOLED: tl.constexpr,
-    ADD_POOLED: tl.constexpr,
+    ADD_POOLED: tl.constexpr,  # whether what is added has one value for all pixels of an image
+    ADD_FIRST: tl.constexpr,  # as in `load_zero_padded_grad`; None: what is added is of the input's size
+    ADD_MULTIPLE: tl.constexpr,  # a power of two that divides add_C
     TF32: tl.constexpr,
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
@@ -140,6 +148,10 @@ def conv_backward_kernel(
             if mask_ptr is not None:
                 g = tl.where(unpacked(mask, BLOCK_PIXELS, BLOCK_K) if BITS else mask > 0, g, 0.0)
             dy = g
+            if mask_ptr is None and p_ptr is None:
+                # Through registers: of a copy that arrives in shared memory for both products Triton 3.8 keeps one
+                # place, and lets the next overwrite it while wgmma, the slower of the two, still reads it.
+                dy = tl.where(m_in[:, None], g, 0.0)
             if p_ptr is not None:
                 wide = g.to(tl.float32) * tl.load(p_ptr + o_k, mask=m_k, other=0.0)[None, :]
                 if q_ptr is not None:
@@ -173,20 +185,16 @@ def conv_backward_kernel(
             summed = summed + (sums,)  # noqa: RUF005 (the compiler unpacks no tuples)
         dw = summed
         if add_ptr is not None:
-            acc += load_masked_rows(
-                add_ptr,
-                add_mask_ptr,
-                0,
-                o_n if ADD_POOLED else o_at,
-                o_at,
-                i_c * BLOCK_C,
-                m_row,
-                C,
-                C,
-                C,
-                BLOCK_PIXELS,
-                BLOCK_C,
-            )
+            if ADD_FIRST is None:
+                o_add = o_n if ADD_POOLED else o_at
+                acc += load_masked_rows(
+                    add_ptr, add_mask_ptr, 0, o_add, o_at, i_c * BLOCK_C, m_row, C, C, C, BLOCK_PIXELS, BLOCK_C
+                )
+            else:
+                acc += load_zero_padded_grad(
+                    add_ptr, add_mask_ptr, o_n, o_pixel // W % H, o_pixel % W, m_row, i_c * BLOCK_C, C, add_C, add_P,
+                    add_Q, add_stride_h, add_stride_w, ADD_FIRST, ADD_MULTIPLE, ADD_POOLED, BLOCK_PIXELS, BLOCK_C,
+                )  # fmt: skip
         if part_g_ptr is not None:
             # Behind the ReLU of u as it was rounded: what became zero then has no gradient.
             wide_du = tl.where(u > 0, acc, 0.0)

@@ -10,25 +10,31 @@ from .bn_statistics import store_tile_statistics
 from .contraction import SIZES, contract, tile_of
 from .relu_mask import packed
 from .rows import row_of
+from .zero_pad_shortcut import load_zero_padded
+
+SHORTCUT_SIZES = (
+    "second_H", "second_W", "second_stride_h", "second_stride_w", "residual_H", "residual_W", "residual_stride_h",
+    "residual_stride_w",
+)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SIZES, "second_H", "second_W", "second_stride_h", "second_stride_w"])
+@triton.jit(do_not_specialize=[*SIZES, *SHORTCUT_SIZES])
 def conv_bn_act_kernel(
     x_ptr,  # (N, H, W, groups * C) activations, storage dtype
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     x_scale_ptr,  # (groups * C,) fp32: relu(x * scale + shift) is what is convolved; None: x itself
     x_shift_ptr,  # (groups * C,) fp32, or None
-    scale_ptr,  # (groups * K,) fp32, of the output
-    shift_ptr,  # (groups * K,) fp32
-    residual_ptr,  # (pixels, groups * K) storage dtype, or None
+    scale_ptr,  # (groups * K,) fp32, of the output; None: it joins as it is
+    shift_ptr,  # (groups * K,) fp32; None together with the scale
+    residual_ptr,  # (pixels, groups * K) storage dtype, or (N, residual_H, residual_W, residual_C), or None
     residual_scale_ptr,  # (groups * K,) fp32 where the residual is a raw projection, else None
     residual_shift_ptr,  # (groups * K,) fp32, or None
     second_x_ptr,  # (N, second_H, second_W, second_C): what the projection consumes, or None
     second_w_ptr,  # (groups * K, second_C) its 1x1 weights
     second_x_scale_ptr,  # (second_C,) fp32 of its prologue, or None
     second_x_shift_ptr,  # (second_C,) fp32, or None
-    second_scale_ptr,  # (groups * K,) fp32, of its output
-    second_shift_ptr,  # (groups * K,) fp32
+    second_scale_ptr,  # (groups * K,) fp32, of its output, or None
+    second_shift_ptr,  # (groups * K,) fp32, or None
     z_ptr,  # (pixels, groups * K) out
     mask_ptr,  # (pixels, ceil(groups * K / 8)) uint8 out, bits of z > 0; None: not wanted
     count_ptr,  # (tiles,) fp32 out, pixels of each tile; None: no statistics of z
@@ -49,6 +55,11 @@ def conv_bn_act_kernel(
     dilation_h,
     dilation_w,
     x_row,  # elements from one pixel of x to the next, a multiple of C_MULTIPLE; None: groups * C
+    residual_C,
+    residual_H,
+    residual_W,
+    residual_stride_h,
+    residual_stride_w,
     second_C,
     second_H,
     second_W,
@@ -61,11 +72,13 @@ def conv_bn_act_kernel(
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_C: tl.constexpr,
     SECOND_EVEN_C: tl.constexpr,
+    RESIDUAL_FIRST: tl.constexpr,  # as in `load_zero_padded`; None: the residual is of the output's size
     RELU: tl.constexpr,
     TF32: tl.constexpr,
-    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, K and second_C
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, K, second_C and residual_C
     K_MULTIPLE: tl.constexpr,
     SECOND_C_MULTIPLE: tl.constexpr,
+    RESIDUAL_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -88,9 +101,11 @@ def conv_bn_act_kernel(
     o_out = i_group * K + o_k
     m_row = o_row < pixels - first
     m_out = (o_k < GROUPS_PER_TILE * K) & (o_out < groups * K)
-    scale = tl.load(scale_ptr + o_out, mask=m_out, other=0.0)
-    shift = tl.load(shift_ptr + o_out, mask=m_out, other=0.0)
-    z = acc * scale[None, :] + shift[None, :]
+    z = acc
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + o_out, mask=m_out, other=0.0)
+        shift = tl.load(shift_ptr + o_out, mask=m_out, other=0.0)
+        z = acc * scale[None, :] + shift[None, :]
     if second_x_ptr is not None:
         second_C = second_C // SECOND_C_MULTIPLE * SECOND_C_MULTIPLE
         acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
@@ -99,13 +114,22 @@ def conv_bn_act_kernel(
             groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1,
             second_C, 1, 1, False, False, 1, SECOND_EVEN_C, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
-        scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)
-        shift = tl.load(second_shift_ptr + o_out, mask=m_out, other=0.0)
-        z += acc * scale[None, :] + shift[None, :]
+        if second_scale_ptr is not None:
+            scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)
+            shift = tl.load(second_shift_ptr + o_out, mask=m_out, other=0.0)
+            acc = acc * scale[None, :] + shift[None, :]
+        z += acc
     o = o_row[:, None] * (groups * K) + o_out[None, :]
     m = m_row[:, None] & m_out[None, :]
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + first * (groups * K) + o, mask=m, other=0.0).to(tl.float32)
+        if RESIDUAL_FIRST is None:
+            residual = tl.load(residual_ptr + first * (groups * K) + o, mask=m, other=0.0).to(tl.float32)
+        else:
+            residual = load_zero_padded(
+                residual_ptr, o_pixel // (P * Q), o_pixel // Q % P, o_pixel % Q, m_row, tl.where(m_out, o_out, -1),
+                residual_C, residual_H, residual_W, residual_stride_h, residual_stride_w, RESIDUAL_FIRST,
+                RESIDUAL_MULTIPLE,
+            )  # fmt: skip
         if residual_scale_ptr is not None:
             scale = tl.load(residual_scale_ptr + o_out, mask=m_out, other=0.0)
             shift = tl.load(residual_shift_ptr + o_out, mask=m_out, other=0.0)

@@ -14,6 +14,10 @@ import triton.language as tl
 from .contraction import SIZES, contract, tile_of
 from .relu_mask import load_masked_rows, unpacked
 from .rows import row_of
+from .zero_pad_shortcut import load_zero_padded_grad
+
+CLASSES = ("tiles", "step_r", "step_s", "row_step", "column_step", "constants")
+ADDED = ("x_H", "x_W", "x_stride_h", "x_stride_w", "add_P", "add_Q", "add_stride_h", "add_stride_w")
 
 
 @triton.jit
@@ -177,7 +181,7 @@ def _contract_gradient(
     return acc
 
 
-@triton.jit(do_not_specialize=[*SIZES, "tiles", "step_r", "step_s", "row_step", "column_step", "constants"])
+@triton.jit(do_not_specialize=[*SIZES, *CLASSES, *ADDED])
 def conv_input_grad_kernel(
     g_ptr,  # (N, P, Q, groups * K) gradient behind the batch norm, or dy itself without p; POOLED: (N, groups * K)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
@@ -189,11 +193,11 @@ def conv_input_grad_kernel(
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     quadratic_ptr,  # (C, TERMS, C) of the moments form, storage dtype: the input with every term is added; or None
     constant_ptr,  # (constants, C) fp32, terms of what is added to every pixel that the convolution reads; or None
-    x_ptr,  # (N, H, W, groups * C) what the convolution consumed; None where neither of its uses is wanted
+    x_ptr,  # (N, x_H, x_W, groups * C) what the convolution consumed; None where neither of its uses is wanted
     x_scale_ptr,  # (groups * C,) fp32 where it consumed relu(x * scale + shift), or None
     x_shift_ptr,  # (groups * C,) fp32, or None
     x_mean_ptr,  # (groups * C,) fp32, with the producer's sums
-    add_ptr,  # (N, H, W, groups * C) another gradient of the input, or None; ADD_POOLED: (N, groups * C)
+    add_ptr,  # (N, H, W, groups * C) another gradient of the input, or of its zero-pad shortcut, or None
     add_mask_ptr,  # its bits or rectified output, or None
     onto_ptr,  # (N, H, W, groups * C) what is written is this plus x_scale times the gradient, with sums; or None
     out_ptr,  # (N, H, W, groups * C) out: the gradient of the input, behind the producer's ReLU if sums are wanted
@@ -220,13 +224,24 @@ def conv_input_grad_kernel(
     column_step,
     constants,
     x_row,  # elements from one pixel of x to the next, and where there is onto of it and out; None: groups * C
+    x_H,  # as H and W, but where the gradient is wanted at every x_stride-th pixel of x alone
+    x_W,
+    x_stride_h,
+    x_stride_w,
+    add_C,  # what the zero-pad shortcut is told of its output
+    add_P,
+    add_Q,
+    add_stride_h,
+    add_stride_w,
     R: tl.constexpr,
     S: tl.constexpr,
     TERMS: tl.constexpr,
     STRIDED: tl.constexpr,
     WINDOWED: tl.constexpr,  # whether some tap of some pixel has no dy
     POOLED: tl.constexpr,
-    ADD_POOLED: tl.constexpr,
+    ADD_POOLED: tl.constexpr,  # whether what is added has one value for all pixels of an image
+    ADD_FIRST: tl.constexpr,  # as in `load_zero_padded_grad`; None: what is added is of the input's size
+    ADD_MULTIPLE: tl.constexpr,  # a power of two that divides add_C
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides every tile's output channels
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides the input channels
@@ -285,9 +300,9 @@ def conv_input_grad_kernel(
         if i_class == 0:
             # As the taps of a window that does not move.
             acc = contract(
-                x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, H, W, P, Q, stride_h,
-                stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS, BLOCK_C,
-                BLOCK_K,
+                x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, x_H, x_W, P, Q,
+                x_stride_h, x_stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS,
+                BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(constants):
@@ -298,12 +313,21 @@ def conv_input_grad_kernel(
     o_x = o_at[:, None] * x_row + o_out[None, :]
     o = o_x if onto_ptr is not None else o_at[:, None] * (groups * C) + o_out[None, :]
     if add_ptr is not None:
-        o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
         first_c = i_group * C + i_column % tl.cdiv(GROUPS_PER_TILE * C, BLOCK_C) * BLOCK_C
         last_c = tl.minimum((i_group + GROUPS_PER_TILE) * C, groups * C)
-        acc += load_masked_rows(
-            add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, groups * C, BLOCK_PIXELS, BLOCK_C
-        )
+        if ADD_FIRST is None:
+            o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
+            acc += load_masked_rows(
+                add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, groups * C, BLOCK_PIXELS,
+                BLOCK_C,
+            )  # fmt: skip
+        else:
+            if not STRIDED:
+                o_h, o_w = seen // W % H, seen % W
+            acc += load_zero_padded_grad(
+                add_ptr, add_mask_ptr, o_n, o_h, o_w, m_row, first_c, last_c, add_C, add_P, add_Q, add_stride_h,
+                add_stride_w, ADD_FIRST, ADD_MULTIPLE, ADD_POOLED, BLOCK_PIXELS, BLOCK_C,
+            )  # fmt: skip
     if part_g_ptr is not None:
         x = tl.load(x_ptr + o_x, mask=m, other=0.0)
         scale = tl.load(x_scale_ptr + o_out, mask=m_c, other=0.0)

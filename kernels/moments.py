@@ -45,6 +45,7 @@ def moments_finalize_kernel(
     bias_ptr,
     running_mean_ptr,
     running_var_ptr,
+    counted_ptr,
     mean_ptr,
     invstd_ptr,
     scale_ptr,
@@ -74,8 +75,8 @@ def moments_finalize_kernel(
         m2 += tl.sum(product * w, axis=1)
     m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     store_normaliser(
-        pixels.to(tl.float32), mean, m2, gamma_ptr, beta_ptr, bias_ptr, running_mean_ptr, running_var_ptr, mean_ptr,
-        invstd_ptr, scale_ptr, shift_ptr, o_k, m_k, eps, momentum,
+        pixels.to(tl.float32), mean, m2, gamma_ptr, beta_ptr, bias_ptr, running_mean_ptr, running_var_ptr, counted_ptr,
+        mean_ptr, invstd_ptr, scale_ptr, shift_ptr, o_k, m_k, eps, momentum,
     )  # fmt: skip
 
 

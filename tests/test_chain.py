@@ -30,7 +30,7 @@ def layer(
 
 
 def eager(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    weight, bias, gamma, beta, mean, var = layer.tensors
+    weight, bias, gamma, beta, mean, var, _ = layer.tensors
     y = F.conv2d(x, weight, bias, *layer.geometry)
     norm = layer.norm
     return F.batch_norm(y, mean.clone(), var.clone(), gamma, beta, norm.batch_stats, norm.momentum, norm.eps)

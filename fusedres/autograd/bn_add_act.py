@@ -99,7 +99,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     def through(y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None) -> tuple[Tensor, list[Any]]:
         typed = g._replace(g=in_dtype(g.g, y.dtype))
         dy, dgamma, dbeta = bn_backward(typed, y, norm, gamma, batch_stats=norm_spec.batch_stats)
-        return dy, [dgamma, dbeta, None, None, None]
+        return dy, [dgamma, dbeta, *[None] * (len(NormTensors._fields) - 2)]
 
     dy, grads = through(saved.y, saved.norm, spec.norm, saved.gammas[0])
     dresidual: Tensor | None = None

@@ -14,7 +14,7 @@ from ..ops.contract import ConvInput, OutputGrad, channels_last
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.conv_forward import conv_forward, formed
 from ..ops.conv_input_grad import Producer, ProducerGrad
-from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
+from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad
 from ..plan import Schedule
 from .layer import (
     PARAMETERS,
@@ -30,6 +30,8 @@ from .layer import (
     layer_backward,
     measure,
     needs_of,
+    samples,
+    shortcut_grad,
 )
 from .layouts import arrived, in_dtype
 from .saved import differentiable_once, keep, kept, on_forward_backend
@@ -59,14 +61,15 @@ def _in_one_op(spec: LayerSpec, schedule: Schedule) -> bool:
 
 
 def _normalise(
-    u: ConvInput, layer: ConvBN, spec: LayerSpec, *, residual: Tensor | None = None, act: str | None = "relu",
-    bit_mask: bool = False,
+    u: ConvInput, layer: ConvBN, spec: LayerSpec, *, residual: Tensor | ZeroPadded | None = None,
+    act: str | None = "relu", bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Branch]:  # fmt: skip
     """act(bn(conv(u)) + residual) with its batch norm in one op, and the mask."""
     y, _ = conv_forward(u, spec.weight(layer, u.tensor.dtype), spec.geometry)
     z, mask, norm = bn_forward(
         y, layer.gamma, layer.beta, layer.running_mean, layer.running_var, bias=layer.bias,
-        eps=spec.norm.eps, momentum=spec.norm.momentum, residual=residual, act=act, bit_mask=bit_mask,
+        eps=spec.norm.eps, momentum=spec.norm.momentum, counted=layer.counted, residual=residual, act=act,
+        bit_mask=bit_mask,
     )  # fmt: skip
     return z, mask, Branch(u, norm, y, None)
 
@@ -84,8 +87,8 @@ def _inner_forward(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Sched
 
 
 def _join(
-    main: Branch, projection: Branch | None, residual: Tensor | None, parameters: list[ConvBN], spec: ChainSpec,
-    bit_mask: bool,
+    main: Branch, projection: Branch | None, residual: Tensor | ZeroPadded | None, parameters: list[ConvBN],
+    spec: ChainSpec, bit_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The block end, in whichever single pass the branches' forms allow."""
     numbers: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -136,7 +139,7 @@ class ConvChain(torch.autograd.Function):
 
 def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: list[ConvBN]) -> Tensor:
     x = channels_last(x)
-    residual = None if residual is None else channels_last(residual)
+    shortcut: Tensor | ZeroPadded | None = None if residual is None else channels_last(residual)
     source = u = ConvInput(x.to(spec.dtype))
     inner = []
     for layer, layer_spec in zip(parameters, spec.layers[:-1], strict=False):
@@ -144,9 +147,9 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
         inner.append(step)
     last = len(spec.layers) - 1
     if spec.shortcut == "identity":
-        residual = x
+        shortcut = x
     elif spec.shortcut == "zero_pad":
-        residual = zero_pad_shortcut(x, parameters[last].weight.shape[0], spec.zero_pad_stride)
+        shortcut = ZeroPadded(x, parameters[last].weight.shape[0], spec.zero_pad_stride)
     training = any(ctx.needs_input_grad)
     rectified = training and spec.act == "relu"
     bit_mask = rectified and spec.schedule.bit_masks
@@ -154,15 +157,15 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
     ends = spec.layers[last:] if spec.projection is None else (spec.layers[last], spec.projection)
     if all(_in_one_op(end, spec.schedule) for end in ends):
         if spec.projection is not None:
-            residual, _, projection = _normalise(source, parameters[-1], spec.projection, act=None)
+            shortcut, _, projection = _normalise(source, parameters[-1], spec.projection, act=None)
         z, mask, main = _normalise(
-            u, parameters[last], spec.layers[last], residual=residual, act=spec.act, bit_mask=bit_mask
+            u, parameters[last], spec.layers[last], residual=shortcut, act=spec.act, bit_mask=bit_mask
         )
     else:
         if spec.projection is not None:
             projection = measure(source, parameters[-1], spec.projection, spec.schedule)
         main = measure(u, parameters[last], spec.layers[last], spec.schedule)
-        z, mask = _join(main, projection, residual, parameters, spec, bit_mask)
+        z, mask = _join(main, projection, shortcut, parameters, spec, bit_mask)
     if training:
         if rectified and mask is None:
             mask = z
@@ -198,18 +201,17 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     grads: list[LayerGrads] = [LayerGrads()] * len(saved.parameters)
 
     # What reaches the block's input by the shortcut; the chain's first layer adds its own share to it.
-    at_input: OutputGrad | None = None
+    at_input: Added | None = None
     if saved.projection is not None and spec.projection is not None:
         if needs[-1].any:
-            grads[-1], dx = branch_backward(
-                g, saved.projection, saved.parameters[-1], spec.projection, schedule, needs[-1]
-            )
-            at_input = OutputGrad(dx, scratch=True) if isinstance(dx, Tensor) else None
+            layer, projection = saved.parameters[-1], spec.projection
+            below = Below(compact=samples(layer, projection))
+            grads[-1], dx = branch_backward(g, saved.projection, layer, projection, schedule, needs[-1], below)
+            at_input = shortcut_grad(dx, ctx.input_size, layer, projection)
     elif spec.shortcut == "identity":
         at_input = arriving
     elif spec.shortcut == "zero_pad" and needed_x:
-        dx = zero_pad_shortcut_grad(masked(arriving), ctx.input_size, spec.zero_pad_stride)
-        at_input = OutputGrad(dx, scratch=True)
+        at_input = ZeroPaddedGrad(arriving, ctx.input_size, spec.zero_pad_stride)
 
     du: SourceGrad = None
     branch, out = saved.main, None

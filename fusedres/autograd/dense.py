@@ -31,7 +31,7 @@ from ..ops.bn_finalize import bn_combine
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import ConvInput, Normaliser, OutputGrad, Partials, channels_last, pixels, statistics_dtype
 from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import Producer, ProducerGrad, added, at_producer
+from ..ops.conv_input_grad import Producer, ProducerGrad, at_producer, sent_to_features
 from ..ops.features import FeatureGrads, put_features
 from ..ops.rows import empty_rows
 from ..plan import Schedule
@@ -112,6 +112,7 @@ class Dense(torch.autograd.Function):
             z, partials = _forward(ctx, x, spec, _by_layer(tensors, spec))
         if partials is None:
             return z, None, None, None
+        ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
         ctx.mark_non_differentiable(*partials)
         return z, *partials
 
@@ -301,5 +302,5 @@ def _layer_backward(
                 _behind_relu(du, out, branch), branch, conv, conv_spec, schedule, needs[i], below
             )
     if isinstance(du, Tensor):
-        du = added(at_producer(du, producers[0]), producers[0], features)
+        du = sent_to_features(at_producer(du, producers[0]), producers[0], features)
     return grads, du

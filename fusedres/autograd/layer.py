@@ -31,6 +31,7 @@ from ..ops.moments_backward import (
     moments_input_grad,
     moments_producer_grad,
 )
+from ..ops.zero_pad_shortcut import Added, ZeroPaddedGrad
 from ..plan import Schedule
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
@@ -75,6 +76,7 @@ class LayerGrads(NamedTuple):
     beta: Tensor | None = None
     running_mean: None = None
     running_var: None = None
+    counted: None = None
 
 
 def grouped(tensors: tuple[Tensor | None, ...]) -> list[ConvBN]:
@@ -89,11 +91,12 @@ def is_idle(norm: NormSpec, needs: Needs) -> bool:
 
 def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpec, dtype: torch.dtype) -> Normaliser:
     """From the batch's statistics, moving the running ones, or from the running ones."""
-    gamma, beta, running_mean, running_var, bias = tensors
+    gamma, beta, running_mean, running_var, bias, counted = tensors
     if partials is not None:
         return bn_finalize(
-            partials, gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, momentum=spec.momentum
-        )
+            partials, gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, momentum=spec.momentum,
+            counted=counted,
+        )  # fmt: skip
     assert running_mean is not None and running_var is not None
     return bn_from_running(
         gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, dtype=statistics_dtype(dtype)
@@ -107,10 +110,10 @@ def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) ->
         return Branch(u, normaliser_of(None, layer.norm, spec.norm, weight.dtype), None, None)
     if spec.moments:
         moments = input_moments(u, spec.geometry.stride)
-        gamma, beta, running_mean, running_var, bias = layer.norm
+        gamma, beta, running_mean, running_var, bias, counted = layer.norm
         norm = moments_finalize(
             moments, weight, gamma, beta, running_mean, running_var, bias=bias, eps=spec.norm.eps,
-            momentum=spec.norm.momentum,
+            momentum=spec.norm.momentum, counted=counted,
         )  # fmt: skip
         return Branch(u, norm, None, moments)
     y, partials = conv_forward(u, weight, spec.geometry, statistics=schedule.statistics and spec.norm.batch_stats)
@@ -125,19 +128,35 @@ def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
     return Contraction(branch.source, weight, spec.geometry, branch.norm.scale, branch.norm.shift)
 
 
+SourceGrad = Tensor | ProducerGrad | None
+"""The gradient of a layer's source, behind the ReLU of the layer below and with its sums where there is one."""
+
+
 class Below(NamedTuple):
     """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums.
 
-    ``features``: where a producer's gradient is added instead of being written, a dense block's.
+    ``compact``: the gradient at the pixels that a strided 1x1 convolution reads is enough, (N, C, P, Q). ``features``:
+    where a producer's gradient is added instead of being written, a dense block's.
     """
 
-    add: OutputGrad | None = None
+    add: Added | None = None
     producer: Producer | None = None
+    compact: bool = False
     features: FeatureGrads | None = None
 
 
-SourceGrad = Tensor | ProducerGrad | None
-"""The gradient of a layer's source, behind the ReLU of the layer below and with its sums where there is one."""
+def samples(layer: ConvBN, spec: LayerSpec) -> bool:
+    """Whether a convolution leaves pixels of its source unread, every one between two that it reads."""
+    stride, padding, _, _ = spec.geometry
+    return layer.weight.shape[2:] == (1, 1) and padding == (0, 0) and stride != (1, 1)
+
+
+def shortcut_grad(du: SourceGrad, size: tuple[int, ...], layer: ConvBN, spec: LayerSpec) -> Added | None:
+    """What a projection sends to its source of ``size``, computed with ``Below(compact=samples(layer, spec))``."""
+    if not isinstance(du, Tensor):
+        return None
+    grad = OutputGrad(du, scratch=True)
+    return ZeroPaddedGrad(grad, size, spec.geometry.stride) if samples(layer, spec) else grad
 
 
 def convolution_backward(
@@ -146,6 +165,10 @@ def convolution_backward(
     """dW and the source's gradient of a convolution, each if asked for."""
     weight = spec.weight(layer, source.tensor.dtype)
     window = (weight.shape[2], weight.shape[3])
+    if below.compact and needs.source:
+        at_read = (dy.g.shape[0], source.tensor.shape[1], *dy.g.shape[2:])
+        du = conv_input_grad(dy, weight, at_read, spec.geometry._replace(stride=(1, 1)))
+        return conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None, du
     if below.producer is not None:
         joins: dict[str, Any] = {"add": below.add, "features": below.features}
         if needs.weight:
@@ -210,7 +233,7 @@ def _moments_branch_backward(
         return grads, moments_producer_grad(g, matrices, spec.geometry, below.producer, add=below.add)
     if not needs.source:
         return grads, None
-    return grads, moments_input_grad(g, matrices, branch.source, spec.geometry, add=below.add)
+    return grads, moments_input_grad(g, matrices, branch.source, spec.geometry, add=below.add, compact=below.compact)
 
 
 def in_parameter_dtypes(

@@ -18,14 +18,14 @@ from .. import backends
 from ..autocast import no_autocast
 from ..ops.add_act import add_act
 from ..ops.bn_act import bn_act
-from ..ops.bn_backward import bn_backward, bn_backward_apply, output_grad
+from ..ops.bn_backward import added, bn_backward, bn_backward_apply, output_grad
 from ..ops.bn_forward import bn_forward
 from ..ops.bn_statistics import bn_statistics
-from ..ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Partials, channels_last, statistics_dtype
+from ..ops.contract import ConvInput, Normaliser, OutputGrad, Partials, channels_last
 from ..ops.conv_bn_act import Contraction, conv_bn_act
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import Producer, ProducerGrad, at_producer, joined
-from ..ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad
+from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad, written
 from ..plan import Schedule
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
@@ -41,6 +41,8 @@ from .layer import (
     layer_backward,
     needs_of,
     normaliser_of,
+    samples,
+    shortcut_grad,
 )
 from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
@@ -104,6 +106,7 @@ class PreAct(torch.autograd.Function):
             z, partials = _forward(ctx, x, spec, NormTensors(*tensors[:NORM]), grouped(tensors[NORM:]))
         if partials is None:
             return z, None, None, None
+        ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
         ctx.mark_non_differentiable(*partials)
         return z, *partials
 
@@ -121,7 +124,7 @@ def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvI
     if numbers.batch_stats and spec.partials is None and not spec.schedule.statistics:
         out, _, norm = bn_forward(
             x, tensors.gamma, tensors.beta, tensors.running_mean, tensors.running_var, eps=numbers.eps,
-            momentum=numbers.momentum,
+            momentum=numbers.momentum, counted=tensors.counted,
         )  # fmt: skip
         return ConvInput(out.to(spec.dtype)), norm
     partials = spec.partials
@@ -133,35 +136,29 @@ def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvI
     return ConvInput(bn_act(x, norm.scale, norm.shift)[0].to(spec.dtype)), norm
 
 
-def unnormalised(u: ConvInput, weight: Tensor, geometry: Geometry) -> Contraction:
-    """A convolution without a batch norm as the operand of `conv_bn_act`."""
-    numbers = {"dtype": statistics_dtype(weight.dtype), "device": weight.device}
-    scale, shift = torch.ones(weight.shape[0], **numbers), torch.zeros(weight.shape[0], **numbers)  # type: ignore[call-overload]
-    return Contraction(u, weight, geometry, scale, shift)
-
-
 def _end(
     x: Tensor, source: ConvInput, last: ConvInput, spec: PreActSpec, parameters: list[ConvBN]
 ) -> tuple[Tensor, Partials | None]:
     """The last convolution and the sum, in one pass where the schedule has epilogues."""
-    residual: Tensor | None = None
+    residual: Tensor | ZeroPadded | None = None
     if spec.shortcut == "identity":
         residual = x
     elif spec.shortcut == "zero_pad":
-        residual = zero_pad_shortcut(x, parameters[-1].weight.shape[0], spec.zero_pad_stride)
+        residual = ZeroPadded(x, parameters[-1].weight.shape[0], spec.zero_pad_stride)
     last_spec = spec.layers[-1]
     weight = last_spec.weight(parameters[len(spec.layers) - 1], spec.dtype)
     if spec.schedule.statistics:
         second = None
         if spec.projection is not None:
-            second = unnormalised(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
-        main = unnormalised(last, weight, last_spec.geometry)
+            second = Contraction(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
+        main = Contraction(last, weight, last_spec.geometry)
         z, _, partials = conv_bn_act(main, residual=residual, second=second, act=None, statistics=spec.measured)
         return z, partials
     z, _ = conv_forward(last, weight, last_spec.geometry)
     if spec.projection is not None:
         residual, _ = conv_forward(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
-    return z if residual is None else add_act(z, residual, act=None)[0], None
+    joining = written(residual)
+    return z if joining is None else add_act(z, joining, act=None)[0], None
 
 
 def _forward(
@@ -200,16 +197,18 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     dz = channels_last(dz)
     g = OutputGrad(dz.to(spec.dtype))
     grads: list[LayerGrads] = [LayerGrads()] * len(saved.parameters)
-    at_input: OutputGrad | None = None
+    at_input: Added | None = None
     if spec.projection is not None:
         wanted = needs_of(asked[-1], at_source)
-        dweight, du = convolution_backward(g, saved.source, saved.parameters[-1], spec.projection, wanted, Below())
-        grads[-1] = _weight_alone(dweight, saved.parameters[-1])
-        at_input = OutputGrad(du, scratch=True) if isinstance(du, Tensor) else None
+        layer, projection = saved.parameters[-1], spec.projection
+        below_it = Below(compact=samples(layer, projection))
+        dweight, du = convolution_backward(g, saved.source, layer, projection, wanted, below_it)
+        grads[-1] = _weight_alone(dweight, layer)
+        at_input = shortcut_grad(du, ctx.size, layer, projection)
     elif spec.shortcut == "identity":
         at_input = OutputGrad(dz)
     elif spec.shortcut == "zero_pad" and needed_x:
-        at_input = OutputGrad(zero_pad_shortcut_grad(dz, ctx.size, spec.zero_pad_stride), scratch=True)
+        at_input = ZeroPaddedGrad(OutputGrad(dz), ctx.size, spec.zero_pad_stride)
 
     # A projection took what the first convolution consumed, the other shortcuts took x.
     with_first = at_input if at_source and (spec.norm is None or spec.projection is not None) else None
@@ -222,7 +221,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         for i, grad in enumerate((dgamma, dbeta)):
             head[i] = grad.to(ctx.norm_dtypes[i]) if flat[i] else None
     elif du is None and needed_x and at_input is not None:
-        dx = at_input.g
+        dx = added(at_input)
     out = dx.to(ctx.input_dtype) if needed_x and dx is not None else None
     return (out, None, *head, *(grad for layer_grads in grads for grad in layer_grads))
 
@@ -232,7 +231,7 @@ def _weight_alone(dweight: Tensor | None, layer: ConvBN) -> LayerGrads:
 
 
 def _through(
-    saved: Kept, spec: PreActSpec, needs: list[Needs], g: OutputGrad, grads: list[LayerGrads], add: OutputGrad | None
+    saved: Kept, spec: PreActSpec, needs: list[Needs], g: OutputGrad, grads: list[LayerGrads], add: Added | None
 ) -> SourceGrad:
     """The gradient at what the first convolution consumed, ``add`` joined; fills ``grads`` on its way."""
     schedule, last = spec.schedule, len(spec.layers) - 1
@@ -272,7 +271,7 @@ def _under(saved: Kept, spec: PreActSpec, i: int, needs: list[Needs]) -> Produce
 
 
 def _at_x(
-    du: Tensor | ProducerGrad, saved: Kept, spec: PreActSpec, shortcut: OutputGrad | None
+    du: Tensor | ProducerGrad, saved: Kept, spec: PreActSpec, shortcut: Added | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgamma and dbeta of the first batch norm, the shortcut's gradient joined."""
     assert saved.x is not None and saved.norm is not None and spec.norm is not None

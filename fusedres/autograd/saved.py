@@ -74,10 +74,15 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward, run on ``ctx.backend`` and outside autocast, on whichever thread it is called."""
+    """A Function's backward, run on ``ctx.backend`` and outside autocast, on whichever thread it is called.
+
+    Without a gradient, as a Function that has none materialised may be called, it has none for anybody.
+    """
 
     @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor) -> Any:
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         count_backward()
         with backends.backend(ctx.backend), no_autocast(grads[0].device.type):
             return backward(ctx, *grads)

@@ -11,13 +11,22 @@ from ..plan import Schedule
 
 
 class NormTensors(NamedTuple):
-    """The tensors of one batch norm, each (K,) or None, and the bias of the convolution before it."""
+    """The tensors of one batch norm, each (K,) or None, and the bias of the convolution before it.
+
+    ``counted`` is () int64, the batches seen, to be one more where this one is measured; None: nobody counts.
+    """
 
     gamma: Tensor | None = None
     beta: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     bias: Tensor | None = None
+    counted: Tensor | None = None
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """In the order of `check_norm_vectors`."""
+        return self[:5]
 
 
 class ConvBN(NamedTuple):
@@ -29,15 +38,16 @@ class ConvBN(NamedTuple):
     beta: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
+    counted: Tensor | None = None
 
     @property
     def parameters(self) -> "ConvBN":
         """Without the running statistics, which the next forward pass changes and no backward pass reads."""
-        return self._replace(running_mean=None, running_var=None)
+        return self._replace(running_mean=None, running_var=None, counted=None)
 
     @property
     def norm(self) -> NormTensors:
-        return NormTensors(self.gamma, self.beta, self.running_mean, self.running_var, self.bias)
+        return NormTensors(self.gamma, self.beta, self.running_mean, self.running_var, self.bias, self.counted)
 
 
 @dataclass(frozen=True)

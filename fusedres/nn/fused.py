@@ -14,7 +14,6 @@ from .parts import (
     NotFusable,
     Pair,
     StemParts,
-    counters_of,
     layer_of,
     residual_parts,
     stem_parts,
@@ -117,7 +116,6 @@ class FusedBlock(Fused):
             zero_pad_stride=parts.zero_pad_stride,
             act=parts.act,
             schedule=self.fused_schedule,
-            counters=counters_of(parts.pairs),
         )
 
 
@@ -177,7 +175,7 @@ class FusedStem(Fused):
         return x
 
     def _run_stem(self, x: Tensor, parts: StemParts) -> Tensor:
-        layer, counters = layer_of(parts.pair), counters_of((parts.pair,))
+        layer = layer_of(parts.pair)
         if parts.pool is None:
-            return run_chain(x, [layer], schedule=self.fused_schedule, counters=counters)
-        return run_stem(x, layer, parts.pool, schedule=self.fused_schedule, counters=counters)
+            return run_chain(x, [layer], schedule=self.fused_schedule)
+        return run_stem(x, layer, parts.pool, schedule=self.fused_schedule)

@@ -21,8 +21,6 @@ from .parts import (
     Pair,
     StemParts,
     bare_layer_of,
-    counters_of,
-    counters_of_norms,
     layer_of,
     norm_of,
     stem_parts,
@@ -40,10 +38,6 @@ class DenseParts(NamedTuple):
     norm: nn.Module
     inner: tuple[Pair, ...]
     last: nn.Module
-
-    @property
-    def norms(self) -> list[nn.Module]:
-        return [self.norm, *(pair.bn for pair in self.inner)]
 
 
 def dense_parts(name: str, layer: nn.Module) -> DenseParts:
@@ -116,7 +110,6 @@ class FusedDenseBlock(Fused):
                         for layer in layers
                     ],
                     schedule=self._schedule(),
-                    counters=counters_of_norms(norm for layer in layers for norm in layer.norms),
                 )
         plain: Tensor = super().forward(x)
         return plain
@@ -161,7 +154,7 @@ class FusedTransition(Fused):
             layer = averaged(layer, *_pairs(pool), contraction_dtype(x))
         out = run_preact(
             x, norm_of(modules["norm"]), [layer], shortcut="none", schedule=self.fused_schedule,
-            counters=counters_of_norms([modules["norm"]]), measured=joined,
+            measured=joined,
         )  # fmt: skip
         pooled: Tensor = out if joined else pool(out)
         return pooled
@@ -251,14 +244,14 @@ class FusedDenseEnds(Fused):
 
     def _run(self, x: Tensor, parts: EndParts) -> Tensor:
         if parts.stem is not None:
-            layer, counters = layer_of(parts.stem.pair), counters_of((parts.stem.pair,))
+            layer = layer_of(parts.stem.pair)
             if parts.stem.pool is None:
-                x = run_chain(x, [layer], schedule=self.fused_schedule, counters=counters)
+                x = run_chain(x, [layer], schedule=self.fused_schedule)
             else:
-                x = run_stem(x, layer, parts.stem.pool, schedule=self.fused_schedule, counters=counters)
+                x = run_stem(x, layer, parts.stem.pool, schedule=self.fused_schedule)
         for module in parts.middle:
             x = module(x)
-        x = run_bn_act(x, norm_of(parts.norm), counters=counters_of_norms([parts.norm]))
+        x = run_bn_act(x, norm_of(parts.norm))
         classifier: Any = self._modules["classifier"]
         logits: Tensor = classifier(torch.flatten(GlobalPool.apply(x), 1))
         return logits

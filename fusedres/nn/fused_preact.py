@@ -10,7 +10,6 @@ from .parts import (
     NotFusable,
     Pair,
     bare_layer_of,
-    counters_of_norms,
     layer_of,
     norm_of,
     why_not_bare,
@@ -31,11 +30,6 @@ class PreActParts(NamedTuple):
     projection: nn.Module | None
     shortcut: str
     zero_pad_stride: tuple[int, int]
-
-    @property
-    def norms(self) -> list[nn.Module]:
-        first = [] if self.norm is None else [self.norm]
-        return first + [pair.bn for pair in self.inner]
 
     @property
     def convs(self) -> tuple[nn.Module, ...]:
@@ -98,7 +92,6 @@ class FusedPreAct(Fused):
             shortcut=parts.shortcut,
             zero_pad_stride=parts.zero_pad_stride,
             schedule=self.fused_schedule,
-            counters=counters_of_norms(parts.norms),
         )
 
 
@@ -120,6 +113,6 @@ class FusedBNAct(Fused):
                 pass
             else:
                 bn: Any = self._modules["bn"]
-                return run_bn_act(x, norm_of(bn), counters=counters_of_norms([bn]))
+                return run_bn_act(x, norm_of(bn))
         plain: Tensor = super().forward(x)
         return plain

@@ -13,7 +13,6 @@ from .parts import (
     BlockParts,
     NotFusable,
     bare_layer_of,
-    counters_of,
     layer_of,
     norm_of,
     residual_parts,
@@ -48,7 +47,6 @@ class FusedBeside(FusedBlock):
             residual=residual,
             act=act,
             schedule=self.fused_schedule,
-            counters=counters_of(parts.chain),
         )
 
 
@@ -123,8 +121,7 @@ class FusedOrdered(FusedBeside):
             shortcut="none" if outside else parts.shortcut,
             zero_pad_stride=parts.zero_pad_stride,
             schedule=self.fused_schedule,
-            counters=counters_of(inner),
         )
         if outside:
             total = total + plain.shortcut(x)
-        return run_bn_act(total, norm_of(last.bn), counters=counters_of([last]))
+        return run_bn_act(total, norm_of(last.bn))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..autograd.spec import ConvBN, NormSpec, NormTensors
 from ..chain import Layer
@@ -133,9 +133,9 @@ def why_not_hooked(name: str, module: nn.Module) -> str | None:
 def layer_of(pair: Pair) -> Layer:
     """The tensors and numbers of a live convolution and batch norm, as a call in its present mode uses them."""
     norm = norm_of(pair.bn)
-    gamma, beta, running_mean, running_var, _ = norm.tensors
+    gamma, beta, running_mean, running_var, _, counted = norm.tensors
     bias = pair.conv._parameters["bias"]
-    tensors = ConvBN(pair.conv.weight, bias, gamma, beta, running_mean, running_var)  # type: ignore[arg-type]
+    tensors = ConvBN(pair.conv.weight, bias, gamma, beta, running_mean, running_var, counted)  # type: ignore[arg-type]
     return Layer(tensors, _geometry_of(pair.conv), norm.spec)
 
 
@@ -155,28 +155,15 @@ def norm_of(bn: nn.Module) -> Norm:
     gamma, beta = bn._parameters["weight"], bn._parameters["bias"]
     running_mean, running_var = bn._buffers["running_mean"], bn._buffers["running_var"]
     batch_stats = bn.training or running_mean is None
+    # Only who measures a batch for the running statistics counts it.
+    counted = bn._buffers.get("num_batches_tracked") if bn.training and bn.track_running_stats else None
     momentum = bn.momentum
     if momentum is None:  # a cumulative average: the k-th batch weighs 1 / k
-        counted = bn._buffers.get("num_batches_tracked")
-        measured = bn.training and bn.track_running_stats and counted is not None
-        momentum = 1.0 / (float(counted) + 1.0) if measured and counted is not None else 0.0
+        momentum = 0.0 if counted is None else 1.0 / (float(counted) + 1.0)
     if bn.training and not bn.track_running_stats:
         running_mean = running_var = None
-    return Norm(NormTensors(gamma, beta, running_mean, running_var), NormSpec(bn.eps, momentum, batch_stats))
-
-
-def counters_of(pairs: Iterable[Pair]) -> list[Tensor]:
-    """``num_batches_tracked`` of every batch norm that is going to measure this batch."""
-    return counters_of_norms(pair.bn for pair in pairs)
-
-
-def counters_of_norms(norms: Iterable[nn.Module]) -> list[Tensor]:
-    counters = []
-    for bn in norms:
-        counted = bn._buffers.get("num_batches_tracked")
-        if counted is not None and bn.training and bn.track_running_stats:
-            counters.append(counted)
-    return counters
+    tensors = NormTensors(gamma, beta, running_mean, running_var, counted=counted)
+    return Norm(tensors, NormSpec(bn.eps, momentum, batch_stats))
 
 
 class StemParts(NamedTuple):

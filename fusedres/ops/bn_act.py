@@ -3,13 +3,22 @@
 import torch
 from torch import Tensor
 
-from .contract import channels_last, check_activation, check_vector, per_channel, statistics_dtype
+from .contract import check_activation, check_vector, per_channel, statistics_dtype
 from .op import Op
 from .relu_mask import pack_relu_mask
 from .rows import empty_mask, empty_rows, in_rows, launch_rows, pitch_of, storable
+from .zero_pad_shortcut import (
+    ZeroPadded,
+    add_shortcut,
+    residual_arguments,
+    residual_read,
+    shortcut_input,
+    written,
+    zero_pad_shortcut,
+)
 
 
-def _check(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None) -> None:
+def _check(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | ZeroPadded | None, act: str | None) -> None:
     check_activation("y", y)
     check_vector("scale", scale, y.shape[1])
     check_vector("shift", shift, y.shape[1])
@@ -25,20 +34,23 @@ def check_act(act: str | None) -> None:
 
 
 def normalised_sum(
-    y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None,
-    residual_shift: Tensor | None, act: str | None,
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | ZeroPadded | None,
+    residual_scale: Tensor | None, residual_shift: Tensor | None, act: str | None,
 ) -> Tensor:  # fmt: skip
     """act(y * scale + shift + residual * residual_scale + residual_shift), unrounded in the statistics dtype."""
-    z = y.to(scale.dtype) * per_channel(scale) + per_channel(shift)
+    z = y.to(statistics_dtype(y.dtype))
+    if scale is not None and shift is not None:
+        z = z * per_channel(scale) + per_channel(shift)
+    residual = written(residual)
     if residual is not None:
-        branch = residual.to(scale.dtype)
+        branch = residual.to(z.dtype)
         if residual_scale is not None and residual_shift is not None:
             branch = branch * per_channel(residual_scale) + per_channel(residual_shift)
         z = z + branch
     return torch.relu(z) if act == "relu" else z
 
 
-def output_dtype(y: Tensor, residual: Tensor | None, residual_scale: Tensor | None) -> torch.dtype:
+def output_dtype(y: Tensor, residual: Tensor | ZeroPadded | None, residual_scale: Tensor | None) -> torch.dtype:
     """A shortcut that arrives as it is promotes the sum, as in ``out + identity``; a normalised one does not."""
     if residual is None or residual_scale is not None:
         return y.dtype
@@ -50,7 +62,7 @@ def _bn_act(
     scale: Tensor,
     shift: Tensor,
     *,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     act: str | None = "relu",
@@ -61,7 +73,7 @@ def _bn_act(
     Args:
         y: (N, C, H, W) raw convolution output.
         scale, shift: (C,) in the statistics dtype (`Normaliser`).
-        residual: (N, C, H, W) or None.
+        residual: (N, C, H, W), a `ZeroPadded` of that shape, or None.
         residual_scale, residual_shift: (C,) when the residual is a raw projection, else None.
         act: ``"relu"`` or None.
         bit_mask: whether to return the ReLU's open positions too.
@@ -84,13 +96,13 @@ def _bn_act_triton(
     scale: Tensor,
     shift: Tensor,
     *,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    if not storable(y, residual):
+    if not storable(y, shortcut_input(residual)):
         return NotImplemented
     _check(y, scale, shift, residual, act)
     z = empty_rows(y, output_dtype(y, residual, residual_scale))
@@ -98,7 +110,7 @@ def _bn_act_triton(
 
 
 def launch_bn_act(
-    y: Tensor, numbers: tuple[Tensor | None, Tensor | None], residual: Tensor | None,
+    y: Tensor, numbers: tuple[Tensor | None, Tensor | None], residual: Tensor | ZeroPadded | None,
     residual_numbers: tuple[Tensor | None, Tensor | None], z: Tensor, act: str | None, bit_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Fill ``z`` and, if asked for, its bit mask; ``numbers`` are a scale and a shift each, or None."""
@@ -107,7 +119,7 @@ def launch_bn_act(
     rows, mask = in_rows(y), empty_mask(z) if bit_mask else None
     arguments = {
         "y_ptr": rows, "y_row": pitch_of(rows), "scale_ptr": numbers[0], "shift_ptr": numbers[1],
-        "residual_ptr": None if residual is None else channels_last(residual),
+        **residual_arguments(residual, z.shape), "P": z.shape[2], "Q": z.shape[3],
         "residual_scale_ptr": residual_numbers[0], "residual_shift_ptr": residual_numbers[1],
         "z_ptr": z, "mask_ptr": mask, "RELU": act == "relu",
     }  # fmt: skip
@@ -115,7 +127,10 @@ def launch_bn_act(
     per_value = (
         2 * (numbers[0] is not None) + (residual is not None) + 2 * (residual_numbers[0] is not None) + (act == "relu")
     )
-    launch_rows(bn_act_kernel, z, arguments, reads=reads, writes=("z_ptr", "mask_ptr"), flops=per_value * z.numel())
+    launch_rows(
+        bn_act_kernel, z, arguments, reads=reads, writes=("z_ptr", "mask_ptr"), flops=per_value * z.numel(),
+        partial=residual_read(residual),
+    )  # fmt: skip
     return z, mask
 
 
@@ -125,7 +140,7 @@ def _bn_act_native(
     scale: Tensor,
     shift: Tensor,
     *,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     act: str | None = "relu",
@@ -138,8 +153,9 @@ def _bn_act_native(
     z = _affine(y, scale, shift)
     if residual is not None:
         if residual_scale is not None and residual_shift is not None:
-            residual = _affine(residual, residual_scale, residual_shift)
-        z.add_(residual)
+            wide = residual if isinstance(residual, Tensor) else zero_pad_shortcut(*residual)
+            residual = _affine(wide, residual_scale, residual_shift)
+        add_shortcut(z, residual)
     if act == "relu":
         z.relu_()
     return z, pack_relu_mask(z) if bit_mask else None

@@ -12,11 +12,19 @@ from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels
 from .op import Op
 from .relu_mask import gradient, laid_out, relu_backward
 from .rows import empty_rows, in_rows, launch_reduction, launch_rows, pitch_of, reduction_parts, storable
+from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
 
 
 def masked(dy: OutputGrad) -> Tensor:
     """The gradient behind the ReLU, without p, q, r."""
     return dy.g if dy.mask is None else relu_backward(dy.g, dy.mask, scratch=dy.scratch)
+
+
+def added(add: Added) -> Tensor:
+    """A gradient from elsewhere, masked, as a tensor of the input's size."""
+    if isinstance(add, ZeroPaddedGrad):
+        return zero_pad_shortcut_grad(masked(add.grad), add.size, add.stride)
+    return masked(add)
 
 
 class NormSums(NamedTuple):
@@ -116,13 +124,14 @@ def output_grad(g: OutputGrad, sums: NormSums | None, y: Tensor, norm: Normalise
     return g._replace(y=y, p=norm.scale, q=sums.q, r=sums.r, mean=norm.mean)
 
 
-def _bn_backward_apply(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
+def _bn_backward_apply(dy: OutputGrad, *, add: Added | None = None) -> Tensor:
     """dy = p * g + q * (y - mean) + r, plus the masked ``add``, written to memory.
 
     Args:
         dy: its parts; ``q``, ``r`` may be None (zero), as may ``p`` (the masked g itself). ``g`` and ``y`` are read
             where they are if they are slices of wider rows (`pitch_of`).
-        add: a gradient of the same tensor from elsewhere (the shortcut), without p, q, r, or None.
+        add: a gradient of the same tensor from elsewhere (the shortcut), without p, q, r, or what a zero-pad shortcut
+            makes of one, or None.
 
     Returns:
         (N, K, P, Q) in the dtype of ``g``, or the wider one of it and ``add``.
@@ -130,7 +139,7 @@ def _bn_backward_apply(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tens
     if add is not None:
         dtype = torch.promote_types(dy.g.dtype, add.g.dtype)
         wide = torch.promote_types(dtype, statistics_dtype(dtype))
-        return (_bn_backward_apply(dy._replace(g=dy.g.to(wide))) + masked(add)).to(dtype)
+        return (_bn_backward_apply(dy._replace(g=dy.g.to(wide))) + added(add)).to(dtype)
     grad = masked(dy)
     if dy.p is None:
         return grad
@@ -165,16 +174,21 @@ def operands_of(dy: OutputGrad) -> int:
 
 
 @bn_backward_apply.triton
-def _bn_backward_apply_triton(dy: OutputGrad, *, add: OutputGrad | None = None) -> Tensor:
+def _bn_backward_apply_triton(dy: OutputGrad, *, add: Added | None = None) -> Tensor:
     if dy.p is None and add is None:
         return masked(dy)
     if dy.p is None or not storable(dy.g, dy.y, None if add is None else add.g):
         return NotImplemented
     from ..kernels.bn_backward import bn_backward_apply_kernel
 
-    joining = None if add is None else channels_last(masked(add))
+    joining = None
+    if add is not None:
+        joining = channels_last(masked(add.grad if isinstance(add, ZeroPaddedGrad) else add))
     out = empty_rows(dy.g, dy.g.dtype if joining is None else torch.promote_types(dy.g.dtype, joining.dtype))
-    arguments = {**gradient_arguments(dy, in_rows), "add_ptr": joining}
+    arguments = {
+        **gradient_arguments(dy, in_rows), "add_ptr": joining, **added_geometry(add), "H": out.shape[2],
+        "W": out.shape[3],
+    }  # fmt: skip
     rows = {
         "g_row": pitch_of(arguments["g_ptr"]) if arguments["image"] is None else None,
         "y_row": None if arguments["y_ptr"] is None else pitch_of(arguments["y_ptr"]),
@@ -183,6 +197,7 @@ def _bn_backward_apply_triton(dy: OutputGrad, *, add: OutputGrad | None = None) 
     launch_rows(
         bn_backward_apply_kernel, dy.g, {**arguments, **rows, "dy_ptr": out}, reads=(*GRADIENT, "add_ptr"),
         writes=("dy_ptr",), flops=per_value * out.numel(),
+        partial=added_read(add, None if joining is None else OutputGrad(joining)),
     )  # fmt: skip
     return out
 

@@ -34,12 +34,13 @@ def _bn_finalize(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    counted: Tensor | None = None,
 ) -> Normaliser:
     """mean and invstd = (m2 / count + eps)^-1/2 of all partials; scale = gamma * invstd; shift = beta - mean * scale.
 
     Updates, in place and if given, running_mean += momentum * (mean + bias - running_mean) and running_var likewise
     towards m2 / (count - 1). A convolution's bias does not change what batch norm puts out, so it is no part of y
-    here; it only moves the running mean.
+    here; it only moves the running mean. ``counted``, if given, is one more afterwards.
 
     Args:
         partials: statistics of the raw output, (T,) and (T, K).
@@ -48,6 +49,7 @@ def _bn_finalize(
         bias: (K,) or None.
         eps: added to the variance.
         momentum: weight of the new value in the running statistics.
+        counted: () int64, the batches that the running statistics have seen, or None.
 
     Returns:
         `Normaliser` in the statistics dtype.
@@ -58,6 +60,8 @@ def _bn_finalize(
         measured = mean if bias is None else mean + bias
         running_mean.lerp_(measured.to(running_mean.dtype), momentum)
         running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
+    if counted is not None:
+        counted.add_(1)
     return normaliser(mean, torch.rsqrt(m2 / count + eps), gamma, beta)
 
 
@@ -75,10 +79,11 @@ def _bn_finalize_triton(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    counted: Tensor | None = None,
 ) -> Normaliser:
     parts, channels = partials.mean.shape
     check_norm_vectors(channels, gamma, beta, running_mean, running_var, bias)
-    if not storable(*partials) or not finalisable(gamma, beta, running_mean, running_var, bias):
+    if not storable(*partials) or not finalisable(gamma, beta, running_mean, running_var, bias, counted):
         return NotImplemented
     from ..kernels.bn_finalize import bn_finalize_kernel
 
@@ -91,7 +96,7 @@ def _bn_finalize_triton(
         "part_m2_ptr": partials.m2.contiguous(),
     }  # fmt: skip
     outputs = normaliser_outputs(
-        gamma, beta, running_mean, running_var, bias, eps, momentum, channels, partials.mean.device
+        gamma, beta, running_mean, running_var, bias, counted, eps, momentum, channels, partials.mean.device
     )
     launch(
         bn_finalize_kernel, (-(-channels // tile.block_c),),
@@ -107,10 +112,12 @@ def _bn_finalize_triton(
 
 def finalisable(
     gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    bias: Tensor | None,
+    bias: Tensor | None, counted: Tensor | None,
 ) -> bool:  # fmt: skip
-    """Whether kernels take the vectors of a batch norm."""
+    """Whether kernels take the tensors of a batch norm."""
     running = (running_mean, running_var)
+    if counted is not None and (counted.dtype != torch.int64 or counted.numel() != 1):
+        return False
     return storable(gamma, beta, *running, bias) and all(r is None or r.is_contiguous() for r in running)
 
 
@@ -125,13 +132,13 @@ class NormaliserOutputs(NamedTuple):
 
 def normaliser_outputs(
     gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    bias: Tensor | None, eps: float, momentum: float, channels: int, device: torch.device,
+    bias: Tensor | None, counted: Tensor | None, eps: float, momentum: float, channels: int, device: torch.device,
 ) -> NormaliserOutputs:  # fmt: skip
     """The arguments of `bn_finalize` in the form of a launch."""
     norm = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=device))
     vectors = {"gamma_ptr": gamma, "beta_ptr": beta, "bias_ptr": None if running_mean is None else bias}
     read = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
-    running = {"running_mean_ptr": running_mean, "running_var_ptr": running_var}
+    running = {"running_mean_ptr": running_mean, "running_var_ptr": running_var, "counted_ptr": counted}
     written = {f"{name}_ptr": vector for name, vector in norm._asdict().items()}
     numbers = {"eps": float(eps), "momentum": float(momentum)}
     return NormaliserOutputs(norm, {**read, **running, **written, **numbers}, (*read, *running), (*written, *running))

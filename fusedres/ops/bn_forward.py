@@ -9,6 +9,7 @@ from .bn_statistics import bn_statistics
 from .contract import Normaliser, check_activation, statistics_dtype
 from .op import Op
 from .relu_mask import pack_relu_mask
+from .zero_pad_shortcut import ZeroPadded, add_shortcut
 
 
 def _bn_forward(
@@ -21,7 +22,8 @@ def _bn_forward(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
-    residual: Tensor | None = None,
+    counted: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
@@ -29,15 +31,18 @@ def _bn_forward(
 
     Args:
         y: (N, C, H, W) raw convolution output.
-        gamma, beta, running_mean, running_var, bias, eps, momentum: as in `bn_finalize`.
-        residual: (N, C, H, W), added before the activation, or None.
+        gamma, beta, running_mean, running_var, bias, eps, momentum, counted: as in `bn_finalize`.
+        residual: (N, C, H, W) or a `ZeroPadded` of that shape, added before the activation, or None.
         act: ``"relu"`` or None.
         bit_mask: whether to return the ReLU's open positions too.
 
     Returns:
         z (N, C, H, W), the bit mask (`pack_relu_mask`) or None, and the `Normaliser`.
     """
-    norm = bn_finalize(bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum)
+    norm = bn_finalize(
+        bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum,
+        counted=counted,
+    )  # fmt: skip
     return *bn_act(y, norm.scale, norm.shift, residual=residual, act=act, bit_mask=bit_mask), norm
 
 
@@ -57,7 +62,8 @@ def _bn_forward_native(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
-    residual: Tensor | None = None,
+    counted: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     act: str | None = "relu",
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
@@ -70,8 +76,10 @@ def _bn_forward_native(
     check_act(act)
     check_norm_vectors(y.shape[1], gamma, beta, running_mean, running_var, bias)
     out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
+    if counted is not None:
+        counted.add_(1)
     if residual is not None:
-        out.add_(residual)
+        add_shortcut(out, residual)
     if act == "relu":
         out.relu_()
     return out, pack_relu_mask(out) if bit_mask else None, normaliser(mean, invstd, gamma, beta)

@@ -25,14 +25,15 @@ from .conv_input_grad import (
 )
 from .conv_weight_grad import conv_weight_grad, parts_summed
 from .features import FeatureGrads
-from .input_gradients import bytes_reached, why_no_kernel
+from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel
 from .op import Op
 from .relu_mask import gradient, is_pooled, laid_out
 from .rows import empty_rows, in_rows, pitch_of
+from .zero_pad_shortcut import Added, added_geometry, added_read
 
 
 def _conv_backward(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
     """(dW, du): `conv_weight_grad` and `conv_input_grad`.
 
@@ -56,7 +57,7 @@ conv_backward = Op(_conv_backward)
 
 @conv_backward.triton
 def _conv_backward_triton(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
     check_gradient(dy, weight, tuple(u.tensor.shape), geometry)
     narrow = _narrow(dy, u, weight, geometry, add, producer=False)
@@ -70,9 +71,9 @@ def _conv_backward_triton(
 
 @conv_backward.native
 def _conv_backward_native(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: OutputGrad | None = None
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
-    if add is not None and joined_by_onednn(weight, geometry, add):
+    if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
         return NotImplemented
     check_activation("dy", dy.g, weight.shape[0])
     check_activation("u", u.tensor)
@@ -91,7 +92,7 @@ def _conv_producer_backward(
     geometry: Geometry,
     producer: Producer,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
     features: FeatureGrads | None = None,
 ) -> tuple[Tensor, ProducerGrad]:
     """(dW, du): `conv_weight_grad` and `conv_producer_grad`, u being what the producer put out; arguments as there."""
@@ -110,7 +111,7 @@ def _conv_producer_backward_triton(
     geometry: Geometry,
     producer: Producer,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
     features: FeatureGrads | None = None,
 ) -> tuple[Tensor, ProducerGrad]:
     check_gradient(dy, weight, tuple(producer.y.shape), geometry)
@@ -131,7 +132,7 @@ class _Launched(NamedTuple):
 
 
 def _narrow(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, add: OutputGrad | None, *, producer: bool
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, add: Added | None, *, producer: bool
 ) -> tuple[ConvShape, BackwardTile] | None:
     """The convolution and its tile where one launch makes both gradients."""
     x = u.tensor
@@ -141,7 +142,8 @@ def _narrow(
         return None
     k, c, r, s = weight.shape
     shape = ConvShape(pixels(x), c, k, 1, r, s, weight.element_size(), prologue=producer, operands=operands_of(dy))
-    masks = [dy.mask, add.mask if producer and add is not None else None]
+    other = from_elsewhere(add)
+    masks = [dy.mask, other.mask if producer and other is not None else None]
     bits = any(mask is not None and mask.dtype == torch.uint8 for mask in masks)
     tile = backward_tile(shape, target_of(weight), bits=bits)
     return None if tile is None else (shape, tile)
@@ -149,7 +151,7 @@ def _narrow(
 
 def _launched(
     dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, shape: ConvShape, tile: BackwardTile, *,
-    add: OutputGrad | None, producer: Producer | None = None, features: FeatureGrads | None = None,
+    add: Added | None, producer: Producer | None = None, features: FeatureGrads | None = None,
 ) -> _Launched:  # fmt: skip
     """The kernel, and what adds its parts."""
     from ..kernels.conv_backward import conv_backward_kernel
@@ -158,11 +160,11 @@ def _launched(
     x_row = pitch_of(x)
     taps = (shape.r, shape.s, shape.c)
     norm = None if producer is None else producer.norm
-    add = add or OutputGrad(None)  # type: ignore[arg-type]
+    other = from_elsewhere(add)
     if features is not None:
         out = features.into
     else:
-        out = empty_rows(x, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype))
+        out = empty_rows(x, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype))
     parts = torch.empty((tile.parts, shape.k * math.prod(taps)), dtype=torch.float32, device=x.device)
     sums = products = None
     if norm is not None:
@@ -171,8 +173,8 @@ def _launched(
     pooled = arriving.pop("image") is not None
     beside: dict[str, Any] = {
         "w_ptr": channels_last(weight), "x_ptr": x, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
-        "x_mean_ptr": norm and norm.mean, "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"],
-        "add_mask_ptr": laid_out(add.mask), "onto_ptr": features and features.before,
+        "x_mean_ptr": norm and norm.mean, "add_ptr": other and gradient(other.g)["g_ptr"],
+        "add_mask_ptr": other and laid_out(other.mask), "onto_ptr": features and features.before,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products, "dw_ptr": parts}
     arguments = window_arguments(x, shape, size, geometry, c_rows=[x_row])
@@ -181,14 +183,15 @@ def _launched(
     launch(
         conv_backward_kernel, (tile.parts * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, "x_row": x_row,
-            "pixels_per_part": tile.per_part(shape.pixels),
-            "POOLED": pooled, "ADD_POOLED": add.g is not None and is_pooled(add.g),
+            **arriving, **beside, **written, **arguments, **added_geometry(add), "x_row": x_row,
+            "pixels_per_part": tile.per_part(shape.pixels), "POOLED": pooled,
+            "ADD_POOLED": other is not None and is_pooled(other.g),
             "WINDOWED": taps[:2] != (1, 1) or geometry.padding != (0, 0),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c, "BLOCK_K": tile.block_k,
         },
         reads=(*GRADIENT, *beside), writes=tuple(written),
-        partial=bytes_reached(dy, weight, tuple(x.shape), geometry), flops=4 * pixels(dy.g) * weight.numel(),
+        partial=bytes_reached(dy, weight, tuple(x.shape), geometry) | added_read(add, other),
+        flops=4 * pixels(dy.g) * weight.numel(),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     dw = parts_summed(parts).view(shape.k, *taps).permute(0, 3, 1, 2)

@@ -13,8 +13,9 @@ from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, 
 from .contractions import Contracted, bytes_in_windows, contracted, why_no_kernel
 from .conv_forward import accumulated, conv_forward, formed
 from .op import Op
-from .relu_mask import laid_out, pack_relu_mask
+from .relu_mask import pack_relu_mask
 from .rows import empty_mask, empty_partials, empty_rows, storable
+from .zero_pad_shortcut import ZeroPadded, residual_arguments, residual_read, shortcut_input, written
 
 
 class Joined(NamedTuple):
@@ -26,25 +27,28 @@ class Joined(NamedTuple):
 
 
 class Contraction(NamedTuple):
-    """A convolution and the numbers that normalise its output: conv(u, weight) * scale + shift."""
+    """A convolution and the numbers that normalise its output: conv(u, weight) * scale + shift; None: as it is."""
 
     u: ConvInput
     weight: Tensor
     geometry: Geometry
-    scale: Tensor
-    shift: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def _check(
-    main: Contraction, residual: Tensor | None, second: Contraction | None, act: str | None
+    main: Contraction, residual: Tensor | ZeroPadded | None, second: Contraction | None, act: str | None
 ) -> tuple[int, int, int, int]:
     check_act(act)
     sizes = []
     for branch in (main, second):
         if branch is not None:
             check_conv(branch.u.tensor, branch.weight, branch.geometry, name="u")
-            check_vector("scale", branch.scale, branch.weight.shape[0])
-            check_vector("shift", branch.shift, branch.weight.shape[0])
+            if (branch.scale is None) != (branch.shift is None):
+                raise ValueError("scale, shift: expected both or neither, got one")
+            for name, vector in (("scale", branch.scale), ("shift", branch.shift)):
+                if vector is not None:
+                    check_vector(name, vector, branch.weight.shape[0])
             n, _, h, w = branch.u.tensor.shape
             p, q = branch.geometry.output_size(h, w, (branch.weight.shape[2], branch.weight.shape[3]))
             sizes.append((n, branch.weight.shape[0], p, q))
@@ -60,7 +64,7 @@ def _check(
 def _conv_bn_act(
     main: Contraction,
     *,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     second: Contraction | None = None,
@@ -74,8 +78,8 @@ def _conv_bn_act(
     written to memory), or ``second``, a convolution contracted into the same accumulator.
 
     Args:
-        main: u (N, C, H, W) formed on load, W (K, C/groups, R, S), scale and shift (K,).
-        residual: (N, K, P, Q) or None.
+        main: u (N, C, H, W) formed on load, W (K, C/groups, R, S), scale and shift (K,) or both None.
+        residual: (N, K, P, Q), a `ZeroPadded` of that shape, or None.
         residual_scale, residual_shift: (K,) or both None.
         second: the projection's `Contraction` or None; not together with ``residual``.
         act: ``"relu"`` or None.
@@ -107,7 +111,7 @@ conv_bn_act = Op(_conv_bn_act)
 def _conv_bn_act_triton(
     main: Contraction,
     *,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     second: Contraction | None = None,
@@ -116,7 +120,7 @@ def _conv_bn_act_triton(
     statistics: bool = False,
 ) -> Joined:
     _check(main, residual, second, act)
-    if why_no_kernel(main.u, main.weight, main.geometry) is not None or not storable(residual):
+    if why_no_kernel(main.u, main.weight, main.geometry) is not None or not storable(shortcut_input(residual)):
         return NotImplemented
     if second is not None and not _joins(second):
         residual, _ = conv_forward(second.u, second.weight, second.geometry)
@@ -129,19 +133,23 @@ def _conv_bn_act_triton(
     z = empty_rows(main.u.tensor, output_dtype(main.weight, residual, residual_scale), conv.size)
     mask = empty_mask(z) if bit_mask else None
     beside = {
-        "scale_ptr": main.scale, "shift_ptr": main.shift, "residual_ptr": laid_out(residual),
-        "residual_scale_ptr": residual_scale, "residual_shift_ptr": residual_shift,
+        "scale_ptr": main.scale, "shift_ptr": main.shift, "residual_scale_ptr": residual_scale,
+        "residual_shift_ptr": residual_shift,
     }  # fmt: skip
     projected, sizes, read, flops = _projection(second, conv)
-    reads = ("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", *beside, *projected)
+    reads = ("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", "residual_ptr", *beside, *projected)
     partials = empty_partials(conv.tile.tiles(conv.shape), z.shape[1], z.device) if statistics else None
     counts, mean, m2 = partials or (None, None, None)
-    written = {"z_ptr": z, "mask_ptr": mask, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2}
+    outputs = {"z_ptr": z, "mask_ptr": mask, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2}
     launch(
         conv_bn_act_kernel, (conv.blocks,),
-        {**conv.arguments, **beside, **projected, **sizes, **written, "RELU": act == "relu"},
-        reads=reads, writes=tuple(written), partial={"x_ptr": conv.read, "second_x_ptr": read},
-        flops=conv.flops + flops + (4 + 4 * statistics) * z.numel(),
+        {
+            **conv.arguments, **residual_arguments(residual, z.shape), **beside, **projected, **sizes, **outputs,
+            "RELU": act == "relu",
+        },
+        reads=reads, writes=tuple(outputs),
+        partial={"x_ptr": conv.read, "second_x_ptr": read, **residual_read(residual)},
+        flops=conv.flops + flops + (2 + 2 * (main.scale is not None) + 4 * statistics) * z.numel(),
         num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
     )  # fmt: skip
     return Joined(z, mask, partials)
@@ -182,7 +190,7 @@ def _projection(
 def _conv_bn_act_native(
     main: Contraction,
     *,
-    residual: Tensor | None = None,
+    residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     second: Contraction | None = None,
@@ -194,6 +202,7 @@ def _conv_bn_act_native(
     if not onednn.runs(main.weight) or (residual is not None and residual.dtype != main.weight.dtype):
         return NotImplemented
     _check(main, residual, second, act)
+    residual = written(residual)
     if residual is not None and residual_scale is not None and residual_shift is not None:
         residual = residual * per_channel(residual_scale) + per_channel(residual_shift)
     if second is not None:
@@ -203,4 +212,5 @@ def _conv_bn_act_native(
 
 
 def _folded(branch: Contraction) -> onednn.PackedConv:
-    return onednn.PackedConv(onednn.fold(branch.weight, branch.scale), branch.shift, branch.geometry)
+    weight = branch.weight if branch.scale is None else onednn.fold(branch.weight, branch.scale)
+    return onednn.PackedConv(weight, branch.shift, branch.geometry)

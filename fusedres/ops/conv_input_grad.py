@@ -8,12 +8,13 @@ from torch import Tensor
 from .. import backends
 from . import onednn
 from .bn_act import bn_act
-from .bn_backward import NormSums, bn_backward_apply, bn_backward_reduce, masked
+from .bn_backward import NormSums, added, bn_backward_apply, bn_backward_reduce, masked
 from .contract import ConvInput, Geometry, Normaliser, OutputGrad, check_activation, check_conv_shapes, statistics_dtype
 from .features import FeatureGrads, add_feature_grad, check_features
 from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
 from .rows import in_rows, pitch_of
+from .zero_pad_shortcut import Added, ZeroPaddedGrad
 
 
 class Producer(NamedTuple):
@@ -66,7 +67,7 @@ def _conv_input_grad(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
     """du = dy convolved with the transposed weight, plus the masked ``add``.
 
@@ -75,7 +76,8 @@ def _conv_input_grad(
         weight: (K, C/groups, R, S) in the dtype of dy.
         size: (N, C, H, W) of the input.
         geometry: that of the forward convolution.
-        add: a gradient of the same input from elsewhere (the shortcut), masked on load, or None.
+        add: a gradient of the same input from elsewhere (the shortcut), masked on load, or what a zero-pad shortcut
+            makes of one, or None.
 
     Returns:
         du (N, C, H, W) channels_last, in the wider dtype of dy and ``add``.
@@ -85,7 +87,7 @@ def _conv_input_grad(
     du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
     if add is None:
         return du.to(weight.dtype)
-    return (du + masked(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
+    return (du + added(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
 
 
 conv_input_grad = Op(_conv_input_grad)
@@ -98,7 +100,7 @@ def _conv_input_grad_triton(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
     check_gradient(dy, weight, size, geometry)
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
@@ -110,7 +112,7 @@ def _conv_input_grad_triton(
 
 
 def _conv_producer_grad(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None,
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
     features: FeatureGrads | None = None,
 ) -> ProducerGrad:  # fmt: skip
     """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
@@ -120,7 +122,7 @@ def _conv_producer_grad(
         weight: (K, C/groups, R, S) in the dtype of dy.
         geometry: that of the forward convolution.
         producer: of the convolution's input, (N, C, H, W); a slice of wider rows (`pitch_of`) is read where it is.
-        add: a gradient of the same input from elsewhere, masked on load, which joins before the ReLU, or None.
+        add: as in `conv_input_grad`; it joins before the ReLU.
         features: what g is added to, times the producer's scale, instead of being written (`add_feature_grad`).
 
     Returns:
@@ -130,10 +132,10 @@ def _conv_producer_grad(
     if features is not None:
         check_features(features, producer.y.shape)
     found = at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
-    return found if features is None else added(found, producer, features)
+    return found if features is None else sent_to_features(found, producer, features)
 
 
-def added(found: ProducerGrad, producer: Producer, features: FeatureGrads) -> ProducerGrad:
+def sent_to_features(found: ProducerGrad, producer: Producer, features: FeatureGrads) -> ProducerGrad:
     """A gradient in memory as a part of that of ``features``."""
     add_feature_grad(features, found.g, producer.norm.scale)
     return found._replace(g=features.into)
@@ -144,7 +146,7 @@ conv_producer_grad = Op(_conv_producer_grad)
 
 @conv_producer_grad.triton
 def _conv_producer_grad_triton(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None,
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
     features: FeatureGrads | None = None,
 ) -> ProducerGrad:  # fmt: skip
     size = tuple(producer.y.shape)
@@ -177,9 +179,13 @@ def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> boo
     return pointwise and small and add.g.dtype == weight.dtype and onednn.runs(weight)
 
 
-def joined(du: Tensor, add: OutputGrad | None) -> Tensor:
+def joined(du: Tensor, add: Added | None) -> Tensor:
     """``du``, whose memory may be written to, plus the masked ``add``, in the wider dtype of the two."""
     if add is None:
+        return du
+    if isinstance(add, ZeroPaddedGrad):
+        du = du.to(torch.promote_types(du.dtype, add.g.dtype))
+        du[:, :, :: add.stride[0], :: add.stride[1]] += masked(add.grad)[:, add.places]
         return du
     shortcut = masked(add)
     return du.add_(shortcut) if shortcut.dtype == du.dtype else du + shortcut
@@ -192,11 +198,11 @@ def _conv_input_grad_native(
     size: tuple[int, ...],
     geometry: Geometry,
     *,
-    add: OutputGrad | None = None,
+    add: Added | None = None,
 ) -> Tensor:
     check_gradient(dy, weight, size, geometry)
     grad = bn_backward_apply(dy)
-    if add is not None and joined_by_onednn(weight, geometry, add):
+    if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
         shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)

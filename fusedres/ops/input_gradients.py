@@ -15,6 +15,7 @@ from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, wind
 from .features import FeatureGrads
 from .relu_mask import gradient, is_pooled, laid_out
 from .rows import empty_rows, in_rows, pitch_of, storable
+from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
 
 
 class InputMatrices(NamedTuple):
@@ -67,8 +68,8 @@ def gradient_shape(
 
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
-    matrices: InputMatrices | None = None, add: OutputGrad | None = None, norm: Normaliser | None = None,
-    features: FeatureGrads | None = None,
+    matrices: InputMatrices | None = None, add: Added | None = None, norm: Normaliser | None = None,
+    x_stride: tuple[int, int] | None = None, features: FeatureGrads | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
@@ -77,6 +78,7 @@ def launch_input_grad(
         x: (N, C, H, W) what the convolution consumed, with ``matrices`` or ``norm``.
         matrices: of the moments form.
         add: another gradient of the input.
+        x_stride: where ``size`` is of the pixels alone that a 1x1 convolution reads: how far they are apart in x.
         norm: the numbers of the batch norm in x, behind whose ReLU the gradient is wanted with its sums.
         features: where that gradient, times the scale of ``norm``, is added, in the layout of x.
     """
@@ -89,13 +91,12 @@ def launch_input_grad(
     packed, per_tile = tile.groups_per_tile, tile.groups_per_tile * shape.c
     if groups > 1 and packed * shape.c % 8 and dy.mask is not None and dy.mask.dtype == torch.uint8:
         dy = dy._replace(g=masked(dy), mask=None)
-    if groups > 1 and packed * shape.k % 8 and add is not None and add.mask is not None:
-        add = OutputGrad(masked(add))
-    add = add or OutputGrad(None)  # type: ignore[arg-type]
+    split = groups > 1 and packed * shape.k % 8 != 0
+    other = from_elsewhere(add, split)
     if features is not None:
         out = features.into
     else:
-        out = empty_rows(dy.g, weight.dtype if add.g is None else torch.promote_types(weight.dtype, add.g.dtype), size)
+        out = empty_rows(dy.g, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
     sums = products = None
@@ -110,16 +111,17 @@ def launch_input_grad(
         "w_ptr": channels_last(weight), "quadratic_ptr": matrices and matrices.quadratic,
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
-        "add_ptr": None if add.g is None else gradient(add.g)["g_ptr"], "add_mask_ptr": laid_out(add.mask),
+        "add_ptr": other and gradient(other.g)["g_ptr"], "add_mask_ptr": other and laid_out(other.mask),
         "onto_ptr": features and features.before,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
-    partial = bytes_reached(dy, weight, size, geometry)
+    partial = bytes_reached(dy, weight, size, geometry) | added_read(add, other)
     if norm is None and consumed is not None:
-        partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, geometry)
+        read = geometry if x_stride is None else geometry._replace(stride=x_stride)
+        partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, read)
     arguments = window_arguments(
         out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry,
         c_rows=[x_row],
@@ -128,12 +130,13 @@ def launch_input_grad(
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, "x_row": x_row, "tiles": tiles,
+            **arriving, **beside, **written, **arguments, **added_geometry(add), "x_row": x_row,
+            **_consumed(consumed, x_stride or stride), "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
             "STRIDED": classes > 1, "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
-            "ADD_POOLED": add.g is not None and is_pooled(add.g), "GROUPS_PER_TILE": packed,
+            "ADD_POOLED": other is not None and is_pooled(other.g), "GROUPS_PER_TILE": packed,
             "EVEN_K": whole and per_tile % tile.block_c == 0,
             "EVEN_C": whole and packed * shape.k % tile.block_k == 0,
             "EVEN_DEPTH": matrices is not None and c % tile.block_c == 0,
@@ -145,6 +148,23 @@ def launch_input_grad(
     if sums is None or products is None or norm is None:
         return Launched(out, None)
     return Launched(out, finished(sums, products, n * h * w, norm))
+
+
+def _consumed(x: Tensor | None, stride: tuple[int, int]) -> dict[str, int]:
+    """Where in x the pixels are that a 1x1 convolution read."""
+    high, wide = (1, 1) if x is None else x.shape[2:]
+    return {"x_H": high, "x_W": wide, "x_stride_h": stride[0], "x_stride_w": stride[1]}
+
+
+def from_elsewhere(add: Added | None, split: bool = False) -> OutputGrad | None:
+    """``add`` as the kernel reads it; ``split``: whether a byte of its bits may belong to two tiles."""
+    if add is None:
+        return None
+    grad = add.grad if isinstance(add, ZeroPaddedGrad) else add
+    bits = grad.mask is not None and grad.mask.dtype == torch.uint8
+    if bits and (split or (isinstance(add, ZeroPaddedGrad) and add.places.start % 8)):
+        return OutputGrad(masked(grad))
+    return grad
 
 
 def _flops(dy: OutputGrad, weight: Tensor, x: ConvInput | None, matrices: InputMatrices | None) -> int:

@@ -152,11 +152,12 @@ def _moments_finalize(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    counted: Tensor | None = None,
 ) -> Normaliser:
     """`bn_finalize` of `moments_statistics`; the arguments are theirs."""
     return bn_finalize(
         moments_statistics(moments, weight), gamma, beta, running_mean, running_var, bias=bias, eps=eps,
-        momentum=momentum,
+        momentum=momentum, counted=counted,
     )  # fmt: skip
 
 
@@ -175,10 +176,11 @@ def _moments_finalize_triton(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
+    counted: Tensor | None = None,
 ) -> Normaliser:
     k, c = weight.shape[:2]
     check_norm_vectors(k, gamma, beta, running_mean, running_var, bias)
-    if not storable(weight, moments.mean) or not finalisable(gamma, beta, running_mean, running_var, bias):
+    if not storable(weight, moments.mean) or not finalisable(gamma, beta, running_mean, running_var, bias, counted):
         return NotImplemented
     from ..kernels.moments import moments_finalize_kernel
 
@@ -186,7 +188,7 @@ def _moments_finalize_triton(
     read = {
         "input_mean_ptr": moments.mean, "input_m2_ptr": moments.m2, "w_ptr": channels_last(weight).view(k, c),
     }  # fmt: skip
-    outputs = normaliser_outputs(gamma, beta, running_mean, running_var, bias, eps, momentum, k, weight.device)
+    outputs = normaliser_outputs(gamma, beta, running_mean, running_var, bias, counted, eps, momentum, k, weight.device)
     launch(
         moments_finalize_kernel, (-(-k // tile.block_k),),
         {

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..launch import launch, target_of
 from ..plan.tiles import matrix_tile
 from . import onednn
-from .bn_backward import masked
+from .bn_backward import added, masked
 from .contract import (
     ConvInput,
     Geometry,
@@ -33,12 +33,13 @@ from .contract import (
     statistics_dtype,
 )
 from .conv_forward import formed
-from .conv_input_grad import Producer, ProducerGrad, at_producer
+from .conv_input_grad import Producer, ProducerGrad, at_producer, joined
 from .conv_weight_grad import summed_weight_grad, weight_grad
 from .input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
 from .input_moments import sampled
 from .op import Op
 from .rows import storable
+from .zero_pad_shortcut import Added
 
 
 class MomentsGrad(NamedTuple):
@@ -219,8 +220,9 @@ def frozen_matrices(weight: Tensor, norm: Normaliser) -> InputGradMatrices:
 
 
 def _moments_input_grad(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
-) -> Tensor:
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None,
+    compact: bool = False,
+) -> Tensor:  # fmt: skip
     """du = (a * g) W - u Q - c at the pixels that the 1x1 convolution reads, zero elsewhere, plus the masked ``add``.
 
     Args:
@@ -229,9 +231,10 @@ def _moments_input_grad(
         u: (N, C, H, W) input of the 1x1 convolution, formed on load.
         geometry: of the 1x1 convolution (stride alone).
         add: another gradient of the same input, (N, C, H, W), masked on load, or None.
+        compact: whether the pixels that the convolution does not read are left out.
 
     Returns:
-        du (N, C, H, W) channels_last, in the wider dtype of u and ``add``.
+        du (N, C, H, W), or (N, C, P, Q) if ``compact``, channels_last, in the wider dtype of u and ``add``.
     """
     seen = sampled(u, geometry.stride)
     dtype = statistics_dtype(u.tensor.dtype)
@@ -239,10 +242,12 @@ def _moments_input_grad(
     if matrices.quadratic is not None and matrices.constants is not None:
         rows.addmm_(as_rows(formed(seen)).to(dtype), matrices.quadratic.to(dtype).sum(1))
         rows.add_(matrices.constants.sum(0))
-    du = _spread(from_rows(rows, seen.tensor), u.tensor, geometry.stride)
+    du = from_rows(rows, seen.tensor)
+    if not compact:
+        du = _spread(du, u.tensor, geometry.stride)
     if add is None:
         return du.to(u.tensor.dtype)
-    return (du + masked(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
+    return (du + added(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
 
 
 def _spread(seen: Tensor, like: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -259,14 +264,15 @@ moments_input_grad = Op(_moments_input_grad)
 
 @moments_input_grad.triton
 def _moments_input_grad_triton(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
-) -> Tensor:
-    launched = _launched(g, matrices, u, geometry, add=add)
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None,
+    compact: bool = False,
+) -> Tensor:  # fmt: skip
+    launched = _launched(g, matrices, u, geometry, add=add, compact=compact)
     return NotImplemented if launched is None else launched.g
 
 
 def _moments_producer_grad(
-    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     """du as `moments_input_grad` gives it, behind the ReLU of the layer that made u, and the sums of it.
 
@@ -288,7 +294,7 @@ moments_producer_grad = Op(_moments_producer_grad)
 
 @moments_producer_grad.triton
 def _moments_producer_grad_triton(
-    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: OutputGrad | None = None
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
     launched = _launched(g, matrices, producer.output, geometry, add=add, norm=producer.norm)
     if launched is None or launched.sums is None:
@@ -297,11 +303,13 @@ def _moments_producer_grad_triton(
 
 
 def _launched(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None,
-    norm: Normaliser | None = None,
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None,
+    norm: Normaliser | None = None, compact: bool = False,
 ) -> Launched | None:  # fmt: skip
     """One pass by `conv_input_grad_kernel`, or None where there is no kernel."""
-    dtype, size = u.tensor.dtype, tuple(u.tensor.shape)
+    dtype, size, x_stride = u.tensor.dtype, tuple(u.tensor.shape), None
+    if compact:
+        size, geometry, x_stride = (*size[:2], *g.g.shape[2:]), geometry._replace(stride=(1, 1)), geometry.stride
     g = g._replace(p=matrices.scale)
     weight = matrices.weight[:, :, None, None]
     if why_no_kernel(g, weight, size, geometry) is not None:
@@ -310,13 +318,16 @@ def _launched(
     if matrices.quadratic is not None and matrices.constants is not None:
         square = InputMatrices(matrices.quadratic.to(dtype), matrices.constants)
     consumed = u if square is not None or norm is not None else None
-    return launch_input_grad(g, weight, size, geometry, x=consumed, matrices=square, add=add, norm=norm)
+    return launch_input_grad(
+        g, weight, size, geometry, x=consumed, matrices=square, add=add, norm=norm, x_stride=x_stride
+    )
 
 
 @moments_input_grad.native
 def _moments_input_grad_native(
-    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: OutputGrad | None = None
-) -> Tensor:
+    g: OutputGrad, matrices: InputGradMatrices, u: ConvInput, geometry: Geometry, *, add: Added | None = None,
+    compact: bool = False,
+) -> Tensor:  # fmt: skip
     if not onednn.runs(u.tensor) or (add is not None and add.g.dtype != u.tensor.dtype):
         return NotImplemented
     linear = onednn.pointwise((matrices.scale.unsqueeze(1) * matrices.weight).t())
@@ -326,5 +337,6 @@ def _moments_input_grad_native(
         seen = channels_last(formed(sampled(u, geometry.stride)))
         du = onednn.conv_act(seen, onednn.pointwise(matrices.quadratic.sum(1), matrices.constants.sum(0)))
         onednn.conv_onto(du, masked(g), linear)
-    du = _spread(du, u.tensor, geometry.stride)
-    return du if add is None else du.add_(masked(add))
+    if not compact:
+        du = _spread(du, u.tensor, geometry.stride)
+    return joined(du, add)

@@ -56,7 +56,8 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     if target.backend != "cuda" or shape.itemsize != 2 or shape.groups > 1 or shape.pixels == 0:
         return None
     taps, block_k = shape.r * shape.s, max(NARROWEST, power_above(shape.k))
-    widest = NARROWEST if taps > 1 else 32 if shape.prologue and not wide(target) else 128
+    # Where both operands of a product come from registers, half as many sums leave room for them.
+    widest = NARROWEST if taps > 1 else 128 if wide(target) else 32 if shape.prologue else 64
     block_c = max(NARROWEST, min(power_above(shape.c), widest, MOST_SUMS // (taps * block_k)))
     sums = taps * block_k * block_c
     # Compilers from sm_100 on have no registers left for the bits of nine taps.
@@ -64,7 +65,7 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     if crowded or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(shape, target):
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
-    short = taps > 1 or (block_k > 128 and not wide(target))
+    short = taps > 1 or bits or block_k > 128
     tile = BackwardTile(16 if short else 32, block_k, block_c, 8, 2 if taps == 1 else 1, 1)
     programs = ENOUGH_TILES // tile.pieces(shape)
     weights = taps * shape.c * shape.k

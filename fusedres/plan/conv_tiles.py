@@ -14,6 +14,9 @@ MOST_STAGES = 4
 # Elements of a weight gradient's tiles, all parts together: each is written and read once more, which at 16 MB was a
 # tenth of what ResNet-50's step moves. Of the widest tile it is one for every multiprocessor.
 PARTIAL_ELEMENTS = 1 << 21
+# Programs of a weight gradient, one for every multiprocessor of large GPUs; up to `ENOUGH_TILES` of them while their
+# parts, written and read once more, are less than half of what the contraction reads.
+FILLING = 128
 # The narrowest side of a tile that tensor cores multiply on every target.
 NARROWEST = 16
 
@@ -162,7 +165,8 @@ class WeightGradTile:
 def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile, ...]:
     """Tiles for the gradient of a weight, the default first; empty where groups do not fit into tiles.
 
-    The pixels are cut into as many parts as keep a large GPU busy, each of several steps.
+    The pixels are cut into as many parts as keep a large GPU busy, each of several steps, but into few where the
+    weight is large beside the activations.
     """
     grouped, amd, formed = shape.groups > 1, target.backend == "hip", shape.operands > 1
     widest = 128 if shape.k >= 128 and shape.c >= 128 and not narrow_waves(target) else 64
@@ -181,12 +185,17 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     block_c = max(NARROWEST, min(power_above(width), widest_c))
     if shape.flat and (formed or not wide(target)):
         block_k = min(block_k, 32)
+    read = shape.pixels * shape.groups * (shape.operands * shape.k + shape.c) * shape.itemsize
+    part = 2 * 4 * shape.groups * shape.k * shape.r * shape.s * shape.c  # fp32, written and read
     tiles = []
     for block_pixels in (32, 16) if shape.flat else (64, 32):
         warps = 8 if block_k * block_c >= 128 * 128 or shape.flat else 4
         tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
-        programs = min(ENOUGH_TILES, PARTIAL_ELEMENTS // (block_k * block_c))
-        wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // tile.tiles(shape)))
+        covering = tile.tiles(shape)
+        programs = min(
+            ENOUGH_TILES, PARTIAL_ELEMENTS // (block_k * block_c), max(FILLING, covering * read // (2 * part))
+        )
+        wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // covering))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
     # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.

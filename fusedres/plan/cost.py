@@ -120,32 +120,38 @@ def chain_passes(chain: ChainShape, rung: Schedule, itemsize: int, target: Targe
         else:
             yield from _written(layer, rung, itemsize, target, behind=i > 0, joining=joining, inner=True)
     if chain.projection is not None:
-        if rung.moments and takes_moments(chain.projection):
-            yield from _moments(chain.projection, itemsize, target)
+        projection = _sampled(chain.projection)
+        if rung.moments and takes_moments(projection):
+            yield from _moments(projection, itemsize, target)
         else:
-            yield from _written(chain.projection, rung, itemsize, target)
+            yield from _written(projection, rung, itemsize, target)
             if not rung.statistics:  # normalised before it joins
                 yield Pass(2 * _Sizes.of(chain.projection, itemsize).y)
-    if chain.shortcut in ("zero_pad", "residual"):
+    if chain.shortcut == "residual":
         end = _Sizes.of(chain.layers[-1], itemsize)
         yield Pass(2 * end.y + end.bits)
-        if chain.shortcut == "zero_pad":
-            # Strided and padded by the library, there and back.
-            yield from [Pass(2 * end.y), Pass(_Sizes.of(chain.layers[0], itemsize).dx), Pass(end.y)]
 
 
 def _residual(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
     """Bytes of the shortcut that the block's end reads: none where it contracts the projection itself."""
+    if chain.shortcut == "zero_pad":  # the pixels that it looks at
+        return chain.layers[-1].pixels * chain.layers[0].c * itemsize
     contracted = chain.projection is not None and rung.moments and takes_moments(chain.projection)
     return 0 if chain.shortcut == "none" or contracted else _Sizes.of(chain.layers[-1], itemsize).y
 
 
 def _joining(chain: ChainShape, rung: Schedule, itemsize: int) -> int:
     """Bytes that the first layer's input gradient reads of what comes by the shortcut."""
-    if chain.shortcut == "identity":
-        end = _Sizes.of(chain.layers[-1], itemsize)
-        return end.y + end.bits
-    return _Sizes.of(chain.layers[0], itemsize).dx if chain.shortcut in ("projection", "zero_pad") else 0
+    end = chain.layers[-1]
+    if chain.shortcut in ("identity", "zero_pad"):
+        values = end.pixels * chain.layers[0].c
+        return values * itemsize + values // 8
+    return 0 if chain.projection is None else _Sizes.of(_sampled(chain.projection), itemsize).dx
+
+
+def _sampled(projection: ConvShape) -> ConvShape:
+    """A projection whose input's gradient is written at the pixels alone that it reads, where it is 1x1."""
+    return projection._replace(whole=projection.pixels) if projection.pointwise else projection
 
 
 def _written(

@@ -73,6 +73,7 @@ class LayerTensors(NamedTuple):
     beta: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
+    counted: Tensor | None = None
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -169,7 +170,7 @@ def tensors_of(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) ->
 
 
 def _layer(u: Tensor, tensors: LayerTensors, conv: Conv) -> Tensor:
-    weight, bias, gamma, beta, running_mean, running_var = tensors
+    weight, bias, gamma, beta, running_mean, running_var, _ = tensors
     y = conv2d(u, weight, bias, *conv.geometry)
     return batch_norm(y, running_mean, running_var, gamma, beta, not conv.frozen, MOMENTUM, EPS)
 

@@ -77,7 +77,7 @@ class Block:
 
     def eager(self, norm=NORM, other=NORM, act="relu"):
         def normed(y, tensors, spec):
-            gamma, beta, mean, var, _ = tensors
+            gamma, beta, mean, var, *_ = tensors
             return batch_norm(y, mean, var, gamma, beta, spec.batch_stats, spec.momentum, spec.eps)
 
         z = normed(self.y, self.norms[0], norm)

@@ -92,6 +92,25 @@ def test_a_second_derivative_is_refused():
         dx.sum().backward()
 
 
+def test_without_a_gradient_there_is_none_for_anybody():
+    """As when whoever consumes the output returns None for it."""
+    x, *rest = inputs(TINY["identity"], 0)
+    z, *_ = PreAct.apply(x, spec_of(TINY["identity"], "prologue"), *rest)
+
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, given):
+            return given.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    (Drop.apply(z).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert all(tensor.grad is None for tensor in rest if tensor is not None)
+
+
 def test_the_statistics_returned_are_those_of_the_output():
     tiny = TINY["identity"]
     x, *rest = inputs(tiny, 0)

@@ -10,7 +10,7 @@ import fusedres
 from fusedres.bench.saved_activations import saved_bytes
 from fusedres.explain import Question, explain
 from fusedres.explain.models import Source, source
-from fusedres.models import create
+from fusedres.models import cifar_resnet, create, preact_resnet
 from fusedres.plan import SCHEDULES
 from fusedres.plan.gpus import GPUS
 
@@ -209,3 +209,22 @@ def test_every_gpu_names_a_source_and_explains():
         found = explain(Question("tiny", batch=128, gpu=name, rungs=("auto",)), model=tiny)
         seen[name] = found.figures(found.rungs["auto"]).roofline_images_per_s
     assert seen["mi300x"] > seen["a100"] > seen["rx7900xtx"]
+
+
+def library_calls(model: str, make) -> set[str]:
+    """Names of the launches of a step that are not of our kernels."""
+    found = explain(Question(model, batch=4, rungs=("auto",)), model=Source(model, make, (3, 32, 32)))
+    return {entry.name for entry in found.rungs["auto"].entries if not entry.ours}
+
+
+def test_batches_are_counted_where_running_statistics_move():
+    assert "_foreach_add_" not in library_calls("cifar", lambda: cifar_resnet(8))
+
+
+def test_the_parameter_free_shortcut_is_part_of_other_launches():
+    found = library_calls("cifar", lambda: cifar_resnet(8))
+    assert found.isdisjoint({"zeros", "clone", "copy_", "constant_pad_nd", "fill_"})
+
+
+def test_nothing_absent_is_made_of_zeros_or_ones():
+    assert library_calls("preact", lambda: preact_resnet(11)).isdisjoint({"zeros", "ones", "fill_", "zeros_like"})

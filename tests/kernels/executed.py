@@ -139,6 +139,11 @@ def check_traffic(launch: Launch, target: str) -> None:
         if launch.name.startswith("conv_") and types.get(name, "constexpr") not in ("constexpr", types.get("w_ptr")):
             # Wider than the operands, and read as many channels at a time as these have in 16 bytes.
             left_out = left_out | {name}
+    constants = dict(launch.specialisation.constants)
+    for name, first in (("residual_ptr", "RESIDUAL_FIRST"), ("add_ptr", "ADD_FIRST")):
+        if constants.get(first) is not None:
+            # Some channels of a row or every other row, which begin and end inside of sectors.
+            left_out = left_out | {name}
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
         # The bits of a step's channels are a part of a sector, which comes from the cache for the next steps.
         left_out = left_out | {"mask_ptr", "add_mask_ptr"}

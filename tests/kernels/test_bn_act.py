@@ -1,5 +1,7 @@
 """fusedres.kernels.bn_act, compiled and executed: normalise, add, rectify."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,24 +10,29 @@ from torch.nn.functional import batch_norm
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.zero_pad_shortcut import ZeroPadded, written
 from fusedres.plan.tiles import pinned, row_tiles
 from tests.comparison import STORAGE, assert_as_accurate_as_eager
 from tests.kernels.executed import SIZES, TESTED, Size, activation, channels_last, covering, executed
 
-FORMS = ("alone", "plain residual", "normalised residual")
+FORMS = ("alone", "plain residual", "normalised residual", "zero-padded residual")
 
 
-def operands(size: Size, dtype: torch.dtype, form: str) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def operands(size: Size, dtype: torch.dtype, form: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """(y, scale, shift) and the keywords of the residual."""
     scale, shift, other_scale, other_shift = torch.randn(4, size[1])
     keywords = {} if form == "alone" else {"residual": activation(size, dtype)}
+    if form == "zero-padded residual":
+        n, c, h, w = size
+        keywords["residual"] = ZeroPadded(activation((n, (c + 1) // 2, 2 * h - 1, 2 * w), dtype), c, (2, 2))
     if form == "normalised residual":
         keywords |= {"residual_scale": other_scale, "residual_shift": other_shift}
     return (activation(size, dtype), scale, shift), keywords
 
 
 def eager(
-    y: Tensor, scale: Tensor, shift: Tensor, act: str | None = "relu", residual: Tensor | None = None,
+    y: Tensor, scale: Tensor, shift: Tensor, act: str | None = "relu",
+    residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None, residual_shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What separate modules compute, each rounding to the storage dtype."""
@@ -36,15 +43,21 @@ def eager(
 
     z = normalised(y, scale, shift)
     if residual is not None:
+        residual = written(residual)
         z = z + (residual if residual_scale is None else normalised(residual, residual_scale, residual_shift))
     return torch.relu(z) if act == "relu" else z
+
+
+def given(operand: Tensor | ZeroPadded, dtype: torch.dtype) -> Tensor | ZeroPadded:
+    """The same numbers in another dtype."""
+    return operand._replace(x=operand.x.to(dtype)) if isinstance(operand, ZeroPadded) else operand.to(dtype)
 
 
 def check(target: str, size: Size, dtype: torch.dtype, form: str, *, act: str | None = "relu") -> Tensor:
     (y, scale, shift), keywords = operands(size, dtype, form)
     (z, mask), trace = executed(target, lambda: bn_act(y, scale, shift, **keywords, act=act, bit_mask=True))
     assert trace.by_kernel() == {"bn_act_kernel": 1}
-    wide = {name: tensor.double() for name, tensor in keywords.items()}
+    wide = {name: given(tensor, torch.float64) for name, tensor in keywords.items()}
     exact = eager(y.double(), scale.double(), shift.double(), act, **wide)
     assert_as_accurate_as_eager(z, eager(y, scale, shift, act, **keywords), exact)
     assert torch.equal(mask, pack_relu_mask(z))

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedres.ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_reduce
 from fusedres.ops.contract import Normaliser, OutputGrad
 from fusedres.ops.relu_mask import pack_relu_mask, relu_backward
+from fusedres.ops.zero_pad_shortcut import ZeroPaddedGrad, zero_pad_size
 from fusedres.plan.tiles import pinned, reduction_tiles
 from tests.comparison import assert_as_accurate_as_eager
 from tests.kernels.executed import MEASURABLE, SIZES, TESTED, Size, activation, covering, executed
@@ -140,6 +141,24 @@ def test_apply_joins_a_gradient_from_elsewhere(case: str, target: str, dtype: to
     assert trace.by_kernel() == {"bn_backward_apply_kernel": 1}
     wide = OutputGrad(*(part.double() if torch.is_tensor(part) else part for part in dy))
     exact = bn_backward_apply.reference(wide, add=OutputGrad(add.g.double()))
+    assert_as_accurate_as_eager(ours, bn_backward_apply.reference(dy, add=add), exact)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(["8 divides C", "odd C", "one value"]))
+def test_apply_joins_the_gradient_of_a_zero_pad_shortcut(
+    case: str, target: str, dtype: torch.dtype, mask: bool
+) -> None:
+    operands = Operands(SIZES[case], dtype, "none")
+    p, q, r, mean = torch.randn(4, SIZES[case][1])
+    dy = operands.arriving._replace(p=p, y=operands.y, q=q, r=r, mean=mean)
+    end = zero_pad_size(SIZES[case], SIZES[case][1] + 16, (2, 2))
+    grad = OutputGrad(activation(end, dtype), pack_relu_mask(activation(end, dtype)) if mask else None)
+    add = ZeroPaddedGrad(grad, SIZES[case], (2, 2))
+    ours, trace = executed(target, lambda: bn_backward_apply(dy, add=add))
+    assert trace.by_kernel() == {"bn_backward_apply_kernel": 1, **({"relu_backward_kernel": 1} if mask else {})}
+    wide = OutputGrad(*(part.double() if torch.is_tensor(part) else part for part in dy))
+    exact = bn_backward_apply.reference(wide, add=add._replace(grad=grad._replace(g=grad.g.double())))
     assert_as_accurate_as_eager(ours, bn_backward_apply.reference(dy, add=add), exact)
 
 

@@ -144,13 +144,17 @@ def test_finalize(case: str, target: str) -> None:
             momentum=spec.momentum,
         )  # fmt: skip
 
+    counted = torch.tensor(2**40) if spec.running else None
     exact_running, eager_running = [tensor.double() for tensor in running], [tensor.clone() for tensor in running]
     exact, eager = result(torch.float64, exact_running), result(torch.float32, eager_running)
     norm, trace = executed(
         target,
-        lambda: bn_finalize(partials, gamma, beta, *running, bias=bias, eps=spec.eps, momentum=spec.momentum),
-        running,
+        lambda: bn_finalize(
+            partials, gamma, beta, *running, bias=bias, eps=spec.eps, momentum=spec.momentum, counted=counted
+        ),
+        running if counted is None else [*running, counted],
     )
+    assert counted is None or counted.item() == 2**40 + 1
     assert trace.by_kernel() == {"bn_finalize_kernel": 1}
     for name, ours, theirs, truth in zip(Normaliser._fields, norm, eager, exact, strict=True):
         assert_as_accurate_as_eager(ours, theirs, truth, name=name)

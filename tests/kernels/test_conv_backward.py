@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedres.offline import TARGETS
-from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_reduce, masked
+from fusedres.ops.bn_backward import added, bn_backward_apply, bn_backward_reduce
 from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
 from fusedres.ops.conv_backward import conv_backward, conv_producer_backward
 from fusedres.ops.conv_forward import formed
@@ -20,7 +20,7 @@ from tests.comparison import LOW
 from tests.kernels.convolutions import Conv, assert_as_accurate
 from tests.kernels.executed import TESTED, activation, executed
 from tests.kernels.random_convolutions import ON_TARGETS, reproducible
-from tests.kernels.test_conv_input_grad import FORMS, JOINS, gradient
+from tests.kernels.test_conv_input_grad import FORMS, JOINS, gradient, zero_padded_grad
 
 SAME = Geometry(padding=(1, 1))
 CASES = {
@@ -77,6 +77,8 @@ class Operands:
             z = torch.relu(activation(conv.size, dtype))
             masks = {"bits": pack_relu_mask(z), "output": z, "producer, bits": pack_relu_mask(z)}
             self.add = OutputGrad(other, masks.get(join))
+        if "zero-padded" in join:
+            self.add = zero_padded_grad(conv.size, dtype, join)
 
     def launched(self):
         operands = (self.dy, self.u, self.weight, self.conv.geometry)
@@ -97,7 +99,7 @@ class Operands:
         dw = weight_grad(grad, source, self.conv.window, self.conv.geometry)
         du = input_grad(grad, to(self.weight), self.conv.size, self.conv.geometry)
         if self.add is not None:
-            du = du.to(torch.promote_types(self.add.g.dtype, dtype)) + masked(self.add)
+            du = du.to(torch.promote_types(self.add.g.dtype, dtype)) + added(self.add)
         if self.producer is not None:
             du = torch.where(formed(self.u) > 0, du, 0.0)
         return dw, du
@@ -128,7 +130,7 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str) -> 
     assert_as_accurate(dw, eager_dw, exact_dw, None, pixels)
 
 
-JOINED = (*JOINS, "u formed", "producer, bits")
+JOINED = (*JOINS, "u formed", "producer, bits", "producer, zero-padded")
 
 
 @pytest.mark.parametrize(("case", "target", "dtype"), targets_of(CASES))
@@ -144,6 +146,13 @@ def test_every_form(form: str, target: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("join", "target", "dtype"), targets_of(JOINED, offset=3))
 def test_every_epilogue(join: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[SMALL], dtype, "dy formed", join)
+
+
+@pytest.mark.skipif("sm_90" not in TESTED, reason="wgmma is sm_90's")
+@pytest.mark.parametrize("case", ["1x1 that narrows", "1x1 that widens"])
+def test_no_copy_overwrites_what_wgmma_still_reads(case: str) -> None:
+    """A race in what Triton 3.8 makes of a plain dy, were it to go from shared memory into both products."""
+    check("sm_90", CASES[case], torch.bfloat16, "plain", "nothing")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from fusedres.ops.contract import ConvInput, Geometry
 from fusedres.ops.contractions import conv_shape
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.zero_pad_shortcut import ZeroPadded, written
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
@@ -26,7 +27,9 @@ CASES = {
     "two wide groups": Conv((1, 64, 5, 5), 144, (3, 3), Geometry(padding=(1, 1), groups=2)),
     "one pixel": Conv((1, 16, 1, 1), 16, (1, 1)),
 }
-SHORTCUTS = ("none", "plain", "normalised", "projection", "projection of a formed input", "3x3 projection")
+SHORTCUTS = (
+    "none", "plain", "normalised", "projection", "projection of a formed input", "3x3 projection", "zero-padded",
+)  # fmt: skip
 
 
 class Operands:
@@ -41,6 +44,9 @@ class Operands:
         self.residual = self.residual_scale = self.residual_shift = self.second = None
         if shortcut in ("plain", "normalised"):
             self.residual = activation((conv.size[0], conv.k, p, q), dtype)
+        if shortcut == "zero-padded":
+            x = activation((conv.size[0], (conv.k + 1) // 2, 2 * p, 2 * q - 1), dtype)
+            self.residual = ZeroPadded(x, conv.k, (2, 2))
         if shortcut == "normalised":
             self.residual_scale, self.residual_shift = other_scale, other_shift
         if "projection" in shortcut:
@@ -69,7 +75,7 @@ class Operands:
             if tf32:
                 u, weight = as_tf32(u.float()).to(dtype), as_tf32(weight.float()).to(dtype)
             y = conv2d(u, weight, None, *of.geometry)
-            return (y.to(wide) * numbers(of.scale) + numbers(of.shift)).to(dtype)
+            return y if of.scale is None else (y.to(wide) * numbers(of.scale) + numbers(of.shift)).to(dtype)
 
         z = branch(self.main)
         if self.second is not None:
@@ -77,15 +83,18 @@ class Operands:
         elif self.residual is not None and self.residual_scale is not None:
             z = z + (self.residual.to(wide) * numbers(self.residual_scale) + numbers(self.residual_shift)).to(dtype)
         elif self.residual is not None:
-            z = z + self.residual.to(dtype)
+            z = z + written(self.residual).to(dtype)
         return torch.relu(z) if act else z
 
 
 def check(
     target: str, conv: Conv, dtype: torch.dtype, shortcut: str = "none", *, prologue: bool = False,
-    act: str | None = "relu", bit_mask: bool = True, statistics: bool = False,
+    act: str | None = "relu", bit_mask: bool = True, statistics: bool = False, bare: bool = False,
 ) -> None:  # fmt: skip
     operands = Operands(conv, dtype, shortcut, prologue=prologue)
+    if bare:
+        operands.main = Contraction(*operands.main[:3])
+        operands.second = operands.second and Contraction(*operands.second[:3])
     asked = {"act": act, "bit_mask": bit_mask, "statistics": statistics}
     (z, mask, partials), trace = executed(target, lambda: conv_bn_act(operands.main, **operands.keywords, **asked))
     assert trace.by_kernel()["conv_bn_act_kernel"] == 1
@@ -134,6 +143,14 @@ def test_without_mask(act: str | None, target: str, dtype: torch.dtype) -> None:
 )
 def test_statistics_of_the_output(case: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[case], dtype, "plain", statistics=True)
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "target", "dtype"), covering(["plain", "projection of a formed input"], offset=4, contraction=True)
+)
+def test_without_numbers(shortcut: str, target: str, dtype: torch.dtype) -> None:
+    case = CASES["tails of pixels, K and C"]
+    check(target, case, dtype, shortcut, prologue=True, act=None, bit_mask=False, statistics=True, bare=True)
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedres.offline import TARGETS
-from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_reduce, masked
+from fusedres.ops.bn_backward import added, bn_backward_apply, bn_backward_reduce
 from fusedres.ops.contract import Geometry, Normaliser, OutputGrad
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad, input_grad
 from fusedres.ops.input_gradients import gradient_shape
 from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.zero_pad_shortcut import ZeroPaddedGrad, zero_pad_size
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
 from tests.kernels import random_convolutions
@@ -81,6 +82,17 @@ class Operands:
         return input_grad(grad, weight, self.conv.size, self.conv.geometry)
 
 
+def zero_padded_grad(size: tuple[int, ...], dtype: torch.dtype, form: str) -> ZeroPaddedGrad:
+    """What comes by the parameter-free shortcut of an input of this size."""
+    n, c, *_ = size
+    stride = (2, 1) if "pooled" in form else (2, 2)
+    size_at_end = zero_pad_size(size, 2 * c + 7 if "odd" in form else c + 16, stride)
+    z = torch.relu(activation(size_at_end, dtype))
+    g = activation((n, size_at_end[1], 1, 1) if "pooled" in form else size_at_end, dtype).expand(size_at_end)
+    mask = pack_relu_mask(z) if "bits" in form else z if "output" in form else None
+    return ZeroPaddedGrad(OutputGrad(g, mask), size, stride)
+
+
 def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str = "nothing") -> None:
     operands = Operands(conv, dtype, form)
     tf32 = None
@@ -110,8 +122,10 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str = "n
             other = activation(size, torch.float32 if join == "wide" else dtype).expand(conv.size)
             z = torch.relu(activation(conv.size, dtype))
             add = OutputGrad(other, {"bits": pack_relu_mask(z), "output": z}.get(join))
-            eager = eager.to(other.dtype) + masked(add)
-            exact, tf32 = exact + masked(add), None if tf32 is None else tf32 + masked(add)
+            if join.startswith("zero-padded"):
+                add = zero_padded_grad(conv.size, dtype, join)
+            eager = eager.to(other.dtype) + added(add)
+            exact, tf32 = exact + added(add), None if tf32 is None else tf32 + added(add)
         call = lambda: conv_input_grad(operands.dy, operands.weight, conv.size, conv.geometry, add=add)  # noqa: E731
         g, trace = executed(target, call)
     assert trace.by_kernel()["conv_input_grad_kernel"] == 1
@@ -120,7 +134,10 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str = "n
     assert_as_accurate(g, eager, exact, tf32, depth)
 
 
-JOINS = ("nothing", "producer", "plain", "bits", "output", "pooled", "wide")
+JOINS = (
+    "nothing", "producer", "plain", "bits", "output", "pooled", "wide", "zero-padded", "zero-padded, bits",
+    "zero-padded, bits of an odd difference", "zero-padded, output", "zero-padded, pooled, bits",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES, contraction=True))

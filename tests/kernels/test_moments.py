@@ -28,7 +28,7 @@ CASES = {
     "several tiles of C": ((1, 160, 5, 5), 64, (1, 1)),
     "one channel": ((2, 1, 3, 3), 4, (1, 1)),
 }
-FORMS = ("producer", "added", "producer, added", "alone", "frozen", "a large mean")
+FORMS = ("producer", "added", "producer, added", "alone", "frozen", "a large mean", "compact")
 
 
 class Setting:
@@ -42,6 +42,7 @@ class Setting:
         self.below = Normaliser(torch.randn(size[1]), torch.rand(size[1]) + 0.5, torch.rand(size[1]) + 0.5, shift)
         self.weight = (torch.randn(k, size[1], 1, 1) / size[1] ** 0.5).to(dtype)
         self.gamma, self.beta = torch.randn(2, k)
+        self.counted = torch.tensor(3)
         self.running = (torch.randn(k), torch.rand(k) + 0.5)
         p, q = self.geometry.output_size(*size[2:], (1, 1))
         z = torch.relu(activation((size[0], k, p, q), dtype))
@@ -57,14 +58,15 @@ class Setting:
             invstd = (self.running[1] + 1e-5) ** -0.5
             norm = Normaliser(self.running[0], invstd, scale, self.beta - self.running[0] * scale)
         else:
-            norm = moments_finalize(moments, self.weight, self.gamma, self.beta)
+            norm = moments_finalize(moments, self.weight, self.gamma, self.beta, counted=self.counted)
         d, sum_g = moments_contraction(self.g, u, (1, 1), self.geometry)
         small, matrices = moments_backward(d, sum_g, moments, self.weight, norm)
         if self.form.startswith("producer"):
             producer = Producer(self.y, self.below)
             du, sums = moments_producer_grad(self.g, matrices, self.geometry, producer, add=self.add)
             return *small, du, sums.sum_g, sums.sum_gy
-        return *small, moments_input_grad(self.g, matrices, u, self.geometry, add=self.add)
+        compact = self.form == "compact"
+        return *small, moments_input_grad(self.g, matrices, u, self.geometry, add=self.add, compact=compact)
 
     def autograd(self, dtype: torch.dtype, *, tf32: bool = False) -> tuple[Tensor, ...]:
         """By separate operations, each rounding to ``dtype``; those of the backward pass from factors in TF32."""
@@ -90,6 +92,8 @@ class Setting:
         du = input_grad(factors[0], factors[2], tuple(u.shape), self.geometry)
         if self.add is not None:
             du = du + self.add.g.to(dtype)
+        if self.form == "compact":
+            du = du[:, :, :: self.geometry.stride[0], :: self.geometry.stride[1]]
         if not self.form.startswith("producer"):
             return dweight, dgamma, dbeta, du
         du = torch.where(u > 0, du, 0)
@@ -102,7 +106,8 @@ NAMES = ("dweight", "dgamma", "dbeta", "du", "sum(g) of the producer", "sum(g y_
 
 def check(target: str, case: str, dtype: torch.dtype, form: str) -> None:
     setting = Setting(case, dtype, form)
-    ours, trace = executed(target, setting.step)
+    ours, trace = executed(target, setting.step, [setting.counted])
+    assert setting.counted.item() == 3 + (form != "frozen")
     assert trace.by_kernel()["conv_input_grad_kernel"] == trace.by_kernel()["moments_weight_grad_kernel"] == 1
     assert trace.by_kernel()["moments_quadratic_kernel"] == (form != "frozen")
     eager, exact = setting.autograd(dtype), setting.autograd(torch.float64)
@@ -121,7 +126,7 @@ def test_agrees(case: str, target: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("form", "target", "dtype"), covering(FORMS, offset=4, contraction=True))
 def test_every_form(form: str, target: str, dtype: torch.dtype) -> None:
-    check(target, "tails of pixels, K and C", dtype, form)
+    check(target, "strided" if form == "compact" else "tails of pixels, K and C", dtype, form)
 
 
 @pytest.mark.slow

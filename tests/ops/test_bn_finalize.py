@@ -84,6 +84,15 @@ def test_running_statistics_are_those_of_batchnorm2d(dtype, biased, momentum, ea
     assert running_mean.dtype == running_var.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_batches_are_counted(dtype, each_backend):
+    counted = torch.tensor(6)
+    for _ in range(2):
+        bn_finalize(partials_of(torch.randn(30, K, dtype=dtype), [30]), None, None, counted=counted)
+    assert counted.dtype == torch.int64
+    assert counted.item() == 8
+
+
 def test_bias_moves_nothing_but_the_running_mean(each_backend):
     partials = partials_of(torch.randn(30, K, dtype=torch.float64), [30])
     bias, means = torch.randn(K, dtype=torch.float64), [torch.zeros(K, dtype=torch.float64) for _ in range(2)]

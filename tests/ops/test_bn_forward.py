@@ -43,7 +43,9 @@ def test_is_batch_norm(case, parts, act, each_backend):
     y = torch.randn(SIZES[case], dtype=torch.float64) * 2 + 1
     gamma, beta, running_mean, running_var = vectors(y.shape[1], torch.float64, *PARTS[parts])
     running = [None if r is None else r.clone() for r in (running_mean, running_var)]
-    z, _, norm = bn_forward(y, gamma, beta, *running, eps=1e-3, momentum=0.3, act=act)
+    counted = torch.tensor(2)
+    z, _, norm = bn_forward(y, gamma, beta, *running, eps=1e-3, momentum=0.3, counted=counted, act=act)
+    assert counted.item() == 3
     exact = batch_norm(y, running_mean, running_var, gamma, beta, True, 0.3, 1e-3)
     assert_close(z, exact.clamp(min=0) if act else exact)
     assert_close(norm.mean, y.mean((0, 2, 3)))

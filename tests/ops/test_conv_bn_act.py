@@ -111,6 +111,27 @@ def test_is_the_sum_of_its_parts(case, shortcut, prologue, act, each_backend):
     assert_close(z, exactly(main, **keywords, act=act))
 
 
+@pytest.mark.parametrize("shortcut", ["none", "residual", "second"])
+def test_a_contraction_without_numbers_joins_as_it_is(shortcut, each_backend):
+    main, keywords = setting("3x3 strided", torch.float64, shortcut, True)
+
+    def with_numbers(branch, *numbers):
+        return branch._replace(scale=numbers[0], shift=numbers[1]) if numbers else Contraction(*branch[:3])
+
+    ones, zeros = torch.ones_like(main.scale), torch.zeros_like(main.shift)
+    results = []
+    for numbers in ((), (ones, zeros)):
+        given = {name: with_numbers(v, *numbers) if name == "second" else v for name, v in keywords.items()}
+        results.append(conv_bn_act(with_numbers(main, *numbers), **given, act=None).z)
+    assert_close(*results)
+
+
+def test_numbers_come_together():
+    main, _ = setting("3x3", torch.float64, "none", False)
+    with pytest.raises(ValueError, match="scale, shift: expected both or neither"):
+        conv_bn_act(main._replace(shift=None))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *STORAGE])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_mask_is_where_the_output_is_positive(shortcut, dtype, each_backend):

@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from fusedres.ops.zero_pad_shortcut import zero_pad_shortcut, zero_pad_shortcut_grad, zero_pad_size
+from fusedres.ops.bn_act import bn_act
+from fusedres.ops.bn_backward import added, bn_backward_apply, masked
+from fusedres.ops.bn_forward import bn_forward
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
+from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
+from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
+from fusedres.ops.moments_backward import InputGradMatrices, moments_input_grad
+from fusedres.ops.zero_pad_shortcut import (
+    ZeroPadded,
+    ZeroPaddedGrad,
+    zero_pad_shortcut,
+    zero_pad_shortcut_grad,
+    zero_pad_size,
+)
+from tests.comparison import assert_close
 
 # (N, C, H, W), channels, stride, where the first channel of x goes
 CASES = {
@@ -45,6 +59,67 @@ def test_gradient_is_autograds(case, dtype):
     dx = zero_pad_shortcut_grad(g, size, stride)
     assert dx.dtype == dtype
     assert torch.equal(dx, exact)
+
+
+OPERAND = ((2, 3, 5, 4), 8, (2, 1))
+
+
+def test_as_an_operand_of_the_blocks_end(each_backend):
+    size, channels, stride = OPERAND
+    operand = ZeroPadded(torch.randn(size, dtype=torch.float64), channels, stride)
+    tensor = zero_pad_shortcut(*operand)
+    assert operand.shape == tensor.shape
+    y = torch.randn(tensor.shape, dtype=torch.float64)
+    scale, shift, other_scale, other_shift = torch.randn(4, channels, dtype=torch.float64)
+    running = {"residual_scale": other_scale, "residual_shift": other_shift}
+    for numbers in ({}, running):
+        ours, exact = (bn_act(y, scale, shift, residual=given, **numbers)[0] for given in (operand, tensor))
+        torch.testing.assert_close(ours, exact)
+    ours, exact = (bn_forward(y, scale, shift, residual=given)[0] for given in (operand, tensor))
+    torch.testing.assert_close(ours, exact)
+    weight = torch.randn(channels, channels, 1, 1, dtype=torch.float64)
+    main = Contraction(ConvInput(y), weight, Geometry(), scale, shift)
+    ours, exact = (conv_bn_act(main, residual=given).z for given in (operand, tensor))
+    torch.testing.assert_close(ours, exact)
+    with pytest.raises(ValueError, match="residual: expected"):
+        bn_act(y[:, :, 1:], scale, shift, residual=operand)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_its_gradient_as_an_operand_of_the_input_gradient(mask, each_backend):
+    size, _, stride = OPERAND
+    g, y = torch.randn(zero_pad_size(*OPERAND), dtype=torch.float64), torch.randn(size, dtype=torch.float64)
+    grad = OutputGrad(g, torch.randn_like(g) if mask else None)
+    add = ZeroPaddedGrad(grad, size, stride)
+    tensor = OutputGrad(zero_pad_shortcut_grad(masked(grad), size, stride))
+    torch.testing.assert_close(added(add), tensor.g)
+    weight, geometry = torch.randn(6, size[1], 3, 3, dtype=torch.float64), Geometry((2, 2), (1, 1))
+    dy = OutputGrad(torch.randn(2, 6, 3, 2, dtype=torch.float64))
+    ours, exact = (conv_input_grad(dy, weight, size, geometry, add=given) for given in (add, tensor))
+    torch.testing.assert_close(ours, exact)
+    numbers = Normaliser(*torch.rand(4, size[1], dtype=torch.float64))
+    producer = Producer(y, numbers)
+    ours, exact = (conv_producer_grad(dy, weight, geometry, producer, add=given).g for given in (add, tensor))
+    torch.testing.assert_close(ours, exact)
+    behind = OutputGrad(torch.randn_like(y), None, y, *torch.randn(4, size[1], dtype=torch.float64))
+    ours, exact = (bn_backward_apply(behind, add=given) for given in (add, tensor))
+    torch.testing.assert_close(ours, exact)
+    point = torch.randn(6, size[1], dtype=torch.float64)
+    matrices = InputGradMatrices(point, torch.randn(6, dtype=torch.float64), None, None)
+    dy = OutputGrad(torch.randn(2, 6, *size[2:], dtype=torch.float64))
+    ours, exact = (moments_input_grad(dy, matrices, ConvInput(y), Geometry(), add=given) for given in (add, tensor))
+    torch.testing.assert_close(ours, exact)
+
+
+def test_its_gradient_keeps_a_wider_dtype(each_backend):
+    size, _, stride = OPERAND
+    add = ZeroPaddedGrad(OutputGrad(torch.randn(zero_pad_size(*OPERAND))), size, stride)
+    dy, weight = OutputGrad(torch.randn(2, 6, 3, 2).bfloat16()), torch.randn(6, size[1], 3, 3).bfloat16()
+    du = conv_input_grad(dy, weight, size, Geometry((2, 2), (1, 1)), add=add)
+    assert du.dtype == torch.float32
+    alone = conv_input_grad(dy, weight, size, Geometry((2, 2), (1, 1)))
+    # Rows that the shortcut leaves out, rounded to 16 bits or not.
+    assert_close(du[:, :, 1::2], alone[:, :, 1::2].float(), torch.finfo(torch.bfloat16).eps)
 
 
 def test_fewer_channels_are_refused():

@@ -70,6 +70,7 @@ def test_each_rung_moves_less_than_the_one_below(chain):
         (lambda: Bottleneck(64, 64, groups=4), (32, 64, 28, 28)),
         (lambda: BasicBlock(64, 64), (64, 64, 56, 56)),
         (lambda: BasicBlock(64, 128, 2), (64, 64, 56, 56)),
+        (lambda: BasicBlock(64, 128, 2, shortcut="zero_pad"), (64, 64, 56, 56)),
     ],
 )  # fmt: skip
 def test_the_cost_is_what_is_launched(make, size, rung):
