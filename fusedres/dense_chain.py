@@ -85,7 +85,7 @@ def _infer(x: Tensor, layers: Sequence[DenseLayerParts], total: int) -> Tensor:
         u = evaluated(features[:, :channels], x.dtype, norm)
         for conv in convs[:-1]:
             u = ConvInput(activated_by(u, conv))
-        y, _ = conv_forward(u, convs[-1].tensors.weight.to(x.dtype), convs[-1].geometry)
-        put_features(features, y, channels)
-        channels += y.shape[1]
+        end = channels + convs[-1].tensors.weight.shape[0]
+        conv_forward(u, convs[-1].tensors.weight.to(x.dtype), convs[-1].geometry, out=features[:, channels:end])
+        channels = end
     return features

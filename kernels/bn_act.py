@@ -7,12 +7,15 @@ import triton
 import triton.language as tl
 
 from .relu_mask import packed
+from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded
 
 
 @triton.jit(
-    do_not_specialize=["rows", "P", "Q", "residual_H", "residual_W", "residual_stride_h", "residual_stride_w"],
-)
+    do_not_specialize=[
+        "rows", "y_row", "P", "Q", "residual_H", "residual_W", "residual_stride_h", "residual_stride_w",
+    ]
+)  # fmt: skip
 def bn_act_kernel(
     y_ptr,  # (rows, C) raw convolution output, storage dtype
     scale_ptr,  # (C,) fp32, gamma * invstd; None: y is added as it is
@@ -24,6 +27,7 @@ def bn_act_kernel(
     mask_ptr,  # (rows, ceil(C / 8)) uint8 out, bits of z > 0; None: not wanted
     rows,
     C,
+    y_row,  # elements from one row of y to the next, a multiple of C_MULTIPLE; None: C
     P,  # of the output, and what the zero-pad shortcut is told of its input
     Q,
     residual_C,
@@ -34,7 +38,7 @@ def bn_act_kernel(
     RESIDUAL_FIRST: tl.constexpr,  # as in `load_zero_padded`; None: the residual is of the output's size
     RESIDUAL_MULTIPLE: tl.constexpr,  # a power of two that divides residual_C
     RELU: tl.constexpr,
-    C_MULTIPLE: tl.constexpr,  # a power of two that divides C
+    C_MULTIPLE: tl.constexpr,  # a power of two that divides C and y_row
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -50,8 +54,10 @@ def bn_act_kernel(
     # Where dtypes differ, the widest says how many neighbours a thread gets: one 16-byte access of each operand.
     VECTOR: tl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
     o = tl.max_contiguous(o_row[:, None] * C + o_c[None, :], (1, VECTOR))
+    y_row = row_of(y_row, C, C_MULTIPLE)
+    o_y = tl.max_contiguous(o_row[:, None] * y_row + o_c[None, :], (1, VECTOR))
 
-    z = tl.load(y_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+    z = tl.load(y_ptr + first * y_row + o_y, mask=m, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + o_c, mask=m_c, other=0.0)
         shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .relu_mask import load_masked
+from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded_grad
 
 
@@ -38,7 +39,7 @@ def bn_backward_reduce_kernel(
     sum_gd = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_ROWS):
         m_row = o_row < count - start
-        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, C, BLOCK_ROWS, BLOCK_C)
+        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, C, C, BLOCK_ROWS, BLOCK_C)
         m = m_row[:, None] & m_c[None, :]
         y = tl.load(y_ptr + (first + start) * C + o, mask=m, other=0.0).to(tl.float32)
         sum_g += g
@@ -108,7 +109,11 @@ def bn_backward_finish_kernel(
     tl.store(r_ptr + o_c, factor * total_g, mask=m_c)
 
 
-@triton.jit(do_not_specialize=["rows", "image", "H", "W", "add_P", "add_Q", "add_stride_h", "add_stride_w"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "image", "g_row", "y_row", "H", "W", "add_P", "add_Q", "add_stride_h", "add_stride_w",
+    ]
+)  # fmt: skip
 def bn_backward_apply_kernel(
     g_ptr,  # (rows, C) gradient behind the normalisation; (rows // image, C)
     mask_ptr,  # bits or rectified output (`load_masked`), or None
@@ -122,6 +127,8 @@ def bn_backward_apply_kernel(
     rows,
     image,  # as in `load_masked`
     C,
+    g_row,  # elements from one row of g to the next, a multiple of C_MULTIPLE; None: C
+    y_row,  # the same of y
     H,  # of dy, and what the zero-pad shortcut is told of its output
     W,
     add_C,
@@ -131,11 +138,12 @@ def bn_backward_apply_kernel(
     add_stride_w,
     ADD_FIRST: tl.constexpr,  # as in `load_zero_padded_grad`; None: what joins is of dy's size
     ADD_MULTIPLE: tl.constexpr,  # a power of two that divides add_C
-    C_MULTIPLE: tl.constexpr,  # a power of two that divides C
+    C_MULTIPLE: tl.constexpr,  # a power of two that divides C and the rows that are given
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     C = C // C_MULTIPLE * C_MULTIPLE
+    g_row, y_row = row_of(g_row, C, C_MULTIPLE), row_of(y_row, C, C_MULTIPLE)
     pieces = tl.cdiv(C, BLOCK_C)
     i_row, i_c = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -145,10 +153,11 @@ def bn_backward_apply_kernel(
     m = m_row[:, None] & m_c[None, :]
     o = o_row[:, None] * C + o_c[None, :]
 
-    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, C, BLOCK_ROWS, BLOCK_C)
+    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, C, g_row, BLOCK_ROWS, BLOCK_C)
     dy *= tl.load(p_ptr + o_c, mask=m_c, other=0.0)[None, :]
     if q_ptr is not None:
-        y = tl.load(y_ptr + first * C + o, mask=m, other=0.0).to(tl.float32)
+        o_y = o_row[:, None] * y_row + o_c[None, :]
+        y = tl.load(y_ptr + first * y_row + o_y, mask=m, other=0.0).to(tl.float32)
         if mean_ptr is not None:
             y -= tl.load(mean_ptr + o_c, mask=m_c, other=0.0)[None, :]
         q = tl.load(q_ptr + o_c, mask=m_c, other=0.0)

@@ -11,6 +11,7 @@ import triton.language as tl
 # Sizes that are not worth a binary of their own. Channels are not among them: 16 dividing them widens every access.
 SIZES = (
     "pixels", "groups", "H", "W", "P", "Q", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
+    "x_row",
 )  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def contract(
     pad_w,
     dilation_h,
     dilation_w,
+    x_row,  # elements from one pixel of x to the next
     R: tl.constexpr,
     S: tl.constexpr,
     PADDED: tl.constexpr,  # whether a window can reach beyond the input
@@ -83,7 +85,7 @@ def contract(
     o_w = o_pixel % Q * stride_w - pad_w
     # A batch of activations can have more than 2**31 elements: pixels are counted in 64 bits, taps from there in 32.
     o_x = ((o_pixel // (P * Q)).to(tl.int64) * H + o_h) * W + o_w
-    x_ptrs = x_ptr + (o_x * (groups * C))[:, None] + (i_group * C + o_d)[None, :]
+    x_ptrs = x_ptr + (o_x * x_row)[:, None] + (i_group * C + o_d)[None, :]
     live = 1
     if GROUPS_PER_TILE > 1:
         live = tl.minimum(GROUPS_PER_TILE, groups - i_group)  # the last tile may hold fewer groups
@@ -123,7 +125,7 @@ def contract(
     pieces = tl.cdiv(channels, BLOCK_C)
     r, s, c = 0, 0, 0
     for _ in range(R * S * pieces):
-        o_tap = (r * dilation_h * W + s * dilation_w) * (groups * C) + c
+        o_tap = (r * dilation_h * W + s * dilation_w) * x_row + c
         if PADDED:
             m_in = ((inside if R * S < 32 else (rows >> r) & (columns >> s)) & 1) != 0
         if PADDED and EVEN_C:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .contraction import SIZES, formed
 from .relu_mask import load_masked_rows, unpacked
+from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded_grad
 
 
@@ -57,9 +58,10 @@ def conv_backward_kernel(
     raw_ptr,  # (N, H, W, C) what the producer's batch norm normalised, where that is not x, or None
     add_ptr,  # (N, H, W, C) another gradient of the input, or of its zero-pad shortcut, or None
     add_mask_ptr,  # its bits or rectified output, or None
+    onto_ptr,  # (N, H, W, C) what is written is this plus x_scale times the gradient, with sums; or None
     out_ptr,  # (N, H, W, C) out: the gradient of the input, behind the producer's ReLU if sums are wanted
-    part_g_ptr,  # (parts, C) fp32 out, sum(out); None: the producer's ReLU is not joined
-    part_gd_ptr,  # (parts, C) fp32 out, sum(out * (y - mean)) with the producer's y, x or raw
+    part_g_ptr,  # (parts, C) fp32 out, sum of the gradient; None: the producer's ReLU is not joined
+    part_gd_ptr,  # (parts, C) fp32 out, sum of the gradient times (y - mean) with the producer's y, x or raw
     dw_ptr,  # (parts, K, R, S, C) fp32 out
     pixels,  # N * H * W
     pixels_per_part,  # a multiple of BLOCK_PIXELS
@@ -73,6 +75,7 @@ def conv_backward_kernel(
     pad_w,
     dilation_h,
     dilation_w,
+    x_row,  # elements from one pixel of x to the next, and where there is onto of it and out; None: C
     add_C,  # what the zero-pad shortcut is told of its output
     add_P,
     add_Q,
@@ -86,13 +89,14 @@ def conv_backward_kernel(
     ADD_FIRST: tl.constexpr,  # as in `load_zero_padded_grad`; None: what is added is of the input's size
     ADD_MULTIPLE: tl.constexpr,  # a power of two that divides add_C
     TF32: tl.constexpr,
-    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,  # not below K
 ):
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    x_row = row_of(x_row, C, C_MULTIPLE)
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     TAPS: tl.constexpr = R * S
     BITS: tl.constexpr = mask_ptr is not None and mask_ptr.dtype.element_ty == tl.uint8
@@ -115,8 +119,9 @@ def conv_backward_kernel(
         m_row = o_pixel < pixels
         o_at = o_pixel.to(tl.int64)
         m = m_row[:, None] & m_c[None, :]
-        o = o_at[:, None] * C + o_c[None, :]
-        x = tl.load(x_ptr + o, mask=m, other=0.0)
+        o_x = o_at[:, None] * x_row + o_c[None, :]
+        o = o_x if onto_ptr is not None else o_at[:, None] * C + o_c[None, :]
+        x = tl.load(x_ptr + o_x, mask=m, other=0.0)
         u = x
         if x_scale_ptr is not None:
             u = tl.where(m, formed(x, scale, shift), 0.0)
@@ -184,7 +189,7 @@ def conv_backward_kernel(
             if ADD_FIRST is None:
                 o_add = o_n if ADD_POOLED else o_at
                 acc += load_masked_rows(
-                    add_ptr, add_mask_ptr, 0, o_add, o_at, i_c * BLOCK_C, m_row, C, C, BLOCK_PIXELS, BLOCK_C
+                    add_ptr, add_mask_ptr, 0, o_add, o_at, i_c * BLOCK_C, m_row, C, C, C, BLOCK_PIXELS, BLOCK_C
                 )
             else:
                 acc += load_zero_padded_grad(
@@ -193,14 +198,17 @@ def conv_backward_kernel(
                 )  # fmt: skip
         if part_g_ptr is not None:
             # Behind the ReLU of u as it was rounded: what became zero then has no gradient.
-            du = tl.where(u > 0, acc, 0.0).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + o, du, mask=m)
-            wide_du = du.to(tl.float32)
+            wide_du = tl.where(u > 0, acc, 0.0)
+            if onto_ptr is not None:
+                onto = tl.load(onto_ptr + o, mask=m, other=0.0).to(tl.float32)
+                tl.store(out_ptr + o, (onto + wide_du * scale[None, :]).to(out_ptr.dtype.element_ty), mask=m)
+            else:
+                du = wide_du.to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + o, du, mask=m)
+                wide_du = du.to(tl.float32)
             sum_g += tl.sum(wide_du, axis=0)
-            y = x
-            if raw_ptr is not None:
-                y = tl.load(raw_ptr + o, mask=m, other=0.0)
-            sum_gd += tl.sum(wide_du * (y.to(tl.float32) - mean[None, :]), axis=0)
+            raw = x if raw_ptr is None else tl.load(raw_ptr + o, mask=m, other=0.0)
+            sum_gd += tl.sum(wide_du * (raw.to(tl.float32) - mean[None, :]), axis=0)
         else:
             tl.store(out_ptr + o, acc.to(out_ptr.dtype.element_ty), mask=m)
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from .bn_statistics import store_tile_statistics
 from .contraction import SIZES, contract, tile_of
 from .relu_mask import packed
+from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded
 
 SHORTCUT_SIZES = (
@@ -53,6 +54,7 @@ def conv_bn_act_kernel(
     pad_w,
     dilation_h,
     dilation_w,
+    x_row,  # elements from one pixel of x to the next, a multiple of C_MULTIPLE; None: groups * C
     residual_C,
     residual_H,
     residual_W,
@@ -73,7 +75,7 @@ def conv_bn_act_kernel(
     RESIDUAL_FIRST: tl.constexpr,  # as in `load_zero_padded`; None: the residual is of the output's size
     RELU: tl.constexpr,
     TF32: tl.constexpr,
-    C_MULTIPLE: tl.constexpr,  # powers of two that divide C, K, second_C and residual_C
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, K, second_C and residual_C
     K_MULTIPLE: tl.constexpr,
     SECOND_C_MULTIPLE: tl.constexpr,
     RESIDUAL_MULTIPLE: tl.constexpr,
@@ -83,6 +85,7 @@ def conv_bn_act_kernel(
 ):
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    x_row = row_of(x_row, groups * C, C_MULTIPLE)
     i_pixel, i_k, i_group, o_k = tile_of(groups, K, GROUPS_PER_TILE, BLOCK_K)
     o_row = tl.arange(0, BLOCK_PIXELS)
     # Rows beyond the output read the last pixel's window: no mask in the loop, and nobody stores what they give.
@@ -90,7 +93,7 @@ def conv_bn_act_kernel(
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
     acc = contract(
         x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h,
-        stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, PRECISION,
+        stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, PRECISION,
         BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
@@ -109,7 +112,7 @@ def conv_bn_act_kernel(
         acc = contract(
             second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, acc, o_pixel, 0, o_out, 1, second_C,
             groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1,
-            1, 1, False, False, 1, SECOND_EVEN_C, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+            second_C, 1, 1, False, False, 1, SECOND_EVEN_C, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         if second_scale_ptr is not None:
             scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)

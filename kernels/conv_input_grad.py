@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .contraction import SIZES, contract, tile_of
 from .relu_mask import load_masked_rows, load_open, unpacked
+from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded_grad
 
 CLASSES = ("tiles", "step_r", "step_s", "row_step", "column_step", "constants")
@@ -200,9 +201,10 @@ def conv_input_grad_kernel(
     open_ptr,  # with raw: the bits of where what the convolution consumed is positive, or None: x itself says so
     add_ptr,  # (N, H, W, groups * C) another gradient of the input, or of its zero-pad shortcut, or None
     add_mask_ptr,  # its bits or rectified output, or None
+    onto_ptr,  # (N, H, W, groups * C) what is written is this plus x_scale times the gradient, with sums; or None
     out_ptr,  # (N, H, W, groups * C) out: the gradient of the input, behind the producer's ReLU if sums are wanted
-    part_g_ptr,  # (classes * tiles, groups * C) fp32 out, sum(out); None: the producer's ReLU is not joined
-    part_gd_ptr,  # (classes * tiles, groups * C) fp32 out, sum(out * (y - mean)) with the producer's y, x or raw
+    part_g_ptr,  # (classes * tiles, groups * C) fp32 out, sum of the gradient; None: the producer's ReLU is not joined
+    part_gd_ptr,  # as many, sum of the gradient times (y - mean) with the producer's y, x or raw
     pixels,  # N * H * W
     groups,
     C,  # input channels of a group
@@ -223,6 +225,7 @@ def conv_input_grad_kernel(
     row_step,  # rows of dy between these
     column_step,
     constants,
+    x_row,  # elements from one pixel of x to the next, and where there is onto of it and out; None: groups * C
     x_H,  # as H and W, but where the gradient is wanted at every x_stride-th pixel of x alone
     x_W,
     x_stride_h,
@@ -246,13 +249,14 @@ def conv_input_grad_kernel(
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides the input channels
     EVEN_DEPTH: tl.constexpr,  # whether BLOCK_K divides C
     TF32: tl.constexpr,
-    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    x_row = row_of(x_row, groups * C, C_MULTIPLE)
     i_tile, i_column, i_group, o_c = tile_of(groups, C, GROUPS_PER_TILE, BLOCK_C)
     o_row = tl.arange(0, BLOCK_PIXELS)
     i_class = 0
@@ -299,7 +303,7 @@ def conv_input_grad_kernel(
             # As the taps of a window that does not move.
             acc = contract(
                 x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, x_H, x_W, P, Q,
-                x_stride_h, x_stride_w, 0, 0, 0, 0, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS,
+                x_stride_h, x_stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS,
                 BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
@@ -308,15 +312,17 @@ def conv_input_grad_kernel(
             acc += constant[None, :]
 
     m = m_row[:, None] & m_c[None, :]
-    o = o_at[:, None] * (groups * C) + o_out[None, :]
+    o_x = o_at[:, None] * x_row + o_out[None, :]
+    o = o_x if onto_ptr is not None else o_at[:, None] * (groups * C) + o_out[None, :]
     first_c = i_group * C + i_column % tl.cdiv(GROUPS_PER_TILE * C, BLOCK_C) * BLOCK_C
     last_c = tl.minimum((i_group + GROUPS_PER_TILE) * C, groups * C)
     if add_ptr is not None:
         if ADD_FIRST is None:
             o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
             acc += load_masked_rows(
-                add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, BLOCK_PIXELS, BLOCK_C
-            )
+                add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, groups * C, BLOCK_PIXELS,
+                BLOCK_C,
+            )  # fmt: skip
         else:
             if not STRIDED:
                 o_h, o_w = seen // W % H, seen % W
@@ -325,20 +331,25 @@ def conv_input_grad_kernel(
                 add_stride_w, ADD_FIRST, ADD_MULTIPLE, ADD_POOLED, BLOCK_PIXELS, BLOCK_C,
             )  # fmt: skip
     if part_g_ptr is not None:
-        y = tl.load((x_ptr if raw_ptr is None else raw_ptr) + o, mask=m, other=0.0)
+        y = tl.load(x_ptr + o_x if raw_ptr is None else raw_ptr + o, mask=m, other=0.0)
         wide_y = y.to(tl.float32)
         if open_ptr is not None:
             open_ = load_open(open_ptr, 0, o_at, first_c, m_row, last_c, groups * C, BLOCK_PIXELS, BLOCK_C)
         elif raw_ptr is not None:
-            open_ = tl.load(x_ptr + o, mask=m, other=0.0) > 0
+            open_ = tl.load(x_ptr + o_x, mask=m, other=0.0) > 0
         else:
             scale = tl.load(x_scale_ptr + o_out, mask=m_c, other=0.0)
             shift = tl.load(x_shift_ptr + o_out, mask=m_c, other=0.0)
             # Rounded as it was when the convolution consumed it: what became zero then has no gradient.
             open_ = (wide_y * scale[None, :] + shift[None, :]).to(y.dtype) > 0
         mean = tl.load(x_mean_ptr + o_out, mask=m_c, other=0.0)
-        g = tl.where(open_, acc, 0.0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + o, g, mask=m)
+        g = tl.where(open_, acc, 0.0)
+        if onto_ptr is not None:
+            onto = tl.load(onto_ptr + o, mask=m, other=0.0).to(tl.float32)
+            tl.store(out_ptr + o, (onto + g * scale[None, :]).to(out_ptr.dtype.element_ty), mask=m)
+        else:
+            g = g.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + o, g, mask=m)
         g = tl.where(m, g.to(tl.float32), 0.0)
         o_part = i_tile.to(tl.int64) * (groups * C) + o_out
         tl.store(part_g_ptr + o_part, tl.sum(g, axis=0), mask=m_c)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .contraction import SIZES, formed
 from .relu_mask import load_masked
+from .rows import row_of
 from .stem_pool import unpooled
 
 
@@ -44,6 +45,7 @@ def conv_weight_grad_kernel(
     dilation_w,
     pooled_P,
     pooled_Q,
+    x_row,  # elements from one pixel of x to the next, a multiple of C_MULTIPLE; None: groups * C
     R: tl.constexpr,
     S: tl.constexpr,
     POOL_R: tl.constexpr,  # of the pooling, where there is one
@@ -52,12 +54,14 @@ def conv_weight_grad_kernel(
     POOL_STRIDE_W: tl.constexpr,
     POOL_PAD_H: tl.constexpr,
     POOL_PAD_W: tl.constexpr,
+    PADDED: tl.constexpr,  # whether a window can reach beyond the input
     FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of the window too
     GROUPS_PER_TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # whether BLOCK_K divides the output channels
     SUM_DY: tl.constexpr,  # whether the sum of dy is wanted too
     SUM_U: tl.constexpr,  # whether the sum of u's windows is wanted too; of a single group
     TF32: tl.constexpr,
-    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K
+    C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,6 +71,7 @@ def conv_weight_grad_kernel(
     TENSOR_CORES: tl.constexpr = "tf32x3" if SUM_DY or SUM_U else "tf32"
     PRECISION: tl.constexpr = TENSOR_CORES if TF32 else "ieee"
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
+    x_row = row_of(x_row, groups * C, C_MULTIPLE)
     # Columns: pieces of a tap's channels, or of the whole window.
     width = R * S * C if FLAT else GROUPS_PER_TILE * C
     pieces = tl.cdiv(width, BLOCK_C)
@@ -80,7 +85,7 @@ def conv_weight_grad_kernel(
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     i_group = i_k * BLOCK_K // K // GROUPS_PER_TILE * GROUPS_PER_TILE
     o_x = i_group * C + o_e
-    m_k = o_k < groups * K
+    m_k = tl.full((BLOCK_K,), True, tl.int1) if EVEN_K else o_k < groups * K
     m_e = o_e < width
     if FLAT:
         # A row of the window is one run of memory.
@@ -107,7 +112,7 @@ def conv_weight_grad_kernel(
             o = o_pixel[:, None] * (groups * K) + o_k[None, :]
             dy = tl.load(g_ptr + first * (groups * K) + o, mask=m_row[:, None] & m_k[None, :], other=0.0)
         else:
-            dy = load_masked(g_ptr, mask_ptr, first, i_k, m_row, image, groups * K, BLOCK_PIXELS, BLOCK_K)
+            dy = load_masked(g_ptr, mask_ptr, first, i_k, m_row, image, groups * K, groups * K, BLOCK_PIXELS, BLOCK_K)
             if p_ptr is not None:
                 dy *= tl.load(p_ptr + o_k, mask=m_k, other=0.0)[None, :]
             if q_ptr is not None:
@@ -130,8 +135,9 @@ def conv_weight_grad_kernel(
         else:
             h, w = h + tap_r * dilation_h, w + tap_s * dilation_w
             o_in = ((o_row // (P * Q)).to(tl.int64) * H + h) * W + w
-            m = (m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & m_e[None, :]
-            u = tl.load(x_ptr + o_in[:, None] * (groups * C) + o_x[None, :], mask=m, other=0.0)
+            m_in = m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W) if PADDED else m_row
+            m = m_in[:, None] & m_e[None, :]
+            u = tl.load(x_ptr + o_in[:, None] * x_row + o_x[None, :], mask=m, other=0.0)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + o_x, mask=m_e, other=0.0)
             shift = tl.load(shift_ptr + o_x, mask=m_e, other=0.0)

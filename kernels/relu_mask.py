@@ -55,6 +55,7 @@ def load_masked(
     m_row,  # (BLOCK_ROWS,) rows inside the tensor
     image,  # rows that share one of g, which is (rows // image, C) then; None: each has its own
     C,
+    g_row,  # elements from one row of g to the next
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -64,8 +65,10 @@ def load_masked(
     if image is not None:
         o_g = (first + o_row) // image
     else:
-        g_ptr += first * C
-    return load_masked_rows(g_ptr, mask_ptr, first, o_g, o_row, i_c * BLOCK_C, m_row, C, C, BLOCK_ROWS, BLOCK_C)
+        g_ptr += first * g_row
+    return load_masked_rows(
+        g_ptr, mask_ptr, first, o_g, o_row, i_c * BLOCK_C, m_row, C, C, g_row, BLOCK_ROWS, BLOCK_C
+    )  # fmt: skip
 
 
 @triton.jit
@@ -79,13 +82,14 @@ def load_masked_rows(
     m_row,  # (BLOCK_ROWS,) rows inside the tensors
     last_c,  # channels from here on are outside
     C,
+    g_row,  # elements from one row of g to the next
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """As `load_masked`, of any rows and channels."""
     o_c = first_c + tl.arange(0, BLOCK_C)
     m = m_row[:, None] & (o_c < last_c)[None, :]
-    g = tl.load(g_ptr + o_g[:, None] * C + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + o_g[:, None] * g_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     if mask_ptr is not None:
         if mask_ptr.dtype.element_ty == tl.uint8:
             open_ = load_open(mask_ptr, first, o_row, first_c, m_row, last_c, C, BLOCK_ROWS, BLOCK_C)
@@ -113,6 +117,6 @@ def relu_backward_kernel(
     first = i_row.to(tl.int64) * BLOCK_ROWS
     o_row, o_c = tl.arange(0, BLOCK_ROWS), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_row = o_row < rows - first
-    g = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, C, BLOCK_ROWS, BLOCK_C)
+    g = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, C, C, BLOCK_ROWS, BLOCK_C)
     o = first * C + o_row[:, None] * C + o_c[None, :]
     tl.store(out_ptr + o, g.to(out_ptr.dtype.element_ty), mask=m_row[:, None] & (o_c < C)[None, :])

@@ -8,14 +8,13 @@ producers' epilogues left. In passes over a layer's C input channels (the bottle
 
 forward, eager 8 (concatenation 2, statistics 1, normalise 2, ReLU 2, convolution 1); here 1, formed on load.
 backward, eager 14 (weight gradient 1, input gradient 1, ReLU 3, batch norm 2 + 3, concatenation 1 and its sum 3); here
-6 (weight gradient 1, input gradient with mask and sums 2, and the sum in place 3: see `add_feature_grad`). If the input
-gradient's epilogue added to the buffer itself, whose factor p is known beforehand, it would be 4.
+4 (weight gradient 1, input gradient with mask and sums 1, its epilogue's sum with what later layers sent to the
+features 2: see `add_feature_grad`).
 
 Saved: the buffer and each bottleneck's raw output; eager keeps every concatenation and every rectified tensor.
 
-A slice's pixels are C_total apart. The formulas and the library take that. Kernels need dense rows so far and are given
-a copy of the slice (`channels_last`), one forward and one backward, two passes each: 3 forward and 8 backward, until
-they take the stride of a row as an argument.
+A slice's pixels are C_total apart, which kernels and the library take (`pitch_of`): nothing is copied out of the
+buffer, and a layer's last convolution writes into it.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
-from ..launch import wants_kernels
 from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward_apply
 from ..ops.bn_finalize import bn_combine
@@ -42,8 +40,8 @@ from ..ops.contract import (
     statistics_dtype,
 )
 from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import ProducerGrad, at_producer
-from ..ops.features import add_feature_grad, put_features
+from ..ops.conv_input_grad import ProducerGrad, at_producer, sent_to_features
+from ..ops.features import FeatureGrads, put_features
 from ..ops.rows import empty_rows
 from ..plan import Schedule
 from .conv_chain import Inner, _behind_relu, _inner_forward
@@ -176,12 +174,13 @@ def _forward(
         measured.put(bn_statistics(x) if spec.partials is None else spec.partials, 0)
     saved = []
     for tensors, layer_spec in zip(layers, spec.layers, strict=True):
-        y, partials, step = _layer_forward(features[:, :channels], channels, tensors, layer_spec, spec, measured)
-        put_features(features, y, channels)
+        end = channels + tensors.convs[-1].weight.shape[0]
+        out = features[:, channels:end]
+        partials, step = _layer_forward(features[:, :channels], out, tensors, layer_spec, spec, measured)
         if measured is not None and partials is not None:
             measured.put(partials, channels)
         saved.append(step)
-        channels += y.shape[1]
+        channels = end
     if any(ctx.needs_input_grad):
         ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
         ctx.channels = x.shape[1]
@@ -193,26 +192,25 @@ def _forward(
 
 
 def _layer_forward(
-    x: Tensor, channels: int, tensors: DenseTensors, layer: DenseLayerSpec, spec: DenseSpec, measured: _Measured | None
-) -> tuple[Tensor, Partials | None, KeptLayer]:
-    """A layer's raw output, its statistics, and what its backward pass needs besides the features."""
-    partials = measured.of(channels) if measured is not None and layer.norm.batch_stats else None
+    x: Tensor, out: Tensor, tensors: DenseTensors, layer: DenseLayerSpec, spec: DenseSpec, measured: _Measured | None
+) -> tuple[Partials | None, KeptLayer]:
+    """Writes a layer's raw ``out``; its statistics, and what its backward pass needs besides the features."""
+    partials = measured.of(x.shape[1]) if measured is not None and layer.norm.batch_stats else None
     norm = normaliser_of(partials, tensors.norm, layer.norm, x.dtype)
-    out, source = None, ConvInput(x, norm.scale, norm.shift)
+    rectified, source = None, ConvInput(x, norm.scale, norm.shift)
     if not spec.schedule.prologue:
-        out, _ = bn_act(x, norm.scale, norm.shift)
-        source = ConvInput(out)
+        rectified, _ = bn_act(x, norm.scale, norm.shift)
+        source = ConvInput(rectified)
     u = source
     inner: list[Inner] = []
     for conv, conv_spec in zip(tensors.convs, layer.layers[:-1], strict=False):
         u, step = _inner_forward(u, conv, conv_spec, spec.schedule)
-        # What the first convolution consumed is a slice of the features, or ``out``: kept as that alone.
+        # What the first convolution consumed is a slice of the features, or ``rectified``: kept as that alone.
         inner.append(step if inner else step._replace(branch=step.branch._replace(source=ConvInput(ELSEWHERE))))
-    y, of_y = conv_forward(
-        u, tensors.convs[-1].weight.to(x.dtype), layer.layers[-1].geometry, statistics=measured is not None
-    )
+    weight = tensors.convs[-1].weight.to(x.dtype)
+    _, of_y = conv_forward(u, weight, layer.layers[-1].geometry, statistics=measured is not None, out=out)
     last = u if inner else None
-    return y, of_y, KeptLayer(norm, out, tuple(inner), last, tuple(conv.parameters for conv in tensors.convs))
+    return of_y, KeptLayer(norm, rectified, tuple(inner), last, tuple(conv.parameters for conv in tensors.convs))
 
 
 def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
@@ -221,17 +219,19 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     features, mean = saved.features, saved.mean
     needed_x, flat = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
     asked = _by_layer(flat, spec)
-    into = channels_last(dz).clone()  # what layers send to the features is added in place
+    # What layers send to the features: the first to send adds it to dz, the others to its sum in place.
+    sent = channels_last(dz)
+    into = empty_rows(sent)
     total_q, total_r = torch.zeros((2, features.shape[1]), dtype=statistics_dtype(dz.dtype), device=dz.device)
     ones = torch.ones_like(total_q)
 
     def arrived(first: int, end: int) -> OutputGrad:
         """The gradient of some channels, once all of their consumers have added theirs."""
-        dy = OutputGrad(into[:, first:end])
-        if mean is None:
-            return dy
+        g = sent[:, first:end]
+        if mean is None or sent is not into:
+            return OutputGrad(channels_last(g))
         p, q, r, m = (vector[first:end] for vector in (ones, total_q, total_r, mean))
-        return OutputGrad(bn_backward_apply(dy._replace(y=features[:, first:end], p=p, q=q, r=r, mean=m)))
+        return OutputGrad(bn_backward_apply(OutputGrad(g, y=features[:, first:end], p=p, q=q, r=r, mean=m)))
 
     below = needed_x
     needs = []
@@ -244,14 +244,14 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         layer, layer_spec, wanted = saved.layers[i], spec.layers[i], asked[i]
         first = end - layer.parameters[-1].weight.shape[0]
         head: list[Any] = [None] * NORM
-        # One copy for a backward pass of kernels that need dense rows; the library takes the slice as it is.
-        x = channels_last(features[:, :first]) if wants_kernels(features) else features[:, :first]
-        convs, at_source = _layer_backward(arrived(first, end), x, layer, layer_spec, spec.schedule, needs[i])
+        below_it = FeatureGrads(sent[:, :first], into[:, :first])
+        convs, at_source = _layer_backward(
+            arrived(first, end), features[:, :first], layer, layer_spec, spec.schedule, needs[i], below_it
+        )
         if at_source is not None:
-            g, sums = at_source
+            sums, sent = at_source.sums, into
             for j, grad in enumerate((sums.sum_gy, sums.sum_g)):
                 head[j] = grad.to(ctx.norm_dtypes[i][j]) if wanted.norm[j] else None
-            add_feature_grad(into[:, :first], g, layer.norm.scale)
             if layer_spec.norm.batch_stats:
                 total_q[:first] += sums.q
                 total_r[:first] += sums.r
@@ -274,9 +274,10 @@ def _needs(asked: DenseTensors, below: bool) -> list[Needs]:
 
 
 def _layer_backward(
-    dy: OutputGrad, x: Tensor, saved: KeptLayer, layer: DenseLayerSpec, schedule: Schedule, needs: list[Needs]
-) -> tuple[list[LayerGrads], ProducerGrad | None]:
-    """The gradients of a layer's convolutions, and what arrives behind its first ReLU with its sums."""
+    dy: OutputGrad, x: Tensor, saved: KeptLayer, layer: DenseLayerSpec, schedule: Schedule, needs: list[Needs],
+    features: FeatureGrads,
+) -> tuple[list[LayerGrads], ProducerGrad | None]:  # fmt: skip
+    """The gradients of a layer's convolutions, and the sums of what it added to that of the features."""
     source = ConvInput(x, saved.norm.scale, saved.norm.shift) if saved.out is None else ConvInput(saved.out)
     producers = [Producer(x, saved.norm)]
     for step in saved.inner:
@@ -290,7 +291,7 @@ def _layer_backward(
             return grads, None
         below = Below()
         if needs[i].source and schedule.statistics and (i == 0 or not is_idle(layer.layers[i - 1].norm, needs[i - 1])):
-            below = Below(producer=producers[i])
+            below = Below(producer=producers[i], features=features if i == 0 else None)
         conv, conv_spec = saved.parameters[i], layer.layers[i]
         if i == last:
             consumed = source if saved.last is None else saved.last
@@ -310,5 +311,5 @@ def _layer_backward(
                 _behind_relu(du, out, branch), branch, conv, conv_spec, schedule, needs[i], below
             )
     if isinstance(du, Tensor):
-        du = at_producer(du, producers[0])
+        du = sent_to_features(at_producer(du, producers[0]), producers[0], features)
     return grads, du

@@ -1,7 +1,7 @@
 """One convolution and its batch norm, forward and backward: the steps that the Functions share."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..ops.conv_bn_act import Contraction
 from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import ProducerGrad, conv_input_grad, conv_producer_grad
 from ..ops.conv_weight_grad import conv_weight_grad
+from ..ops.features import FeatureGrads
 from ..ops.input_moments import input_moments, moments_finalize
 from ..ops.moments_backward import (
     frozen_matrices,
@@ -135,12 +136,14 @@ SourceGrad = Tensor | ProducerGrad | None
 class Below(NamedTuple):
     """What is under a layer's source: a gradient that joins its own, and the layer that made it and wants its sums.
 
-    ``compact``: the gradient at the pixels that a strided 1x1 convolution reads is enough, (N, C, P, Q).
+    ``compact``: the gradient at the pixels that a strided 1x1 convolution reads is enough, (N, C, P, Q). ``features``:
+    where a producer's gradient is added instead of being written, a dense block's.
     """
 
     add: Added | None = None
     producer: Producer | None = None
     compact: bool = False
+    features: FeatureGrads | None = None
 
 
 def samples(layer: ConvBN, spec: LayerSpec) -> bool:
@@ -168,9 +171,10 @@ def convolution_backward(
         du = conv_input_grad(dy, weight, at_read, spec.geometry._replace(stride=(1, 1)))
         return conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None, du
     if below.producer is not None:
+        joins: dict[str, Any] = {"add": below.add, "features": below.features}
         if needs.weight:
-            return conv_producer_backward(dy, source, weight, spec.geometry, below.producer, add=below.add)
-        return None, conv_producer_grad(dy, weight, spec.geometry, below.producer, add=below.add)
+            return conv_producer_backward(dy, source, weight, spec.geometry, below.producer, **joins)
+        return None, conv_producer_grad(dy, weight, spec.geometry, below.producer, **joins)
     if needs.weight and needs.source:
         return conv_backward(dy, source, weight, spec.geometry, add=below.add)
     if needs.weight:

@@ -1,13 +1,18 @@
 """Fused forward passes of dense blocks, of the transitions between them, and of a DenseNet's stem and end."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import backends
+from ..autocast import contraction_dtype
 from ..autograd import GlobalPool
-from ..chain import run_chain, run_stem
+from ..chain import Layer, run_chain, run_stem
 from ..dense_chain import DenseLayerParts, run_dense, takes_dense
+from ..launch import wants_kernels
+from ..ops.contract import Geometry
 from ..plan import AUTO
 from ..preact_chain import run_bn_act, run_preact
 from .fused import Fused, traced
@@ -116,7 +121,7 @@ class FusedDenseBlock(Fused):
 
 
 class FusedTransition(Fused):
-    """norm, relu and conv as one autograd node, then the pooling."""
+    """norm, relu and conv as one autograd node, then the pooling; on kernels that too, where the convolution is 1x1."""
 
     def fused_convs(self) -> tuple[nn.Module, ...]:
         modules: dict[str, Any] = dict(self._modules)
@@ -136,20 +141,54 @@ class FusedTransition(Fused):
             except NotFusable:
                 pass
             else:
-                modules: Any = self._modules
-                out: Tensor = modules["pool"](
-                    run_preact(
-                        x,
-                        norm_of(modules["norm"]),
-                        [bare_layer_of(conv)],
-                        shortcut="none",
-                        schedule=self.fused_schedule,
-                        measured=False,
-                    )
-                )
-                return out
+                return self._run(x, conv)
         plain: Tensor = super().forward(x)
         return plain
+
+    def _run(self, x: Tensor, conv: nn.Module) -> Tensor:
+        modules: Any = self._modules
+        layer, pool = bare_layer_of(conv), modules["pool"]
+        # A library's convolutions gain nothing by a window.
+        joined = _averages_behind(pool, layer, x) and (wants_kernels(x) or not backends.runs_native())
+        if joined:
+            layer = averaged(layer, *_pairs(pool), contraction_dtype(x))
+        out = run_preact(
+            x, norm_of(modules["norm"]), [layer], shortcut="none", schedule=self.fused_schedule,
+            measured=joined,
+        )  # fmt: skip
+        pooled: Tensor = out if joined else pool(out)
+        return pooled
+
+
+def averaged(layer: Layer, kernel: tuple[int, int], stride: tuple[int, int], dtype: torch.dtype) -> Layer:
+    """A 1x1 convolution and the mean of a window behind it as one convolution, whose taps share the weight.
+
+    Both are linear and the mean is the same for every channel: mean_t(W u_t) = sum_t (W / taps) u_t, so that nothing is
+    written or read at the size before the pooling, forward or backward.
+    """
+    weight = layer.tensors.weight.to(dtype) / math.prod(kernel)
+    weight = weight.expand(-1, -1, *kernel).contiguous(memory_format=torch.channels_last)
+    return layer._replace(
+        tensors=layer.tensors._replace(weight=weight), geometry=layer.geometry._replace(stride=stride)
+    )
+
+
+def _averages_behind(pool: nn.Module, layer: Layer, x: Tensor) -> bool:
+    """Whether ``pool`` takes means that `averaged` can; of 2, 4, 8, ... pixels, whose share of a weight is exact."""
+    if type(pool) is not nn.AvgPool2d or why_not_hooked("pool", pool) is not None:
+        return False
+    kernel, _ = _pairs(pool)
+    taps = math.prod(kernel)
+    ordinary = not pool.ceil_mode and pool.divisor_override is None and pool.padding in (0, (0, 0))
+    pointwise = layer.tensors.weight.shape[2:] == (1, 1) and layer.geometry == Geometry(groups=layer.geometry.groups)
+    fits = x.dim() == 4 and x.shape[2] >= kernel[0] and x.shape[3] >= kernel[1]
+    return ordinary and pointwise and fits and taps & (taps - 1) == 0
+
+
+def _pairs(pool: nn.AvgPool2d) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Kernel and stride."""
+    kernel, stride = ((v, v) if isinstance(v, int) else (v[0], v[1]) for v in (pool.kernel_size, pool.stride))
+    return kernel, stride
 
 
 class EndParts(NamedTuple):

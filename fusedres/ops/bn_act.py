@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .contract import channels_last, check_activation, check_vector, per_channel, statistics_dtype
+from .contract import check_activation, check_vector, per_channel, statistics_dtype
 from .op import Op
 from .relu_mask import pack_relu_mask
-from .rows import empty_mask, empty_rows, launch_rows, storable
+from .rows import empty_mask, empty_rows, in_rows, launch_rows, pitch_of, storable
 from .zero_pad_shortcut import (
     ZeroPadded,
     add_shortcut,
@@ -116,9 +116,9 @@ def launch_bn_act(
     """Fill ``z`` and, if asked for, its bit mask; ``numbers`` are a scale and a shift each, or None."""
     from ..kernels.bn_act import bn_act_kernel
 
-    mask = empty_mask(z) if bit_mask else None
+    rows, mask = in_rows(y), empty_mask(z) if bit_mask else None
     arguments = {
-        "y_ptr": channels_last(y), "scale_ptr": numbers[0], "shift_ptr": numbers[1],
+        "y_ptr": rows, "y_row": pitch_of(rows), "scale_ptr": numbers[0], "shift_ptr": numbers[1],
         **residual_arguments(residual, z.shape), "P": z.shape[2], "Q": z.shape[3],
         "residual_scale_ptr": residual_numbers[0], "residual_shift_ptr": residual_numbers[1],
         "z_ptr": z, "mask_ptr": mask, "RELU": act == "relu",

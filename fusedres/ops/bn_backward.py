@@ -1,5 +1,6 @@
 """The backward pass of batch norm: its two sums, the coefficients they make, and the gradient they give."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from ..plan.tiles import MOST_PARTS, PartialTile
 from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
 from .relu_mask import gradient, laid_out, relu_backward
-from .rows import empty_rows, launch_reduction, launch_rows, reduction_parts, storable
+from .rows import empty_rows, in_rows, launch_reduction, launch_rows, pitch_of, reduction_parts, storable
 from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
 
 
@@ -127,7 +128,8 @@ def _bn_backward_apply(dy: OutputGrad, *, add: Added | None = None) -> Tensor:
     """dy = p * g + q * (y - mean) + r, plus the masked ``add``, written to memory.
 
     Args:
-        dy: its parts; ``q``, ``r`` may be None (zero), as may ``p`` (the masked g itself).
+        dy: its parts; ``q``, ``r`` may be None (zero), as may ``p`` (the masked g itself). ``g`` and ``y`` are read
+            where they are if they are slices of wider rows (`pitch_of`).
         add: a gradient of the same tensor from elsewhere (the shortcut), without p, q, r, or what a zero-pad shortcut
             makes of one, or None.
 
@@ -156,12 +158,12 @@ GRADIENT = ("g_ptr", "mask_ptr", "y_ptr", "p_ptr", "q_ptr", "r_ptr", "mean_ptr")
 """What kernels that form dy read for it."""
 
 
-def gradient_arguments(dy: OutputGrad) -> dict[str, Any]:
+def gradient_arguments(dy: OutputGrad, layout: Callable[[Tensor], Tensor] = channels_last) -> dict[str, Any]:
     """The parts of dy as kernels that form it are told of them; all of y's part or nothing of it."""
     whole = dy.q is not None and dy.r is not None and dy.y is not None
-    y_part = {"y_ptr": laid_out(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
+    y_part = {"y_ptr": None if dy.y is None else layout(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
     return {
-        **gradient(dy.g), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
+        **gradient(dy.g, layout), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
         **(y_part if whole else dict.fromkeys(y_part)),
     }  # fmt: skip
 
@@ -184,12 +186,18 @@ def _bn_backward_apply_triton(dy: OutputGrad, *, add: Added | None = None) -> Te
         joining = channels_last(masked(add.grad if isinstance(add, ZeroPaddedGrad) else add))
     out = empty_rows(dy.g, dy.g.dtype if joining is None else torch.promote_types(dy.g.dtype, joining.dtype))
     arguments = {
-        **gradient_arguments(dy), "add_ptr": joining, **added_geometry(add), "H": out.shape[2], "W": out.shape[3],
+        **gradient_arguments(dy, in_rows), "add_ptr": joining, **added_geometry(add), "H": out.shape[2],
+        "W": out.shape[3],
     }  # fmt: skip
+    rows = {
+        "g_row": pitch_of(arguments["g_ptr"]) if arguments["image"] is None else None,
+        "y_row": None if arguments["y_ptr"] is None else pitch_of(arguments["y_ptr"]),
+    }
     per_value = 1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None) + (joining is not None)
     launch_rows(
-        bn_backward_apply_kernel, dy.g, {**arguments, "dy_ptr": out}, reads=(*GRADIENT, "add_ptr"), writes=("dy_ptr",),
-        flops=per_value * out.numel(), partial=added_read(add, None if joining is None else OutputGrad(joining)),
+        bn_backward_apply_kernel, dy.g, {**arguments, **rows, "dy_ptr": out}, reads=(*GRADIENT, "add_ptr"),
+        writes=("dy_ptr",), flops=per_value * out.numel(),
+        partial=added_read(add, None if joining is None else OutputGrad(joining)),
     )  # fmt: skip
     return out
 

@@ -1,6 +1,7 @@
 """What the launches of forward convolutions have in common: whether there is a kernel, its tile, its arguments."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from ..launch import multiplies_in_tf32, target_of
 from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise
 from ..plan.tiles import alignment
 from .contract import ConvInput, Geometry, channels_last
-from .rows import storable
+from .rows import in_rows, pitch_of, storable
 
 # Fewer channels than an access is wide: depth runs along the rows of the window, which are single runs of memory.
 FLAT_CHANNELS = 7
@@ -41,7 +42,7 @@ def why_no_kernel(u: ConvInput, weight: Tensor, geometry: Geometry) -> str | Non
         return "depthwise: too few channels of a group for tensor cores"
     if max(shape.r, shape.s) > LARGEST_WINDOW:
         return f"a window of {shape.r} x {shape.s} pixels: kernels take at most {LARGEST_WINDOW}"
-    row = u.tensor.shape[3] * u.tensor.shape[1]
+    row = u.tensor.shape[3] * (pitch_of(u.tensor) or u.tensor.shape[1])
     if shape.r * geometry.dilation[0] * row >= LARGEST_OFFSET:
         return "a window of more than 2**31 values"
     return None
@@ -60,32 +61,42 @@ def shape_of(u: ConvInput, pixels: int, k: int, kernel: tuple[int, int], geometr
     groups, formed = geometry.groups, u.scale is not None
     c = u.tensor.shape[1] // groups
     flat = c <= FLAT_CHANNELS and groups == 1 and geometry.dilation[1] == 1 and not formed
+    flat = flat and pitch_of(u.tensor) is None
     return ConvShape(pixels, c, k // groups, groups, *kernel, u.tensor.element_size(), flat, formed)
 
 
-def window_arguments(x: Tensor, shape: ConvShape, size: tuple[int, int], geometry: Geometry) -> dict[str, Any]:
-    """What every kernel that goes through windows of ``x`` (N, C, H, W) is told of them; ``size`` is (P, Q)."""
+def window_arguments(
+    x: Tensor, shape: ConvShape, size: tuple[int, int], geometry: Geometry, *, c_rows: Sequence[int | None] = (),
+    k_rows: Sequence[int | None] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What every kernel that goes through windows of ``x`` (N, C, H, W) is told of them; ``size`` is (P, Q).
+
+    ``c_rows`` and ``k_rows`` are the pitches of the tensors of C and of K channels.
+    """
     stride, padding, dilation, groups = geometry
     return {
         "pixels": shape.pixels, "groups": groups, "C": shape.c, "K": shape.k, "H": x.shape[2], "W": x.shape[3],
         "P": size[0], "Q": size[1], "stride_h": stride[0], "stride_w": stride[1], "pad_h": padding[0],
         "pad_w": padding[1], "dilation_h": dilation[0], "dilation_w": dilation[1], "R": shape.r, "S": shape.s,
-        "FLAT": shape.flat, "TF32": multiplies_in_tf32(x), "C_MULTIPLE": alignment(shape.c),
-        "K_MULTIPLE": alignment(shape.k),
+        "FLAT": shape.flat, "TF32": multiplies_in_tf32(x), "C_MULTIPLE": alignment(shape.c, *c_rows),
+        "K_MULTIPLE": alignment(shape.k, *k_rows),
     }  # fmt: skip
 
 
-def contracted(u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False) -> Contracted:
-    """The convolution as both kernels are told of it; ``second``: whether a projection follows."""
-    x, weight = channels_last(u.tensor), channels_last(weight)
+def contracted(
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, y_row: int | None = None
+) -> Contracted:
+    """The convolution as both kernels are told of it; ``second``: whether a projection follows; ``y_row``: the pitch of
+    the output."""
+    x, weight = in_rows(u.tensor), channels_last(weight)
     n, _, h, w = x.shape
     shape = conv_shape(u, weight, geometry)._replace(second=second)
-    window, groups = (shape.r, shape.s), geometry.groups
+    window, groups, x_row = (shape.r, shape.s), geometry.groups, pitch_of(x)
     size = geometry.output_size(h, w, window)
     tile = conv_tile(shape, target_of(x))
     arguments = {
         "x_ptr": x, "w_ptr": weight, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
-        **window_arguments(x, shape, size, geometry),
+        "x_row": x_row, **window_arguments(x, shape, size, geometry, c_rows=[x_row], k_rows=[y_row]),
         "PADDED": geometry.padding != (0, 0), "GROUPS_PER_TILE": tile.groups_per_tile,
         "EVEN_C": groups % tile.groups_per_tile == 0 and tile.groups_per_tile * shape.c % tile.block_c == 0,
         "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,

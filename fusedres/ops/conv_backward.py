@@ -30,12 +30,14 @@ from .conv_input_grad import (
     conv_producer_grad,
     joined,
     joined_by_onednn,
+    takes,
 )
 from .conv_weight_grad import conv_weight_grad, parts_summed
+from .features import FeatureGrads
 from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel
 from .op import Op
 from .relu_mask import gradient, is_pooled, laid_out
-from .rows import empty_rows
+from .rows import empty_rows, in_rows, pitch_of
 from .zero_pad_shortcut import Added, added_geometry, added_read
 
 
@@ -100,10 +102,11 @@ def _conv_producer_backward(
     producer: Producer,
     *,
     add: Added | None = None,
+    features: FeatureGrads | None = None,
 ) -> tuple[Tensor, ProducerGrad]:
     """(dW, du): `conv_weight_grad` and `conv_producer_grad`, u being what the producer put out; arguments as there."""
     dweight = conv_weight_grad(dy, u, (weight.shape[2], weight.shape[3]), geometry)
-    return dweight, conv_producer_grad(dy, weight, geometry, producer, add=add)
+    return dweight, conv_producer_grad(dy, weight, geometry, producer, add=add, features=features)
 
 
 conv_producer_backward = Op(_conv_producer_backward)
@@ -118,13 +121,16 @@ def _conv_producer_backward_triton(
     producer: Producer,
     *,
     add: Added | None = None,
+    features: FeatureGrads | None = None,
 ) -> tuple[Tensor, ProducerGrad]:
     check_producer(producer)
     check_gradient(dy, weight, tuple(producer.y.shape), geometry)
+    if features is not None and not takes(features, producer, weight):
+        return NotImplemented
     narrow = _narrow(dy, producer.output, weight, geometry, add, producer=True)
     if narrow is None:
         return NotImplemented
-    launched = _launched(dy, producer.output, weight, geometry, *narrow, add=add, producer=producer)
+    launched = _launched(dy, producer.output, weight, geometry, *narrow, add=add, producer=producer, features=features)
     assert launched.sums is not None
     return launched.dw, ProducerGrad(launched.du, launched.sums)
 
@@ -155,17 +161,21 @@ def _narrow(
 
 def _launched(
     dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, shape: ConvShape, tile: BackwardTile, *,
-    add: Added | None, producer: Producer | None = None,
+    add: Added | None, producer: Producer | None = None, features: FeatureGrads | None = None,
 ) -> _Launched:  # fmt: skip
     """The kernel, and what adds its parts."""
     from ..kernels.conv_backward import conv_backward_kernel
 
-    x, size = channels_last(u.tensor), (dy.g.shape[2], dy.g.shape[3])
+    x, size = in_rows(u.tensor), (dy.g.shape[2], dy.g.shape[3])
+    x_row = pitch_of(x)
     taps = (shape.r, shape.s, shape.c)
     norm = producer and producer.norm
     raw = None if producer is None or producer.out is None else channels_last(producer.y)
     other = from_elsewhere(add)
-    out = empty_rows(x, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype))
+    if features is not None:
+        out = features.into
+    else:
+        out = empty_rows(x, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype))
     parts = torch.empty((tile.parts, shape.k * math.prod(taps)), dtype=torch.float32, device=x.device)
     sums = products = None
     if norm is not None:
@@ -175,16 +185,16 @@ def _launched(
     beside: dict[str, Any] = {
         "w_ptr": channels_last(weight), "x_ptr": x, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
         "x_mean_ptr": norm and norm.mean, "raw_ptr": raw, "add_ptr": other and gradient(other.g)["g_ptr"],
-        "add_mask_ptr": other and laid_out(other.mask),
+        "add_mask_ptr": other and laid_out(other.mask), "onto_ptr": features and features.before,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products, "dw_ptr": parts}
-    arguments = window_arguments(x, shape, size, geometry)
+    arguments = window_arguments(x, shape, size, geometry, c_rows=[x_row])
     for name in ("groups", "stride_h", "stride_w", "FLAT"):
         del arguments[name]
     launch(
         conv_backward_kernel, (tile.parts * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, **added_geometry(add),
+            **arriving, **beside, **written, **arguments, **added_geometry(add), "x_row": x_row,
             "pixels_per_part": tile.per_part(shape.pixels), "POOLED": pooled,
             "ADD_POOLED": other is not None and is_pooled(other.g),
             "WINDOWED": taps[:2] != (1, 1) or geometry.padding != (0, 0),

@@ -10,7 +10,7 @@ from .bn_statistics import bn_statistics
 from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, statistics_dtype
 from .contractions import contracted, why_no_kernel
 from .op import Op
-from .rows import empty_partials, empty_rows
+from .rows import empty_partials, empty_rows, in_rows, pitch_of
 
 
 def formed(u: ConvInput) -> Tensor:
@@ -30,22 +30,38 @@ def accumulated(convolution_input: Tensor, weight: Tensor, geometry: Geometry) -
 
 
 def _conv_forward(
-    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | None]:
     """y = conv(u, weight) and, if asked for, the statistics of y.
 
     Args:
-        u: (N, C, H, W), formed on load if it has a scale.
+        u: (N, C, H, W), formed on load if it has a scale; a slice of wider rows (`pitch_of`) is read where it is.
         weight: (K, C/groups, R, S) in the dtype of u.
         geometry: stride, padding (zeros, after the prologue), dilation, groups.
         statistics: whether to measure y (as stored) for batch norm.
+        out: (N, K, P, Q) in the dtype of u that y is written to, such as a slice of wider rows; None: a new tensor.
 
     Returns:
-        y (N, K, P, Q) raw, channels_last, and its `Partials` or None.
+        y (N, K, P, Q) raw, channels_last or ``out``, and its `Partials` or None.
     """
-    check_conv(u.tensor, weight, geometry, name="u")
-    y = accumulated(formed(u), weight, geometry).to(weight.dtype)
+    _check(u, weight, geometry, out)
+    y = put(accumulated(formed(u), weight, geometry).to(weight.dtype), out)
     return y, bn_statistics(y) if statistics else None
+
+
+def _check(u: ConvInput, weight: Tensor, geometry: Geometry, out: Tensor | None) -> None:
+    check_conv(u.tensor, weight, geometry, name="u")
+    if out is None:
+        return
+    n, _, h, w = u.tensor.shape
+    expected = (n, weight.shape[0], *geometry.output_size(h, w, (weight.shape[2], weight.shape[3])))
+    if tuple(out.shape) != expected or out.dtype != weight.dtype:
+        raise ValueError(f"out: expected {expected} in {weight.dtype}, got {tuple(out.shape)} in {out.dtype}")
+
+
+def put(y: Tensor, out: Tensor | None) -> Tensor:
+    """``y``, in ``out`` if that is given."""
+    return y if out is None else out.copy_(y)
 
 
 conv_forward = Op(_conv_forward)
@@ -53,23 +69,24 @@ conv_forward = Op(_conv_forward)
 
 @conv_forward.triton
 def _conv_forward_triton(
-    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | None]:
-    check_conv(u.tensor, weight, geometry, name="u")
+    _check(u, weight, geometry, out)
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
     if backends.runs_native() and u.scale is None and not statistics:
         return NotImplemented
-    if why_no_kernel(u, weight, geometry) is not None:
+    if why_no_kernel(u, weight, geometry) is not None or (out is not None and in_rows(out) is not out):
         return NotImplemented
     from ..kernels.conv_forward import conv_forward_kernel
 
-    conv = contracted(u, weight, geometry)
-    y = empty_rows(u.tensor, size=conv.size)
+    y_row = None if out is None else pitch_of(out)
+    conv = contracted(u, weight, geometry, y_row=y_row)
+    y = empty_rows(u.tensor, size=conv.size) if out is None else out
     partials = empty_partials(conv.tile.tiles(conv.shape), y.shape[1], y.device) if statistics else None
     counts, mean, m2 = partials or (None, None, None)
     launch(
         conv_forward_kernel, (conv.blocks,),
-        {**conv.arguments, "y_ptr": y, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2},
+        {**conv.arguments, "y_row": y_row, "y_ptr": y, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2},
         reads=("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr"), writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
         partial={"x_ptr": conv.read}, flops=conv.flops + 4 * y.numel() * statistics,
         num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
@@ -79,8 +96,8 @@ def _conv_forward_triton(
 
 @conv_forward.native
 def _conv_forward_native(
-    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | None]:
-    check_conv(u.tensor, weight, geometry, name="u")
-    y = channels_last(conv2d(formed(u), weight, None, *geometry))
+    _check(u, weight, geometry, out)
+    y = put(channels_last(conv2d(formed(u), weight, None, *geometry)), out)
     return y, bn_statistics(y) if statistics else None

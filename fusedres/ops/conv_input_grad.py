@@ -18,8 +18,10 @@ from .contract import (
     statistics_dtype,
 )
 from .conv_forward import formed
+from .features import FeatureGrads, add_feature_grad, check_features
 from .input_gradients import launch_input_grad, why_no_kernel
 from .op import Op
+from .rows import in_rows, pitch_of
 from .zero_pad_shortcut import Added, ZeroPaddedGrad
 
 
@@ -108,22 +110,34 @@ def _conv_input_grad_triton(
 
 
 def _conv_producer_grad(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None
-) -> ProducerGrad:
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
+    features: FeatureGrads | None = None,
+) -> ProducerGrad:  # fmt: skip
     """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
 
     Args:
         dy: (N, K, P, Q), formed on load.
         weight: (K, C/groups, R, S) in the dtype of dy.
         geometry: that of the forward convolution.
-        producer: of the convolution's input, (N, C, H, W).
+        producer: of the convolution's input, (N, C, H, W); a slice of wider rows (`pitch_of`) is read where it is.
         add: as in `conv_input_grad`; it joins before the ReLU.
+        features: what g is added to, times the producer's scale, instead of being written (`add_feature_grad`).
 
     Returns:
         g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
-        of g as stored, of the producer's y and batch norm.
+        of g as stored, of the producer's y and batch norm; ``features.into`` in its place if there are some, and the
+        sums of g before it is added.
     """
-    return at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
+    if features is not None:
+        check_features(features, producer.y.shape)
+    found = at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
+    return found if features is None else sent_to_features(found, producer, features)
+
+
+def sent_to_features(found: ProducerGrad, producer: Producer, features: FeatureGrads) -> ProducerGrad:
+    """A gradient in memory as a part of that of ``features``."""
+    add_feature_grad(features, found.g, producer.norm.scale)
+    return found._replace(g=features.into)
 
 
 conv_producer_grad = Op(_conv_producer_grad)
@@ -131,16 +145,26 @@ conv_producer_grad = Op(_conv_producer_grad)
 
 @conv_producer_grad.triton
 def _conv_producer_grad_triton(
-    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None
-) -> ProducerGrad:
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
+    features: FeatureGrads | None = None,
+) -> ProducerGrad:  # fmt: skip
     size = tuple(producer.y.shape)
     check_producer(producer)
     check_gradient(dy, weight, size, geometry)
     if why_no_kernel(dy, weight, size, geometry) is not None:
         return NotImplemented
-    launched = launch_input_grad(dy, weight, size, geometry, producer=producer, add=add)
+    if features is not None and not takes(features, producer, weight):
+        return NotImplemented
+    launched = launch_input_grad(dy, weight, size, geometry, producer=producer, add=add, features=features)
     assert launched.sums is not None
     return ProducerGrad(launched.g, launched.sums)
+
+
+def takes(features: FeatureGrads, producer: Producer, weight: Tensor) -> bool:
+    """Whether kernels add to these where they lie: in the storage dtype, rows as far apart as y's."""
+    check_features(features, producer.y.shape)
+    alike = all(in_rows(t) is t and pitch_of(t) == pitch_of(producer.y) for t in (producer.y, *features))
+    return alike and features.into.dtype == weight.dtype and producer.out is None
 
 
 def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> bool:

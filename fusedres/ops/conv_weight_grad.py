@@ -24,7 +24,7 @@ from .contract import (
 from .contractions import bytes_in_windows, shape_of, window_arguments
 from .conv_forward import formed
 from .op import Op
-from .rows import storable
+from .rows import in_rows, pitch_of, storable
 
 
 def weight_grad(dy: Tensor, u: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
@@ -44,7 +44,7 @@ def _conv_weight_grad(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geo
 
     Args:
         dy: (N, K, P, Q), formed on load.
-        u: (N, C, H, W), formed on load.
+        u: (N, C, H, W), formed on load; a slice of wider rows (`pitch_of`) is read where it is.
         kernel: (R, S).
         geometry: that of the forward convolution.
 
@@ -112,7 +112,8 @@ def _launched(
     """The kernel, and where the pixels come in parts a second that adds them."""
     from ..kernels.conv_weight_grad import conv_weight_grad_kernel
 
-    x = channels_last(u.tensor)
+    x = in_rows(u.tensor)
+    x_row = pitch_of(x)
     k = shape.groups * shape.k
     taps = (shape.r, shape.s, shape.c)
     sizes = [k * math.prod(taps), k * sum_dy, math.prod(taps) * sum_u]
@@ -122,10 +123,12 @@ def _launched(
     launch(
         conv_weight_grad_kernel, (tile.tiles(shape) * tile.parts,),
         {
-            **read, "out_ptr": parts, **window_arguments(x, shape, size, geometry),
+            **read, "out_ptr": parts, "x_row": x_row,
+            **window_arguments(x, shape, size, geometry, c_rows=[x_row]),
             **_pooling(pooled, dy.g),
             "pixels_per_part": tile.per_part(shape.pixels), "GROUPS_PER_TILE": tile.groups_per_tile,
-            "SUM_DY": sum_dy, "SUM_U": sum_u,
+            "SUM_DY": sum_dy, "SUM_U": sum_u, "PADDED": geometry.padding != (0, 0),
+            "EVEN_K": k % tile.block_k == 0,
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
         reads=(*GRADIENT, "index_ptr", "x_ptr", "scale_ptr", "shift_ptr"), writes=("out_ptr",),

@@ -1,5 +1,8 @@
 """The features of a dense block side by side in one buffer: outputs are put into place, gradients added there."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from .contract import check_activation, check_vector, per_channel
@@ -27,8 +30,18 @@ def _put_features(buffer: Tensor, y: Tensor, first: int) -> None:
 put_features = Op(_put_features)
 
 
-def _add_feature_grad(into: Tensor, g: Tensor, p: Tensor) -> None:
-    """into += p * g: what one consumer of a dense block's features sends to them, in place, rounded once.
+class FeatureGrads(NamedTuple):
+    """Where one consumer of a dense block's features adds its part of their gradient: ``into`` = ``before`` + part.
+
+    Both are (N, C, H, W) of the C channels that it consumes, slices of wider buffers, and may be the same tensor.
+    """
+
+    before: Tensor
+    into: Tensor
+
+
+def _add_feature_grad(features: FeatureGrads, g: Tensor, p: Tensor) -> None:
+    """into = before + p * g: what one consumer of a dense block's features sends to them, rounded once.
 
     The rest of batch norm's gradient, q * (x - mean) + r, is linear in x, and x and mean are the same for every
     consumer of a feature map: only the sums of the q and of the r are kept, and `bn_backward_apply` adds the part of
@@ -36,13 +49,23 @@ def _add_feature_grad(into: Tensor, g: Tensor, p: Tensor) -> None:
     input channels, two reads and a write are left.
 
     Args:
-        into: (N, C, H, W) gradient of the features so far, a slice of a wider buffer.
+        features: (N, C, H, W) each, of one dtype.
         g: (N, C, H, W) gradient behind the consumer's ReLU.
         p: (C,) in the statistics dtype.
     """
-    check_activation("into", into)
-    check_vector("p", p, into.shape[1])
-    into.addcmul_(g, per_channel(p))
+    check_features(features, g.shape)
+    check_vector("p", p, g.shape[1])
+    torch.addcmul(features.before, g, per_channel(p), out=features.into)
+
+
+def check_features(features: FeatureGrads, size: tuple[int, ...]) -> None:
+    """Refuse tensors that are not of ``size``, or not of one dtype."""
+    for name, tensor in features._asdict().items():
+        check_activation(name, tensor)
+        if tensor.shape != size:
+            raise ValueError(f"{name}: expected shape {tuple(size)}, got {tuple(tensor.shape)}")
+    if features.into.dtype != features.before.dtype:
+        raise TypeError(f"into: expected the dtype of before, {features.before.dtype}, got {features.into.dtype}")
 
 
 add_feature_grad = Op(_add_feature_grad)

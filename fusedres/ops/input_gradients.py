@@ -12,8 +12,9 @@ from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
 from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
 from .contract import ConvInput, Geometry, OutputGrad, Producer, channels_last, pixels
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, window_arguments
+from .features import FeatureGrads
 from .relu_mask import gradient, is_pooled, laid_out
-from .rows import empty_rows, storable
+from .rows import empty_rows, in_rows, pitch_of, storable
 from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
 
 
@@ -68,7 +69,7 @@ def gradient_shape(
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
     matrices: InputMatrices | None = None, add: Added | None = None, producer: Producer | None = None,
-    x_stride: tuple[int, int] | None = None,
+    x_stride: tuple[int, int] | None = None, features: FeatureGrads | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
@@ -79,6 +80,7 @@ def launch_input_grad(
         add: another gradient of the input.
         x_stride: where ``size`` is of the pixels alone that a 1x1 convolution reads: how far they are apart in x.
         producer: of the input, behind whose ReLU the gradient is wanted with its sums.
+        features: where that gradient, times the producer's scale, is added, in the layout of x.
     """
     from ..kernels.conv_input_grad import conv_input_grad_kernel
 
@@ -91,7 +93,10 @@ def launch_input_grad(
         dy = dy._replace(g=masked(dy), mask=None)
     split = groups > 1 and packed * shape.k % 8 != 0
     other = from_elsewhere(add, split)
-    out = empty_rows(dy.g, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
+    if features is not None:
+        out = features.into
+    else:
+        out = empty_rows(dy.g, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
     sums = products = raw = open_ = None
@@ -101,7 +106,8 @@ def launch_input_grad(
         x = x if open_ is not None else producer.output
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
-    consumed, norm = None if x is None else channels_last(x.tensor), producer and producer.norm
+    consumed, norm = None if x is None else in_rows(x.tensor), producer and producer.norm
+    x_row = None if consumed is None else pitch_of(consumed)
     arriving = gradient_arguments(dy)
     pooled = arriving.pop("image") is not None
     beside: dict[str, Any] = {
@@ -110,6 +116,7 @@ def launch_input_grad(
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
         "raw_ptr": raw, "open_ptr": open_,
         "add_ptr": other and gradient(other.g)["g_ptr"], "add_mask_ptr": other and laid_out(other.mask),
+        "onto_ptr": features and features.before,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
@@ -120,13 +127,14 @@ def launch_input_grad(
         read = geometry if x_stride is None else geometry._replace(stride=x_stride)
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, read)
     arguments = window_arguments(
-        out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry
-    )
+        out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry,
+        c_rows=[x_row],
+    )  # fmt: skip
     del arguments["FLAT"]
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, **added_geometry(add),
+            **arriving, **beside, **written, **arguments, **added_geometry(add), "x_row": x_row,
             **_consumed(consumed, x_stride or stride), "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),

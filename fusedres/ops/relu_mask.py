@@ -1,5 +1,6 @@
 """The ReLU's open positions, eight to a byte, and gradients passed through them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,11 +75,11 @@ def is_pooled(g: Tensor) -> bool:
     return g.shape[2] * g.shape[3] > 1 and g.stride(2) * (g.shape[2] - 1) == g.stride(3) * (g.shape[3] - 1) == 0
 
 
-def gradient(g: Tensor) -> dict[str, Any]:
+def gradient(g: Tensor, layout: Callable[[Tensor], Tensor] = channels_last) -> dict[str, Any]:
     """A gradient as kernels are told of it: in rows of channels, with as many pixels to a row as share its values."""
     if is_pooled(g):
         return {"g_ptr": g[:, :, 0, 0].contiguous(), "image": g.shape[2] * g.shape[3]}
-    return {"g_ptr": channels_last(g), "image": None}
+    return {"g_ptr": layout(g), "image": None}
 
 
 @relu_backward.native

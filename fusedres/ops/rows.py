@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..plan.tiles import RowTile, alignment, reduction_tile, row_tile
-from .contract import Partials, pixels
+from .contract import Partials, channels_last, pixels
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,6 +16,29 @@ STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 def storable(*tensors: Tensor | None) -> bool:
     """Whether kernels take tensors of these dtypes: all but fp64, in which only the algebra is checked."""
     return all(tensor is None or tensor.dtype in STORAGE for tensor in tensors)
+
+
+def pitch_of(tensor: Tensor) -> int | None:
+    """Elements from one pixel's channels to the next's in a slice of a channels_last tensor's channels.
+
+    None where pixels follow one another, and of any other tensor (N, C, H, W).
+    """
+    channels = tensor.shape[1]
+    if tensor.is_contiguous(memory_format=torch.channels_last) or (channels > 1 and tensor.stride(1) != 1):
+        return None
+    pitch, apart = None, 1
+    for dim in (3, 2, 0):
+        if tensor.shape[dim] > 1:
+            pitch = tensor.stride(dim) if pitch is None else pitch
+            if tensor.stride(dim) != pitch * apart:
+                return None
+            apart *= tensor.shape[dim]
+    return pitch if pitch is not None and pitch >= channels else None
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """``tensor`` itself where it is channels_last or has a pitch, else a channels_last copy."""
+    return tensor if pitch_of(tensor) is not None else channels_last(tensor)
 
 
 def empty_rows(like: Tensor, dtype: torch.dtype | None = None, size: Sequence[int] | None = None) -> Tensor:
@@ -69,8 +92,9 @@ def _launch(
     kernel: Any, tile: RowTile, blocks: int, over: Tensor, arguments: dict[str, Any], reads: Sequence[str],
     writes: Sequence[str], flops: int, partial: dict[str, int] | None,
 ) -> None:  # fmt: skip
+    pitches = [value for name, value in arguments.items() if name.endswith("_row")]
     shape = {
-        "rows": pixels(over), "C": over.shape[1], "C_MULTIPLE": alignment(over.shape[1]),
+        "rows": pixels(over), "C": over.shape[1], "C_MULTIPLE": alignment(over.shape[1], *pitches),
         "BLOCK_ROWS": tile.block_rows, "BLOCK_C": tile.block_c,
     }  # fmt: skip
     launch(

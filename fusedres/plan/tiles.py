@@ -127,9 +127,10 @@ def power_above(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def alignment(channels: int) -> int:
-    """The largest power of two up to 16 that divides a number of channels: what a kernel may assume of addresses."""
-    return math.gcd(channels, 16)
+def alignment(*lengths: int | None) -> int:
+    """The largest power of two up to 16 that divides numbers of channels, and the distances of rows where one is given:
+    what a kernel may assume of addresses."""
+    return math.gcd(16, *(length for length in lengths if length is not None))
 
 
 _pinned: list[RowTile] = []

@@ -272,7 +272,8 @@ class _Memory:
             base = self._library.vgpu_guarded(ctypes.c_int64(size), ctypes.c_int64(span.begin % 64))
             if base is None:
                 raise MemoryError(f"no memory for a copy of {'/'.join(span.names)}, {size} bytes")
-            fresh = all(name in uninitialised for name in span.names)
+            # What lies between a slice's rows is somebody else's.
+            fresh = all(name in uninitialised and _is_whole(tensors[name]) for name in span.names)
             if fresh:
                 ctypes.memset(base, 0xFF, size)
             else:
@@ -312,12 +313,21 @@ class _Memory:
         return min(distances)[1] if distances else f"no argument, at {address:#x}"
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill the memory from its first to its last."""
+    return _reach(tensor) == max(tensor.numel(), 1)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _merged(tensors: dict[str, Tensor]) -> list[_Span]:
     spans: list[_Span] = []
     found = []
     for name, tensor in tensors.items():
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        size = (reach + 1) * tensor.element_size() if tensor.numel() else 0
+        size = _reach(tensor) * tensor.element_size() if tensor.numel() else 0
         found.append((tensor.data_ptr(), tensor.data_ptr() + size, name))
     for begin, end, name in sorted(found):
         if spans and begin < spans[-1].end:

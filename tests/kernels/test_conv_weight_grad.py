@@ -33,6 +33,8 @@ CASES = {
     "the stem": Conv((1, 3, 21, 18), 64, (7, 7), Geometry((2, 2), (3, 3))),
     "one channel": Conv((1, 1, 8, 8), 16, (3, 3), Geometry(padding=(1, 1))),
     "one pixel": Conv((1, 16, 1, 1), 16, (1, 1)),
+    "padded 1x1": Conv((1, 16, 4, 4), 24, (1, 1), Geometry(padding=(1, 1))),
+    "no padding": Conv((1, 16, 7, 6), 80, (3, 3)),
     "groups of 4": Conv((1, 128, 6, 6), 128, (3, 3), Geometry(padding=(1, 1), groups=32)),
     "two wide groups": Conv((1, 64, 6, 6), 128, (3, 3), Geometry(padding=(1, 1), groups=2)),
     "groups that widen": Conv((1, 8, 6, 6), 64, (3, 3), Geometry(padding=(1, 1), groups=4)),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres.backends import backend
@@ -33,6 +34,7 @@ CASES = {
     "one layer, odd growth": Case("DenseBlock", (1, 6, 3), {"bottleneck": 2}, (3, 6, 5, 7)),
     "one pixel an image": Case("DenseBlock", (2, 3, 2), {}, (5, 3, 1, 1)),
     "transition": Case("Transition", (6, 3), {}, (3, 6, 6, 8)),
+    "transition, a row and a column left over": Case("Transition", (6, 3), {}, (3, 6, 7, 5)),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 BLOCK = CASES["three bottlenecks"]
@@ -161,6 +163,52 @@ def test_each_feature_map_is_measured_once(schedule, monkeypatch):
     assert seen == [6, 9], "the first block's input, and what the pooling put out"
 
 
+def test_a_pooling_joined_to_its_convolution_is_measured_as_it_is_written(monkeypatch):
+    from fusedres.autograd import dense
+
+    torch.manual_seed(0)
+    model = nn.Sequential(blocks.Transition(6, 4), blocks.DenseBlock(2, 4, 4))
+    fusedres.fuse(randomised(model).double(), schedule="prologue")
+    twin = plain_copy(model)
+    monkeypatch.setattr(dense, "bn_statistics", None)
+    with backend("reference"):
+        assert_twins(model, twin, tensor(3, 6, 6, 8))
+
+
+POOLINGS = {
+    "of two by two": (lambda: nn.AvgPool2d(2), True),
+    "overlapping": (lambda: nn.AvgPool2d((2, 4), stride=(1, 2)), True),
+    "of nine pixels": (lambda: nn.AvgPool2d(3), False),
+    "padded": (lambda: nn.AvgPool2d(2, padding=1), False),
+    "of what is left over too": (lambda: nn.AvgPool2d(2, ceil_mode=True), False),
+    "divided by another number": (lambda: nn.AvgPool2d(2, divisor_override=3), False),
+    "of maxima": (lambda: nn.MaxPool2d(2), False),
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(("pool", "joins"), POOLINGS.values(), ids=POOLINGS)
+def test_which_poolings_are_joined_to_their_convolution(pool, joins, hooked, monkeypatch):
+    fused, seen = CASES["transition"].make("prologue"), []
+    fused.pool = pool()
+    twin = plain_copy(fused)
+    if hooked:
+        fused.pool.register_forward_hook(lambda *_: seen.append(True))
+    with backend("reference"):
+        assert_twins(fused, twin, tensor(3, 6, 7, 8), tensor(3, 6, 7, 8, seed=2))
+        assert bool(seen) == hooked
+
+        def refuse(*_: Any) -> None:
+            raise AssertionError("pooled apart")
+
+        monkeypatch.setattr(type(fused.pool), "forward", refuse)
+        if joins and not hooked:
+            fused(tensor(3, 6, 7, 8))
+        else:
+            with pytest.raises(AssertionError, match="pooled apart"):
+                fused(tensor(3, 6, 7, 8))
+
+
 def test_nothing_is_concatenated(monkeypatch):
     fused = BLOCK.make("prologue")
 
@@ -171,6 +219,35 @@ def test_nothing_is_concatenated(monkeypatch):
     z = fused(tensor(*BLOCK.size).requires_grad_())
     z.sum().backward()
     assert z.is_contiguous(memory_format=torch.channels_last)
+
+
+class Copies(TorchDispatchMode):
+    """Channels of the activations that the library copies, and how many bytes that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        copies = ("clone", "copy_", "_to_copy", "contiguous", "addcmul", "cat")
+        if func.overloadpacket.__name__ in copies and out.dim() == 4 and out.shape[2] > 3:
+            self.channels.append(out.shape[1])
+        return out
+
+
+def test_kernels_take_features_where_they_lie():
+    """What is copied is the block's input, into the buffer, and the last feature map's gradient, out of dz."""
+    with torch.device("meta"):
+        fused = fusedres.fuse(blocks.DenseBlock(4, 24, 12), schedule="prologue")
+        x = torch.empty(2, 24, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+        dz = torch.empty(2, 72, 8, 8).contiguous(memory_format=torch.channels_last)
+    with fusedres.record() as trace, Copies() as copies:
+        fused(x).backward(dz)
+    assert copies.channels == [24, 12]
+    assert trace.by_kernel()["conv_input_grad_kernel"] == 8 and trace.by_kernel()["bn_backward_apply_kernel"] == 4
+    into = [launch for launch in trace.launches if "onto_ptr" in launch.read]
+    assert [launch.read["onto_ptr"] for launch in into] == [4 * 2 * 64 * c for c in (60, 48, 36, 24)]
 
 
 def test_one_buffer_and_the_bottlenecks_are_saved():
@@ -237,14 +314,26 @@ def test_torchvisions_memory_efficient_layers_keep_their_frugality():
 
 
 @pytest.mark.slow
-def test_on_executed_kernels():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_executed_kernels(dtype):
+    """Two blocks with a transition between: slices read, written and added to in place, and a pooling joined."""
     pytest.importorskip("llvmlite")
-    fused = CASES["three bottlenecks"].make("prologue", torch.float32)
+    torch.manual_seed(0)
+    model = nn.Sequential(blocks.DenseBlock(3, 16, 16), blocks.Transition(64, 32), blocks.DenseBlock(2, 32, 12))
+    fused = fusedres.fuse(randomised(model), schedule="prologue").to(dtype)
     twin, exact = plain_copy(fused), plain_copy(fused).double()
-    x = tensor(*BLOCK.size, dtype=torch.float32)
-    with torch.backends.cudnn.flags(allow_tf32=False), backend("vgpu:sm_90"):
+    x = tensor(2, 16, 10, 8, dtype=dtype)
+    with torch.backends.cudnn.flags(allow_tf32=False), backend("vgpu:sm_90"), fusedres.record() as trace:
         ours = run(fused, x)
+    assert {launch.name for launch in trace.launches if "onto_ptr" in launch.read} == {
+        "conv_input_grad_kernel" if dtype == torch.float32 else "conv_backward_kernel"
+    }
     theirs, truth = run(twin, x), run(exact, x.double())
     assert relative_error(ours.z, truth.z) <= max(1.5 * relative_error(theirs.z, truth.z), 1e-6)
-    for name, grad in truth.grads.items():
-        assert relative_error(ours.grads[name], grad) <= max(1.5 * relative_error(theirs.grads[name], grad), 1e-5), name
+    assert relative_error(ours.dx, truth.dx) <= max(1.5 * relative_error(theirs.dx, truth.dx), 1e-5)
+    flat = [torch.cat([grad.flatten().double() for grad in done.grads.values()]) for done in (ours, theirs, truth)]
+    assert relative_error(flat[0], flat[2]) <= max(1.5 * relative_error(flat[1], flat[2]), 1e-5)
+    if dtype == torch.float32:
+        for name, grad in truth.grads.items():
+            eager = relative_error(theirs.grads[name], grad)
+            assert relative_error(ours.grads[name], grad) <= max(1.5 * eager, 1e-5), name

@@ -5,7 +5,7 @@ import torch
 
 from fusedres.ops.bn_finalize import bn_combine
 from fusedres.ops.contract import Partials
-from fusedres.ops.features import add_feature_grad, put_features
+from fusedres.ops.features import FeatureGrads, add_feature_grad, put_features
 
 
 def test_features_are_put_into_their_channels_and_nowhere_else(each_backend):
@@ -22,17 +22,34 @@ def test_features_outside_of_the_buffer_are_refused(first):
         put_features(torch.zeros(2, 7, 3, 4), torch.zeros(2, 3, 3, 4), first)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gradients_are_added_in_place_and_rounded_once(dtype, each_backend):
+def test_gradients_are_added_and_rounded_once(dtype, in_place, each_backend):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     buffer = torch.randn(2, 7, 3, 4, dtype=wide).to(dtype).contiguous(memory_format=torch.channels_last)
     g = torch.randn(2, 4, 3, 4, dtype=wide).to(dtype)
     p = torch.randn(4, dtype=wide)
     exact = buffer[:, :4].double() + g.double() * p.double().view(1, -1, 1, 1)
-    rest = buffer[:, 4:].clone()
-    add_feature_grad(buffer[:, :4], g, p)
-    torch.testing.assert_close(buffer[:, :4].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert torch.equal(buffer[:, 4:], rest)
+    into = buffer if in_place else torch.zeros_like(buffer)
+    before, rest = buffer.clone(), into[:, 4:].clone()
+    add_feature_grad(FeatureGrads(buffer[:, :4], into[:, :4]), g, p)
+    torch.testing.assert_close(into[:, :4].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(into[:, 4:], rest)
+    assert in_place or torch.equal(buffer, before)
+
+
+NOT_FEATURES = {
+    "fewer channels": (torch.zeros(2, 3, 3, 4), torch.zeros(2, 4, 3, 4), ValueError, "before: expected shape"),
+    "other pixels": (torch.zeros(2, 4, 3, 4), torch.zeros(2, 4, 4, 3), ValueError, "into: expected shape"),
+    "two dtypes": (torch.zeros(2, 4, 3, 4), torch.zeros(2, 4, 3, 4).half(), TypeError, "into: expected the dtype"),
+    "whole numbers": (torch.zeros(2, 4, 3, 4).int(), torch.zeros(2, 4, 3, 4), TypeError, "before: expected a float"),
+}
+
+
+@pytest.mark.parametrize(("before", "into", "error", "message"), NOT_FEATURES.values(), ids=NOT_FEATURES)
+def test_gradients_of_other_features_are_refused(before, into, error, message):
+    with pytest.raises(error, match=message):
+        add_feature_grad(FeatureGrads(before, into), torch.zeros(2, 4, 3, 4), torch.ones(4))
 
 
 def test_parts_are_combined_without_cancellation(each_backend):

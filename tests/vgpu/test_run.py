@@ -103,6 +103,15 @@ def test_views(target: str) -> None:
 
 
 @each_target
+def test_what_lies_between_the_rows_of_an_output_is_not_poisoned(target: str) -> None:
+    x, y = torch.randn(9), torch.ones(4, 40)
+    arguments = (x, y[:, 5:14], 9)
+    vgpu.run(kernels.strided_copy_kernel, (1,), *arguments, STRIDE=1, BLOCK=16, target=target, uninitialised=["y_ptr"])
+    assert torch.equal(y[0, 5:14], x)
+    assert (y[:, :5] == 1).all() and (y[:, 14:] == 1).all() and (y[1:] == 1).all()
+
+
+@each_target
 def test_grid_of_three_dimensions(target: str) -> None:
     y = torch.zeros(2, 3, 5, 2, dtype=torch.int32)
     vgpu.run(kernels.grid_kernel, (5, 3, 2), y, target=target, num_warps=1)
