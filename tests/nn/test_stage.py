@@ -201,7 +201,7 @@ def test_a_bystander_does_not(handed: list[Tensor]) -> None:
     assert len(handed) == 2
 
 
-def test_outputs_that_others_use_too_arrive_whole() -> None:
+def test_outputs_that_others_use_too_arrive_whole(handed: list[Tensor]) -> None:
     """Of chains that hand over, one whose output has a second consumer: the gradients were added up in between."""
     fused, exact = twins()
     x, found = tensor(*X), []
@@ -218,6 +218,7 @@ def test_outputs_that_others_use_too_arrive_whole() -> None:
         # Behind its ReLU or before it, the sum is masked once more.
         for mine, other in zip(ours, theirs, strict=True):
             assert relative_error(mine, other) <= 1e-10
+    assert not handed
 
 
 def test_an_output_written_to_is_not_taken(handed: list[Tensor]) -> None:
