@@ -153,7 +153,8 @@ def _narrow(
     k, c, r, s = weight.shape
     shape = ConvShape(pixels(x), c, k, 1, r, s, weight.element_size(), prologue=producer, operands=operands_of(dy))
     other = from_elsewhere(add)
-    masks = [dy.mask, other.mask if producer and other is not None else None]
+    unpacked = other is not None and (producer or is_pooled(other.g))
+    masks = [dy.mask, other.mask if other is not None and unpacked else None]
     bits = any(mask is not None and mask.dtype == torch.uint8 for mask in masks)
     tile = backward_tile(shape, target_of(weight), bits=bits)
     return None if tile is None else (shape, tile)

@@ -50,7 +50,8 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     Args:
         shape: ``operands`` is how many tensors dy is formed of; ``prologue``, whether a producer's sums are wanted.
         target: that it runs on.
-        bits: whether bit masks are unpacked in registers: dy's, or beside a producer's sums that of what is added.
+        bits: whether bit masks are unpacked in registers: dy's, or that of what is added beside a producer's sums or as
+            a pooled gradient.
     """
     # AMD's compilers keep the masks of unrolled taps in scalar registers, and spill hundreds.
     if target.backend != "cuda" or shape.itemsize != 2 or shape.groups > 1 or shape.pixels == 0:
