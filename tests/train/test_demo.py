@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -9,6 +10,7 @@ pytest.importorskip("sklearn")
 
 from fusedres.models.network import FusedResNet, ResNet
 from fusedres.nn import BasicBlock, plain
+from fusedres.nn.stage import FusedStage
 from fusedres.train.demo import ForeignCheck, saved_by_schedule, train_twins
 from fusedres.train.digits import load_digits
 
@@ -50,8 +52,8 @@ def test_all_twins_learn(twins):
 def test_twins_differ_in_blocks_and_memory_format_alone(twins):
     kinds = [{type(m) for m in twin.model.modules()} for twin in twins]
     assert BasicBlock in kinds[1]
-    own = {BasicBlock, FusedResNet}
-    assert kinds[0] == kinds[2] == kinds[1] - own | {plain.BasicBlock, ResNet}
+    own = {BasicBlock, FusedResNet, FusedStage}
+    assert kinds[0] == kinds[2] == kinds[1] - own | {plain.BasicBlock, ResNet, nn.Sequential}
     formats = [twin.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) for twin in twins]
     assert formats == [True, True, False]
 
