@@ -324,12 +324,15 @@ def owes_wide_access(binary: Binary, target: str) -> bool:
     That is judged by the narrowest elements, of 2 bytes or more, behind a pointer whose address 16 divides. The channel
     counts C and K (in a kernel without them, every whole number that it is given at run time) must be known to be
     multiples of 16 bytes of them; and its tile, the product of its two largest constants called BLOCK..., must have
-    16 bytes for each thread. A kernel without a tile owes nothing.
+    16 bytes for each thread; of a convolution on AMD the tile is what is read. A kernel without a tile owes nothing.
     """
     signature, constants, aligned, _ = binary.specialisation
     sizes = [_element_bytes(type_) for name, type_ in signature if type_.startswith("*") and name in aligned]
     size = min((size for size in sizes if size >= 2), default=0)
-    blocks = sorted(value for name, value in constants if name.startswith("BLOCK"))
+    tile = {name: value for name, value in constants if name.startswith("BLOCK")}
+    if TARGETS[target].backend == "hip" and {"BLOCK_PIXELS", "BLOCK_K", "BLOCK_C"} <= tile.keys():
+        del tile["BLOCK_K"]  # outputs are written as the matrix units leave them, 8 bytes to a thread
+    blocks = sorted(tile.values())
     threads = binary.num_warps * TARGETS[target].warp_size
     if not blocks or math.prod(blocks[-2:]) * size < WIDE_ACCESS * threads:
         return False

@@ -296,6 +296,12 @@ TILE = (("BLOCK_ROWS", 16), ("BLOCK_C", 64))
             False,
             id="the largest tile of a contraction is too small",
         ),
+        pytest.param(
+            made("x:*bf16 C:i32", (("BLOCK_PIXELS", 64), ("BLOCK_K", 32), ("BLOCK_C", 16)), "x C"),
+            True,
+            False,
+            id="AMD writes outputs as its matrix units leave them",
+        ),
         pytest.param(made("x:*fp32 n:i32", (("BLOCK", 4096),), "x n"), True, True, id="flat"),
         pytest.param(made("x:*fp32 n:i32", (("BLOCK", 4096),), "x"), False, False, id="flat, odd length"),
         pytest.param(made("x:*fp32 n:i32", (), "x n"), False, False, id="no tile"),

@@ -112,6 +112,9 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
         sizes = [(64, block_k), (32, block_k)][shape.prologue or shape.second or shape.flat :]
     if shape.gradient and packed > 1 and not (amd or wide(target)):
         sizes = sizes[-1:]  # masks of a block-diagonal weight: 128 pixels spill 4 bytes on sm_86
+    if not amd and target.arch not in (80, 90) and (apart or (shape.prologue and target.arch == 120 and block_k < 32)):
+        # Outputs that wait: 128 pixels spill 24 bytes on sm_86, sm_89 and sm_100; a narrow prologue 4 on sm_120.
+        sizes = sizes[-1:]
     if block_k == 128:
         sizes.append((64, 64))
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
@@ -129,6 +132,8 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     outputs = size[0] * size[1]
     crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
     crowded = crowded or (shape.gradient and outputs >= 128 * 64)
+    # Windows of 64 x 64 outputs spill up to 8 bytes there, in the half of the registers that the compiler leaves.
+    crowded = crowded or (target.arch == 100 and not shape.gradient and shape.r * shape.s > 1 and outputs == 64 * 64)
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
     if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
         # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by

@@ -11,6 +11,7 @@ from fusedres.binaries import read_figures, violations
 from fusedres.offline import TARGETS, compile_for
 from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
+from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad
 from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, weight_grad_tiles
@@ -75,6 +76,26 @@ def preactivation_with_projection() -> None:
     conv_bn_act(main, second=main._replace(u=formed_input((256, 64, 16, 16), dtype)), act=None, statistics=True)
 
 
+def preactivation_with_a_narrow_projection() -> None:
+    dtype = torch.bfloat16
+    main = Contraction(formed_input((256, 16, 32, 32), dtype), on_meta(64, 16, 1, 1, dtype=dtype), Geometry())
+    second = main._replace(u=ConvInput(on_meta(256, 16, 32, 32, dtype=dtype)))
+    conv_bn_act(main, second=second, act=None, statistics=True)
+
+
+def window_of_a_narrow_network() -> None:
+    dtype = torch.bfloat16
+    u, weight = ConvInput(on_meta(256, 32, 16, 16, dtype=dtype)), on_meta(64, 32, 3, 3, dtype=dtype)
+    conv_forward(u, weight, Geometry((2, 2), (1, 1)), statistics=True)
+
+
+def pointwise_that_narrows() -> None:
+    dtype = torch.bfloat16
+    conv_forward(
+        formed_input((256, 64, 32, 32), dtype), on_meta(16, 64, 1, 1, dtype=dtype), Geometry(), statistics=True
+    )
+
+
 def input_grad_of_a_preactivation() -> None:
     """Joined to the shortcut's gradient and then to the producer's ReLU."""
     size, vector = (256, 256, 16, 16), on_meta(256)
@@ -111,6 +132,9 @@ def input_grad_of_groups() -> None:
         pytest.param(weight_grad_of_a_basic_block, "sm_86", id="both operands formed, and bits"),
         pytest.param(block_end_with_projection, "gfx1100", id="outputs that wait in fp32"),
         pytest.param(preactivation_with_projection, "gfx942", id="two formed operands wait in registers"),
+        pytest.param(preactivation_with_a_narrow_projection, "sm_86", id="outputs that wait for a projection"),
+        pytest.param(window_of_a_narrow_network, "sm_100", id="a window of 64 x 64 outputs"),
+        pytest.param(pointwise_that_narrows, "sm_120", id="a narrow tile behind a prologue"),
         pytest.param(input_grad_of_a_preactivation, "sm_90", id="much joined to a gradient in fp32"),
         pytest.param(input_grad_of_a_projection, "gfx1100", id="a gradient in fp32 without matrix units"),
         pytest.param(input_grad_of_groups, "sm_86", id="block-diagonal weights"),
