@@ -104,7 +104,7 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     # In fp32 what is joined to 128 x 128 of a gradient, and the gradient, spill 76 bytes where they fit in 16 bits.
     if amd or apart or (shape.gradient and (shape.itemsize > 2 or not wide(target))):
         block_k = min(block_k, 64)
-    if amd and apart and shape.itemsize > 2:
+    if apart and shape.itemsize > 2 and (amd or target.arch == 100):
         block_k = min(block_k, 32)  # the outputs that wait, in fp32 beside fp32 operands, spill up to 72 bytes
     sizes = [(128, block_k), (64, block_k)]
     if amd:
@@ -132,8 +132,9 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     outputs = size[0] * size[1]
     crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
     crowded = crowded or (shape.gradient and outputs >= 128 * 64)
-    # Windows of 64 x 64 outputs spill up to 8 bytes there, in the half of the registers that the compiler leaves.
-    crowded = crowded or (target.arch == 100 and not shape.gradient and shape.r * shape.s > 1 and outputs == 64 * 64)
+    # Its compiler leaves four warps half of their registers: TF32, and windows of 64 x 64 outputs, spill 4 to 8 bytes.
+    short = (shape.itemsize > 2 and not shape.second) or (shape.r * shape.s > 1 and outputs == 64 * 64)
+    crowded = crowded or (target.arch == 100 and not shape.gradient and short)
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
     if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
         # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by
