@@ -104,8 +104,8 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     # In fp32 what is joined to 128 x 128 of a gradient, and the gradient, spill 76 bytes where they fit in 16 bits.
     if amd or apart or (shape.gradient and (shape.itemsize > 2 or not wide(target))):
         block_k = min(block_k, 64)
-    if apart and shape.itemsize > 2 and (amd or target.arch == 100):
-        block_k = min(block_k, 32)  # the outputs that wait, in fp32 beside fp32 operands, spill up to 72 bytes
+    if apart and ((amd and shape.itemsize > 2) or target.arch == 100):
+        block_k = min(block_k, 32)  # the outputs that wait, beside fp32 operands or there, spill up to 72 bytes
     sizes = [(128, block_k), (64, block_k)]
     if amd:
         # Its compiler keeps a mask for every row of a thread in scalar registers, and runs out of them.
@@ -135,6 +135,9 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # Its compiler leaves four warps half of their registers: TF32, and windows of 64 x 64 outputs, spill 4 to 8 bytes.
     short = (shape.itemsize > 2 and not shape.second) or (shape.r * shape.s > 1 and outputs == 64 * 64)
     crowded = crowded or (target.arch == 100 and not shape.gradient and short)
+    # Outputs that wait, in 64 x 64: 4 to 8 bytes.
+    waiting = shape.second and not shape.gradient and shape.itemsize == 2 and outputs == 64 * 64
+    crowded = crowded or (waiting and target.arch == 120)
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
     if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
         # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by
