@@ -84,13 +84,17 @@ def window_arguments(
 
 
 def contracted(
-    u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, y_row: int | None = None
-) -> Contracted:
-    """The convolution as both kernels are told of it; ``second``: whether a projection follows; ``y_row``: the pitch of
-    the output."""
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, joined: bool = False,
+    y_row: int | None = None,
+) -> Contracted:  # fmt: skip
+    """The convolution as both kernels are told of it.
+
+    ``second``: whether a projection follows; ``joined``: whether anything else is joined to the outputs; ``y_row``: the
+    pitch of the output.
+    """
     x, weight = in_rows(u.tensor), channels_last(weight)
     n, _, h, w = x.shape
-    shape = conv_shape(u, weight, geometry)._replace(second=second)
+    shape = conv_shape(u, weight, geometry)._replace(second=second, joined=joined)
     window, groups, x_row = (shape.r, shape.s), geometry.groups, pitch_of(x)
     size = geometry.output_size(h, w, window)
     tile = conv_tile(shape, target_of(x))

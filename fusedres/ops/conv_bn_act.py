@@ -127,7 +127,8 @@ def _conv_bn_act_triton(
         residual_scale, residual_shift, second = second.scale, second.shift, None
     from ..kernels.conv_bn_act import conv_bn_act_kernel
 
-    conv = contracted(main.u, main.weight, main.geometry, second=second is not None)
+    joined = residual is not None or bit_mask
+    conv = contracted(main.u, main.weight, main.geometry, second=second is not None, joined=joined)
     if bit_mask and conv.shape.groups > 1 and conv.tile.groups_per_tile * conv.shape.k % 8:
         return NotImplemented
     z = empty_rows(main.u.tensor, output_dtype(main.weight, residual, residual_scale), conv.size)

@@ -26,8 +26,8 @@ class ConvShape(NamedTuple):
 
     ``flat``: depth runs along the rows of the window. ``prologue``: the left operand is formed on load, of so many
     tensors (``operands``). ``second``: a projection is contracted after the convolution, whose outputs wait in
-    registers. ``gradient``: of the input; ``c`` are the channels of the convolution's output and ``k`` those of its
-    input then.
+    registers. ``joined``: a shortcut or a mask is joined to the outputs. ``gradient``: of the input; ``c`` are the
+    channels of the convolution's output and ``k`` those of its input then.
     """
 
     pixels: int
@@ -40,6 +40,7 @@ class ConvShape(NamedTuple):
     flat: bool = False
     prologue: bool = False
     second: bool = False
+    joined: bool = False
     operands: int = 1
     gradient: bool = False
 
@@ -119,9 +120,12 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
         sizes.append((64, 64))
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
-    others = list(ordered)
-    # The widest tile where tensor cores read both operands from shared memory; a prologue would find no registers.
-    if packed * shape.k >= 256 and wide(target) and not (shape.prologue or shape.second or shape.gradient):
+    # The compiler for sm_100 spills half of what else is listed for the others, in the registers that it leaves.
+    others = [] if target.arch == 100 and not shape.gradient else list(ordered)
+    # The widest tile where tensor cores read both operands from shared memory; what is formed or joined finds no
+    # registers beside it.
+    plain = not (shape.prologue or shape.second or shape.joined or shape.gradient)
+    if packed * shape.k >= 256 and target.arch == 90 and plain:
         others.append(_tile((128, 256), block_c, packed, shape, target))
     return tuple(dict.fromkeys([default, *others]))
 
