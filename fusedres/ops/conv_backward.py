@@ -34,10 +34,10 @@ from .conv_input_grad import (
 )
 from .conv_weight_grad import conv_weight_grad, parts_summed
 from .features import FeatureGrads
-from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel
+from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
 from .op import Op
 from .relu_mask import gradient, is_pooled, laid_out
-from .rows import empty_rows, in_rows, pitch_of
+from .rows import in_rows, pitch_of
 from .zero_pad_shortcut import Added, added_geometry, added_read
 
 
@@ -173,10 +173,7 @@ def _launched(
     norm = producer and producer.norm
     raw = None if producer is None or producer.out is None else channels_last(producer.y)
     other = from_elsewhere(add)
-    if features is not None:
-        out = features.into
-    else:
-        out = empty_rows(x, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype))
+    out = written_to(x, weight, tuple(x.shape), add, features)
     parts = torch.empty((tile.parts, shape.k * math.prod(taps)), dtype=torch.float32, device=x.device)
     sums = products = None
     if norm is not None:

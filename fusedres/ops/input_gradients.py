@@ -93,10 +93,7 @@ def launch_input_grad(
         dy = dy._replace(g=masked(dy), mask=None)
     split = groups > 1 and packed * shape.k % 8 != 0
     other = from_elsewhere(add, split)
-    if features is not None:
-        out = features.into
-    else:
-        out = empty_rows(dy.g, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
+    out = written_to(dy.g, weight, size, add, features)
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
     sums = products = raw = open_ = None
@@ -158,6 +155,15 @@ def _consumed(x: Tensor | None, stride: tuple[int, int]) -> dict[str, int]:
     """Where in x the pixels are that a 1x1 convolution read."""
     high, wide = (1, 1) if x is None else x.shape[2:]
     return {"x_H": high, "x_W": wide, "x_stride_h": stride[0], "x_stride_w": stride[1]}
+
+
+def written_to(
+    like: Tensor, weight: Tensor, size: tuple[int, ...], add: Added | None, features: FeatureGrads | None
+) -> Tensor:
+    """Where the input's gradient goes: to the features', or a new tensor in the wider dtype of weight and ``add``."""
+    if features is not None:
+        return features.into
+    return empty_rows(like, weight.dtype if add is None else torch.promote_types(weight.dtype, add.g.dtype), size)
 
 
 def from_elsewhere(add: Added | None, split: bool = False) -> OutputGrad | None:
