@@ -45,11 +45,45 @@ def formed(
 
 
 @triton.jit
+def widened(x, PAIRS: tl.constexpr):
+    """``x`` in fp32. bf16 is its upper half: one instruction in PTX, where the compiler shifts the half down and up."""
+    if PAIRS and x.dtype == tl.bfloat16:
+        both: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        wide = tl.inline_asm_elementwise(both, "=r,=r,r", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def kept(
+    x,  # 16-bit values
+    keep,  # integers, that broadcast with x: all bits set, or none
+):
+    """``x`` or zero, in PTX: one instruction for each register of two, where the compiler chooses value by value."""
+    keep = keep.to(tl.int16)
+    return tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, keep], x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def of_channels(
+    ptr,  # fp32, one number for each channel
+    o,
+    m,
+    EVEN: tl.constexpr,  # whether m is true everywhere
+):
+    """The numbers of channels ``o``, zero outside of ``m``."""
+    numbers = tl.load(ptr + o) if EVEN else tl.load(ptr + o, mask=m, other=0.0)
+    return numbers[None, :]
+
+
+@triton.jit
 def contract(
     x_ptr,  # (N, H, W, groups * C) activations, storage dtype
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     scale_ptr,  # (groups * C,) fp32 of the prologue, or None
     shift_ptr,  # (groups * C,) fp32 of the prologue, or None
+    ones_ptr,  # (1,) int32 of all bits where a padded operand goes from registers to wgmma, or None
     acc,  # (BLOCK_PIXELS, BLOCK_K) fp32 that the product is added to
     o_pixel,  # (BLOCK_PIXELS,) output pixels, each inside the output
     i_group,  # first of the GROUPS_PER_TILE groups of this tile
@@ -74,6 +108,7 @@ def contract(
     FLAT: tl.constexpr,  # few channels: a row of the window is one run of memory, and depth runs along it
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides every tile's channels
+    PAIRS: tl.constexpr,  # see `widened`
     PRECISION: tl.constexpr,  # of `tl.dot`
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,8 +142,7 @@ def contract(
         return acc
 
     if PADDED:
-        # Bit s of columns, bit r of rows: whether that tap lies inside the input. Small windows have a bit for each
-        # pair, the lowest of which is the next tap's.
+        # Bit s of columns, bit r of rows: whether that tap lies inside the input; of a small window a bit for each tap.
         rows = tl.zeros((BLOCK_PIXELS,), tl.int32)
         columns = tl.zeros((BLOCK_PIXELS,), tl.int32)
         inside = tl.zeros((BLOCK_PIXELS,), tl.int32)
@@ -123,11 +157,13 @@ def contract(
                 inside |= tl.where((rows >> i_r & 1) != 0, columns << (i_r * S), 0)
     channels = live * C
     pieces = tl.cdiv(channels, BLOCK_C)
-    r, s, c = 0, 0, 0
-    for _ in range(R * S * pieces):
-        o_tap = (r * dilation_h * W + s * dilation_w) * x_row + c
+    # From the last channels of a tap to the first of the next, in its row or in the next one.
+    to_column = dilation_w * x_row - (pieces - 1) * BLOCK_C
+    to_row = to_column + (dilation_h * W - S * dilation_w) * x_row
+    tap, r, s, c, o_tap = 0, 0, 0, 0, 0
+    for i in range(R * S * pieces):
         if PADDED:
-            m_in = ((inside if R * S < 32 else (rows >> r) & (columns >> s)) & 1) != 0
+            m_in = ((inside >> tap if R * S < 32 else (rows >> r) & (columns >> s)) & 1) != 0
         if PADDED and EVEN_C:
             x = tl.load(x_ptrs + o_tap, mask=m_in[:, None], other=0.0)
         elif PADDED:
@@ -140,29 +176,36 @@ def contract(
             # Block diagonal: a column's own group's channels, zero for the others'.
             in_group = c + o_d[:, None] - (o_k // K * C)[None, :]
             m_w = (in_group >= 0) & (in_group < C)
-            w = tl.load(w_ptrs + ((r * S + s) * C + c - o_k // K * C), mask=m_w, other=0.0)
+            w = tl.load(w_ptrs + (tap * C + c - o_k // K * C), mask=m_w, other=0.0)
         elif EVEN_C:
-            w = tl.load(w_ptrs + ((r * S + s) * C + c))
+            w = tl.load(w_ptrs + i * BLOCK_C)
         else:
-            w = tl.load(w_ptrs + ((r * S + s) * C + c), mask=(c + o_d < channels)[:, None], other=0.0)
+            w = tl.load(w_ptrs + (tap * C + c), mask=(c + o_d < channels)[:, None], other=0.0)
         if scale_ptr is not None:
-            m_c = c + o_d < channels
-            scale = tl.load(scale_ptr + i_group * C + c + o_d, mask=m_c, other=0.0)
-            shift = tl.load(shift_ptr + i_group * C + c + o_d, mask=m_c, other=0.0)
-            u = x.to(tl.float32) * scale[None, :] + shift[None, :]
-            if PADDED:
-                # Padding comes after the prologue: it is zero and not relu(shift). A bound on fp32 values is one
-                # instruction for each; choosing between packed 16-bit ones, as the compiler would a mask, is three.
+            o_c, m_c = i_group * C + c + o_d, c + o_d < channels
+            scale, shift = of_channels(scale_ptr, o_c, m_c, EVEN_C), of_channels(shift_ptr, o_c, m_c, EVEN_C)
+            u = widened(x, PAIRS) * scale + shift
+            # Padding comes after the prologue: it is zero and not relu(shift).
+            if PADDED and not PAIRS:
+                # A bound on fp32 values is one instruction for each; choosing between 16-bit ones, as the compiler
+                # would a mask, is three.
                 bound = tl.where(m_in, float("inf"), 0.0)
                 u = tl.minimum(u, bound[:, None], propagate_nan=tl.PropagateNan.ALL)
             x = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+            if PADDED and PAIRS:
+                if ones_ptr is None:
+                    keep = tl.where(m_in, -1, 0)[:, None]
+                else:
+                    # What is loaded under the mask is at hand in the layout of wgmma's registers. A mask computed in
+                    # another takes the whole operand through shared memory once more.
+                    keep = tl.load(ones_ptr + tl.zeros((BLOCK_PIXELS, 1), tl.int32), mask=m_in[:, None], other=0)
+                x = kept(x, keep)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         c += BLOCK_C
-        step = (c >= channels).to(tl.int32)
-        if PADDED and R * S < 32:
-            inside = inside >> step
-        s += step
-        c = tl.where(step != 0, 0, c)
-        r = tl.where(s < S, r, r + 1)
-        s = tl.where(s < S, s, 0)
+        last = c >= channels
+        s += last.to(tl.int32)
+        below = s >= S
+        o_tap += tl.where(last, tl.where(below, to_row, to_column), BLOCK_C)
+        tap += last.to(tl.int32)
+        r, s, c = tl.where(below, r + 1, r), tl.where(below, 0, s), tl.where(last, 0, c)
     return acc

@@ -24,6 +24,7 @@ def conv_bn_act_kernel(
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     x_scale_ptr,  # (groups * C,) fp32: relu(x * scale + shift) is what is convolved; None: x itself
     x_shift_ptr,  # (groups * C,) fp32, or None
+    ones_ptr,  # as in `contract`
     scale_ptr,  # (groups * K,) fp32, of the output; None: it joins as it is
     shift_ptr,  # (groups * K,) fp32; None together with the scale
     residual_ptr,  # (pixels, groups * K) storage dtype, or (N, residual_H, residual_W, residual_C), or None
@@ -75,6 +76,7 @@ def conv_bn_act_kernel(
     RESIDUAL_FIRST: tl.constexpr,  # as in `load_zero_padded`; None: the residual is of the output's size
     RELU: tl.constexpr,
     TF32: tl.constexpr,
+    PAIRS: tl.constexpr,  # see `contract`
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, K, second_C and residual_C
     K_MULTIPLE: tl.constexpr,
     SECOND_C_MULTIPLE: tl.constexpr,
@@ -92,9 +94,9 @@ def conv_bn_act_kernel(
     o_pixel = tl.minimum(i_pixel * BLOCK_PIXELS + o_row, pixels - 1)
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
     acc = contract(
-        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h,
-        stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, PRECISION,
-        BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, ones_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q,
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C,
+        PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
     first = i_pixel.to(tl.int64) * BLOCK_PIXELS
@@ -110,9 +112,9 @@ def conv_bn_act_kernel(
         second_C = second_C // SECOND_C_MULTIPLE * SECOND_C_MULTIPLE
         acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
         acc = contract(
-            second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, acc, o_pixel, 0, o_out, 1, second_C,
-            groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1,
-            second_C, 1, 1, False, False, 1, SECOND_EVEN_C, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+            second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, None, acc, o_pixel, 0, o_out, 1,
+            second_C, groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1, second_C, 1,
+            1, False, False, 1, SECOND_EVEN_C, PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         if second_scale_ptr is not None:
             scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)

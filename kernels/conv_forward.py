@@ -14,6 +14,7 @@ def conv_forward_kernel(
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
     x_scale_ptr,  # (groups * C,) fp32: relu(x * scale + shift) is what is convolved; None: x itself
     x_shift_ptr,  # (groups * C,) fp32, or None
+    ones_ptr,  # as in `contract`
     y_ptr,  # (pixels, groups * K) out, storage dtype
     count_ptr,  # (tiles,) fp32 out, pixels of each tile; None: no statistics
     mean_ptr,  # (tiles, groups * K) fp32 out
@@ -41,6 +42,7 @@ def conv_forward_kernel(
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_C: tl.constexpr,
     TF32: tl.constexpr,
+    PAIRS: tl.constexpr,  # see `contract`
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K, and the rows that are given
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -56,9 +58,9 @@ def conv_forward_kernel(
     o_pixel = tl.minimum(i_pixel * BLOCK_PIXELS + o_row, pixels - 1)
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
     acc = contract(
-        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q, stride_h,
-        stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C, PRECISION,
-        BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+        x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, ones_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q,
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C,
+        PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
     y = acc.to(y_ptr.dtype.element_ty)

@@ -11,7 +11,7 @@ gradient, or the producer's ReLU with the two sums that its batch norm needs.
 import triton
 import triton.language as tl
 
-from .contraction import SIZES, contract, tile_of
+from .contraction import SIZES, contract, kept, of_channels, tile_of, widened
 from .relu_mask import load_masked_rows, load_open, unpacked
 from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded_grad
@@ -71,6 +71,7 @@ def _contract_gradient(
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_C: tl.constexpr,
+    PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -140,28 +141,35 @@ def _contract_gradient(
                 open_ = tl.load(mask_ptrs + o, mask=m_in[:, None] & m_k[None, :], other=0.0) > 0
             else:
                 open_ = tl.load(mask_ptrs + o, mask=m_k[None, :], other=0.0) > 0
-            dy = tl.where(open_, dy, 0.0)
+            if p_ptr is None:
+                dy = tl.where(open_, dy, 0.0)
         if p_ptr is not None:
-            formed = dy.to(tl.float32) * tl.load(p_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)[None, :]
+            formed = widened(dy, PAIRS)
+            if mask_ptr is not None:
+                formed = tl.where(open_, formed, 0.0)  # one instruction for each, and three for two in 16 bits
+            o_k = i_group * K + k + o_d
+            formed *= of_channels(p_ptr, o_k, m_k, EVEN_K)
             if q_ptr is not None:
                 if WINDOWED and EVEN_K:
-                    y = tl.load(y_ptrs + o, mask=m_in[:, None], other=0.0).to(tl.float32)
+                    y = tl.load(y_ptrs + o, mask=m_in[:, None], other=0.0)
                 elif WINDOWED:
-                    y = tl.load(y_ptrs + o, mask=m_in[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+                    y = tl.load(y_ptrs + o, mask=m_in[:, None] & m_k[None, :], other=0.0)
                 elif EVEN_K:
-                    y = tl.load(y_ptrs + o).to(tl.float32)
+                    y = tl.load(y_ptrs + o)
                 else:
-                    y = tl.load(y_ptrs + o, mask=m_k[None, :], other=0.0).to(tl.float32)
+                    y = tl.load(y_ptrs + o, mask=m_k[None, :], other=0.0)
+                y = widened(y, PAIRS)
                 if mean_ptr is not None:
-                    y -= tl.load(mean_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)[None, :]
-                q = tl.load(q_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)
-                r = tl.load(r_ptr + i_group * K + k + o_d, mask=m_k, other=0.0)
-                formed += y * q[None, :] + r[None, :]
-                if WINDOWED:
-                    # Where there is no dy its parts are not zero with r. A product is one instruction for each;
-                    # choosing between packed 16-bit ones, as the compiler would a mask, is three.
+                    y -= of_channels(mean_ptr, o_k, m_k, EVEN_K)
+                formed += y * of_channels(q_ptr, o_k, m_k, EVEN_K) + of_channels(r_ptr, o_k, m_k, EVEN_K)
+                # Where there is no dy its parts are not zero with r.
+                if WINDOWED and not PAIRS:
+                    # A product is one instruction for each; choosing between 16-bit ones, as the compiler would a mask,
+                    # is three.
                     formed *= m_in.to(tl.float32)[:, None]
             dy = formed.to(dy.dtype)
+            if WINDOWED and PAIRS and q_ptr is not None:
+                dy = kept(dy, tl.where(m_in, -1, 0)[:, None])
         o_w = ((first_r + i_r * step_r) * S + first_s + i_s * step_s) * C + k * (R * S * C)
         if GROUPS_PER_TILE > 1:
             # Block diagonal: a column's own group's channels, zero for the others'.
@@ -248,6 +256,7 @@ def conv_input_grad_kernel(
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides every tile's output channels
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides the input channels
     EVEN_DEPTH: tl.constexpr,  # whether BLOCK_K divides C
+    PAIRS: tl.constexpr,  # see `widened`
     TF32: tl.constexpr,
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
@@ -290,7 +299,7 @@ def conv_input_grad_kernel(
     acc = _contract_gradient(
         g_ptr, mask_ptr, y_ptr, p_ptr, q_ptr, r_ptr, mean_ptr, w_ptr, o_n, o_p, o_q, first_r, first_s, step_r, step_s,
         taps_r, taps_s, row_step, column_step, i_group, o_c, groups, C, K, P, Q, R, S, WINDOWED, POOLED,
-        GROUPS_PER_TILE, EVEN_K, EVEN_C, "tf32" if TF32 else "ieee", BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+        GROUPS_PER_TILE, EVEN_K, EVEN_C, PAIRS, "tf32" if TF32 else "ieee", BLOCK_PIXELS, BLOCK_C, BLOCK_K,
     )  # fmt: skip
 
     o_out = i_group * C + o_c
@@ -302,9 +311,9 @@ def conv_input_grad_kernel(
         if i_class == 0:
             # As the taps of a window that does not move.
             acc = contract(
-                x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, acc, seen, 0, o_c, 1, C, C, x_H, x_W, P, Q,
-                x_stride_h, x_stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, False, 1, EVEN_DEPTH, DIGITS, BLOCK_PIXELS,
-                BLOCK_C, BLOCK_K,
+                x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, None, acc, seen, 0, o_c, 1, C, C, x_H, x_W, P, Q,
+                x_stride_h, x_stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, False, 1, EVEN_DEPTH, PAIRS, DIGITS,
+                BLOCK_PIXELS, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(constants):

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..launch import multiplies_in_tf32, target_of
-from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise
+from ..offline import Target
+from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise, wide
 from ..plan.tiles import alignment
 from .contract import ConvInput, Geometry, channels_last
 from .rows import in_rows, pitch_of, storable
@@ -97,17 +99,31 @@ def contracted(
     shape = conv_shape(u, weight, geometry)._replace(second=second, joined=joined)
     window, groups, x_row = (shape.r, shape.s), geometry.groups, pitch_of(x)
     size = geometry.output_size(h, w, window)
-    tile = conv_tile(shape, target_of(x))
+    target = target_of(x)
+    tile = conv_tile(shape, target)
+    padded, pairs = geometry.padding != (0, 0), in_pairs(weight, target)
+    ones = _ones(x.device) if pairs and padded and shape.prologue and wide(target) else None
     arguments = {
-        "x_ptr": x, "w_ptr": weight, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
+        "x_ptr": x, "w_ptr": weight, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift, "ones_ptr": ones,
         "x_row": x_row, **window_arguments(x, shape, size, geometry, c_rows=[x_row], k_rows=[y_row]),
-        "PADDED": geometry.padding != (0, 0), "GROUPS_PER_TILE": tile.groups_per_tile,
+        "PADDED": padded, "PAIRS": pairs, "GROUPS_PER_TILE": tile.groups_per_tile,
         "EVEN_C": groups % tile.groups_per_tile == 0 and tile.groups_per_tile * shape.c % tile.block_c == 0,
         "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
     read = bytes_in_windows(x, size, window, geometry)
     flops = 2 * shape.pixels * weight.numel()
     return Contracted(shape, tile, (n, shape.k * groups, *size), arguments, read, flops)
+
+
+def in_pairs(operand: Tensor, target: Target) -> bool:
+    """Whether kernels work on the 16-bit values of an operand two to a register, in PTX."""
+    return target.backend == "cuda" and operand.element_size() == 2
+
+
+@functools.cache
+def _ones(device: torch.device) -> Tensor:
+    """All bits of an int32 set, on a device for good."""
+    return torch.full((1,), -1, dtype=torch.int32, device=device)
 
 
 def bytes_in_windows(x: Tensor, size: tuple[int, ...], window: tuple[int, int], geometry: Geometry) -> int:

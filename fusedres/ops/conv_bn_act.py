@@ -138,7 +138,7 @@ def _conv_bn_act_triton(
         "residual_shift_ptr": residual_shift,
     }  # fmt: skip
     projected, sizes, read, flops = _projection(second, conv)
-    reads = ("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", "residual_ptr", *beside, *projected)
+    reads = ("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", "ones_ptr", "residual_ptr", *beside, *projected)
     partials = empty_partials(conv.tile.tiles(conv.shape), z.shape[1], z.device) if statistics else None
     counts, mean, m2 = partials or (None, None, None)
     outputs = {"z_ptr": z, "mask_ptr": mask, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2}

@@ -87,7 +87,8 @@ def _conv_forward_triton(
     launch(
         conv_forward_kernel, (conv.blocks,),
         {**conv.arguments, "y_row": y_row, "y_ptr": y, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2},
-        reads=("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr"), writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
+        reads=("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", "ones_ptr"),
+        writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
         partial={"x_ptr": conv.read}, flops=conv.flops + 4 * y.numel() * statistics,
         num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
     )  # fmt: skip

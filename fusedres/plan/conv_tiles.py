@@ -122,10 +122,10 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
     # The compiler for sm_100 spills half of what else is listed for the others, in the registers that it leaves.
     others = [] if target.arch == 100 and not shape.gradient else list(ordered)
-    # The widest tile where tensor cores read both operands from shared memory; what is formed or joined finds no
-    # registers beside it.
-    plain = not (shape.prologue or shape.second or shape.joined or shape.gradient)
-    if packed * shape.k >= 256 and target.arch == 90 and plain:
+    # The widest tile where tensor cores read from shared memory; what is joined finds no registers beside it, nor does
+    # what is formed in fp32.
+    alone = not (shape.second or shape.joined or shape.gradient or (shape.prologue and shape.itemsize > 2))
+    if packed * shape.k >= 256 and target.arch == 90 and alone:
         others.append(_tile((128, 256), block_c, packed, shape, target))
     return tuple(dict.fromkeys([default, *others]))
 

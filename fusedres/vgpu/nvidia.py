@@ -83,6 +83,7 @@ _ACCESS = re.compile(rf"(ld|st)(?:\.volatile)?\.(global|shared)(?:::cta)?{_HINTS
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)*")
 _MMA = re.compile(r"mma\.sync\.aligned\.m16n8k(?:16|8)\.row\.col\.f32\.(bf16|f16|tf32)\.\1\.f32")
 _WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(?:16|8)\.f32\.(bf16|f16|tf32)\.\2")
+_BITWISE = {"and.b32": "and", "or.b32": "or", "xor.b32": "xor", "shl.b32": "shl", "shr.b32": "lshr"}
 _TYPES = {"bf16": 0, "f16": 1, "tf32": 2}
 
 
@@ -116,6 +117,9 @@ def statement(body: Body, call: AsmCall) -> None:
     registers = _Registers(call)
     *moves, last = statements
     access, wgmma, mma = _ACCESS.fullmatch(last.opcode), _WGMMA.fullmatch(last.opcode), _MMA.fullmatch(last.opcode)
+    if all(each.opcode in _BITWISE and each.predicate is None for each in statements):
+        _bitwise(body, call, statements, registers)
+        return
     if any(not re.fullmatch(r"mov\.[bu]\d+", move.opcode) for move in moves):
         raise NotExecutable(f"the PTX statements {call.template!r}")
     if access is not None and access[1] == "ld":
@@ -274,6 +278,32 @@ def _wait(body: Body, call: AsmCall, outstanding: str) -> None:
 def _move(body: Body, move: Statement, registers: _Registers) -> None:
     type_, value = registers.typed(str(move.operands[1]))
     body.give(value if type_ == body.returns else body.value(f"bitcast {type_} {value} to {body.returns}"))
+
+
+def _bitwise(body: Body, call: AsmCall, statements: list[Statement], registers: _Registers) -> None:
+    """Statements that each make one output of 32 bits from inputs and numbers, no output from another."""
+    types, results = members_of(body.returns), {}
+    for each in statements:
+        output, *sources = (str(operand) for operand in each.operands)
+        if not registers.is_output(output) or any(registers.is_output(source) for source in sources):
+            raise NotExecutable(f"the PTX statements {call.template!r}")
+        first, second = (_bits(body, source, registers) for source in sources)
+        results[output] = body.value(f"{_BITWISE[each.opcode]} i32 {first}, {second}")
+    if len(results) != len(types) or any(size_of(type_) != 4 for type_ in types):
+        raise NotExecutable(f"the PTX statements {call.template!r}")
+    values = [results[f"${index}"] for index in range(len(types))]
+    body.give_members([
+        value if type_ == "i32" else body.value(f"bitcast i32 {value} to {type_}")
+        for type_, value in zip(types, values, strict=True)
+    ])  # fmt: skip
+
+
+def _bits(body: Body, operand: str, registers: _Registers) -> str:
+    """A number, or 32 bits of a register whatever their type."""
+    if not operand.startswith("$"):
+        return registers.value(operand)
+    type_, value = registers.typed(operand)
+    return value if type_ == "i32" else body.value(f"bitcast {type_} {value} to i32")
 
 
 def _round_to_tf32(body: Body, convert: Statement, registers: _Registers) -> None:

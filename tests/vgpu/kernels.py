@@ -46,6 +46,26 @@ def select_kernel(
 
 
 @triton.jit
+def halves_kernel(
+    x_ptr,  # (n,) bf16
+    keep_ptr,  # (n,) int16
+    wide_ptr,  # (n,) fp32 out: x
+    kept_ptr,  # (n,) bf16 out: the bits of x that keep has
+    n,
+    BLOCK: tl.constexpr,
+):
+    """PTX on registers that hold two values."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    x = tl.load(x_ptr + o, mask=m, other=0.0)
+    keep = tl.load(keep_ptr + o, mask=m, other=0)
+    widen: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    tl.store(wide_ptr + o, tl.inline_asm_elementwise(widen, "=r,=r,r", [x], tl.float32, is_pure=True, pack=2), mask=m)
+    both = tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, keep], x.dtype, is_pure=True, pack=2)
+    tl.store(kept_ptr + o, both, mask=m)
+
+
+@triton.jit
 def wide_number_kernel(
     y_ptr,  # (1,) int64 out
     number,

@@ -191,6 +191,10 @@ REFUSED: dict[str, tuple[str, str, str, str]] = {
         "nvidia", '  %3 = call i32 asm "add.s32 $0, $1, 1; mul.lo.s32 $0, $0, 3;", "=r,r"(i32 %2)', "",
         "the PTX statements 'add.s32",
     ),
+    "PTX that reads what it wrote": (
+        "nvidia", '  %3 = call i32 asm "shl.b32 $0, $1, 4; or.b32 $0, $0, $1;", "=r,r"(i32 %2)', "",
+        "the PTX statements 'shl.b32",
+    ),
     "a multiplication of another shape": (
         "nvidia",
         '  %3 = call i32 asm "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {$0}, {$1}, {$1}, {$1};", "=r,r"(i32 %2)',

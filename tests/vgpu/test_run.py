@@ -147,6 +147,18 @@ def test_whole_numbers_of_a_tensor(target: str) -> None:
         assert steps == expected
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("n", [2, 1000, 777], ids=["two", "wide accesses", "an odd number"])
+def test_ptx_on_pairs_of_values(target: str, n: int) -> None:
+    x = torch.randn(n).bfloat16()
+    x[:2] = torch.tensor([float("nan"), -float("inf")])
+    keep = torch.randint(-(2**15), 2**15, (n,), dtype=torch.int16)
+    wide, kept = torch.empty(n), torch.empty_like(x)
+    vgpu.run(kernels.halves_kernel, (-(-n // 256),), x, keep, wide, kept, n, target=target, num_warps=2, BLOCK=256)
+    torch.testing.assert_close(wide, x.float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(kept.view(torch.int16), x.view(torch.int16) & keep)
+
+
 @each_target
 @each_dtype
 def test_bytes(target: str, dtype: torch.dtype) -> None:
