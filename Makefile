@@ -22,9 +22,10 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(PYTEST)
 
-# Every kernel that the listed models launch, for every target: minutes at first, about one from the cache after that.
+# Every kernel that the listed models launch, for every target: hours of one core at first, minutes from the cache
+# after that. EVERY=1 takes the tiles that tuning would try, too.
 compile-report: $(STAMP)
-	$(BIN)/fusedres compile --report --csv compile-report.csv
+	$(BIN)/fusedres compile --report $(if $(EVERY),--every-tile) --csv compile-report.csv
 
 # A first impression on whatever is here; make bench ARGS="--model resnet50 --train" asks for more.
 ARGS ?= --quick

@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--report", action="store_true", help="read the binaries, hold them to budgets, print a table"
     )
+    compile_.add_argument(
+        "--every-tile", action="store_true", help="with every tile that the plan lists, not the default alone"
+    )
     compile_.add_argument("--targets", type=_names, help="such as sm_90,gfx942 (default: all)")
     compile_.add_argument("--models", type=_names, help="such as resnet50 (default: all that are known)")
     compile_.add_argument("--dtypes", type=_names, help="some of bf16,fp16,fp32 (default: all)")
@@ -118,7 +121,7 @@ def _compile(options: argparse.Namespace) -> int:
 
     chosen = {name: getattr(options, name) for name in ("targets", "models", "dtypes", "jobs", "csv")}
     given = {name: value for name, value in chosen.items() if value is not None}
-    return compilation.run(compilation.CompileOptions(report=options.report, **given))
+    return compilation.run(compilation.CompileOptions(options.report, options.every_tile, **given))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -22,9 +22,10 @@ from torch import nn
 
 from .binaries import Figures, read_figures, violations
 from .launch import Trace, record
-from .models import cifar_resnet
-from .offline import TARGETS, Binary, Target, compile_for, require_triton, target_named
+from .models import cifar_resnet, preact_resnet
+from .offline import TARGETS, Binary, compile_for, require_triton, target_named
 from .plan import AUTO, SCHEDULES
+from .plan.tiles import MOST_TILES, listed
 from .swap import fuse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,6 +56,8 @@ MODELS = {
     "resnet50": Model(_torchvision("resnet50"), 224),
     "resnext50_32x4d": Model(_torchvision("resnext50_32x4d"), 224),
     "cifar_resnet20": Model(lambda: cifar_resnet(20, fused=False), 32),
+    "preact_resnet29": Model(lambda: preact_resnet(29), 32),
+    "densenet121": Model(_torchvision("densenet121"), 224),
 }
 
 
@@ -62,11 +65,14 @@ MODELS = {
 Task = tuple[Binary, str]
 
 
-def recorded_binaries(models: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> dict[Task, list[str]]:
+def recorded_binaries(
+    models: Sequence[str], dtypes: Sequence[str], targets: Sequence[str], *, every_tile: bool = False
+) -> dict[Task, list[str]]:
     """What training and inference launch on each of ``targets``, with the names of the models that launch it.
 
     The models run on the meta device, on every schedule. In 16 bits batch norm's parameters stay in fp32, which is
-    what kernels see under autocast.
+    what kernels see under autocast. ``every_tile``: with each tile in turn that the plan lists for tuning, and not
+    with the default alone.
 
     Raises:
         ValueError: an unknown model, dtype or target.
@@ -75,27 +81,15 @@ def recorded_binaries(models: Sequence[str], dtypes: Sequence[str], targets: Seq
     _check_names("dtypes", dtypes, DTYPES)
     _check_names("targets", targets, TARGETS)
     users: dict[Task, list[str]] = {}
-    for alike in _alike(targets):
-        for name, dtype, schedule in itertools.product(models, dtypes, (AUTO, *SCHEDULES)):
-            trace = _dry_run(MODELS[name], DTYPES[dtype], schedule, alike[0])
-            for task in itertools.product(dict.fromkeys(launch.binary for launch in trace.launches), alike):
-                launchers = users.setdefault(task, [])
-                if name not in launchers:
-                    launchers.append(name)
+    runs = itertools.product(targets, models, dtypes, (AUTO, *SCHEDULES), range(MOST_TILES if every_tile else 1))
+    for target, name, dtype, schedule, place in runs:
+        with listed(place):
+            trace = _dry_run(MODELS[name], DTYPES[dtype], schedule, target)
+        for binary in dict.fromkeys(launch.binary for launch in trace.launches):
+            launchers = users.setdefault((binary, target), [])
+            if name not in launchers:
+                launchers.append(name)
     return users
-
-
-def _alike(targets: Sequence[str]) -> list[list[str]]:
-    """The targets, those together that launch the same binaries: of one vendor, with the same warps and memory.
-
-    On NVIDIA also of one generation, which is what tiles depend on.
-    """
-    alike: dict[Target, list[str]] = {}
-    for name in targets:
-        target = TARGETS[name]
-        generation = target.arch // 10 if isinstance(target.arch, int) else ""
-        alike.setdefault(target._replace(arch=generation), []).append(name)
-    return list(alike.values())
 
 
 def _check_names(what: str, names: Sequence[str], known: Collection[str]) -> None:
@@ -227,6 +221,7 @@ class CompileOptions:
     """What `fusedres compile` was asked for. Without ``report`` only the cache is filled."""
 
     report: bool = False
+    every_tile: bool = False
     targets: Sequence[str] = tuple(TARGETS)
     models: Sequence[str] = tuple(MODELS)
     dtypes: Sequence[str] = tuple(DTYPES)
@@ -244,7 +239,7 @@ def run(options: CompileOptions) -> int:
         raise ValueError(f"csv must lie in an existing folder, got {options.csv}")
     console = Console()
     start = time.perf_counter()
-    users = recorded_binaries(options.models, options.dtypes, options.targets)
+    users = recorded_binaries(options.models, options.dtypes, options.targets, every_tile=options.every_tile)
     if not users:
         console.print("FAILED: these models launch no kernels, so that nothing was compiled")
         return 1

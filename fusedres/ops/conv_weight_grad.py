@@ -11,6 +11,7 @@ from .. import backends
 from ..launch import launch, target_of
 from ..offline import ALIGNMENT
 from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
+from ..plan.tiles import chosen
 from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments, operands_of
 from .contract import (
     ConvInput,
@@ -102,7 +103,7 @@ def summed_weight_grad(
     tiles = weight_grad_tiles(shape, target_of(u.tensor))
     if not tiles or depthwise(shape):
         return None
-    return _launched(dy, u, geometry, shape, (p, q), tiles[0], pooled, sum_dy=sum_dy, sum_u=sum_u)
+    return _launched(dy, u, geometry, shape, (p, q), chosen(tiles), pooled, sum_dy=sum_dy, sum_u=sum_u)
 
 
 def _launched(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..offline import Target
-from .tiles import power_above
+from .tiles import chosen, power_above
 
 # Below this many tiles a GPU has multiprocessors without one, and smaller tiles are worth their extra loads.
 ENOUGH_TILES = 256
@@ -17,6 +17,8 @@ PARTIAL_ELEMENTS = 1 << 21
 # Programs of a weight gradient, one for every multiprocessor of large GPUs; up to `ENOUGH_TILES` of them while their
 # parts, written and read once more, are less than half of what the contraction reads.
 FILLING = 128
+# Where tuning has a choice: on these every tile that is listed has been compiled without a spill.
+TUNED = (80, 90, "gfx942")
 # The narrowest side of a tile that tensor cores multiply on every target.
 NARROWEST = 16
 
@@ -120,8 +122,7 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
         sizes.append((64, 64))
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
-    # The compiler for sm_100 spills half of what else is listed for the others, in the registers that it leaves.
-    others = [] if target.arch == 100 and not shape.gradient else list(ordered)
+    others = list(ordered) if target.arch in TUNED else []
     # The widest tile where tensor cores read from shared memory; what is joined finds no registers beside it, nor does
     # what is formed in fp32.
     alone = not (shape.second or shape.joined or shape.gradient or (shape.prologue and shape.itemsize > 2))
@@ -230,7 +231,8 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
     # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.
     crowded = formed or shape.flat or (block_k * block_c == 128 * 128 and not wide(target))
-    return tuple(reversed(tiles)) if shape.itemsize > 2 or crowded else tuple(tiles)
+    ordered = tuple(reversed(tiles)) if shape.itemsize > 2 or crowded else tuple(tiles)
+    return ordered if target.arch in TUNED else ordered[:1]
 
 
 def narrow_waves(target: Target) -> bool:
@@ -262,5 +264,5 @@ def pinned(tile: ConvTile) -> Iterator[None]:
 
 
 def conv_tile(shape: ConvShape, target: Target) -> ConvTile:
-    """The pinned tile, or the default of `conv_tiles`."""
-    return _pinned[-1] if _pinned else conv_tiles(shape, target)[0]
+    """The pinned tile, or one of `conv_tiles`."""
+    return _pinned[-1] if _pinned else chosen(conv_tiles(shape, target))

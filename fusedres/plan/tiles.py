@@ -1,11 +1,14 @@
 """How kernels that pass over rows of pixels cut them: pure functions of shape and dtype, and a way to pin a choice."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ..offline import Target
+
+AnyTile = TypeVar("AnyTile")
 
 # Pieces of a row, where one of them divides the channels. Otherwise a tile holds whole rows, which lie one after the
 # other in memory: lanes may be idle, but no access begins in the middle of a sector.
@@ -134,6 +137,24 @@ def alignment(*lengths: int | None) -> int:
 
 
 _pinned: list[RowTile] = []
+# Lists of tiles have no more of them.
+MOST_TILES = 4
+_places: list[int] = []
+
+
+@contextmanager
+def listed(place: int) -> Iterator[None]:
+    """Take the tile at a place of every list inside the ``with`` block, or its last where it is shorter."""
+    _places.append(place)
+    try:
+        yield
+    finally:
+        _places.pop()
+
+
+def chosen(tiles: Sequence[AnyTile]) -> AnyTile:
+    """The default among ``tiles``, which is the first, or what `listed` says."""
+    return tiles[min(_places[-1], len(tiles) - 1)] if _places else tiles[0]
 
 
 @contextmanager
@@ -147,10 +168,10 @@ def pinned(tile: RowTile) -> Iterator[None]:
 
 
 def row_tile(rows: int, channels: int, itemsize: int, vectors: int = 4) -> RowTile:
-    """The pinned tile, or the default of `row_tiles`."""
-    return _pinned[-1] if _pinned else row_tiles(rows, channels, itemsize, vectors)[0]
+    """The pinned tile, or one of `row_tiles`."""
+    return _pinned[-1] if _pinned else chosen(row_tiles(rows, channels, itemsize, vectors))
 
 
 def reduction_tile(rows: int, channels: int) -> RowTile:
-    """The pinned tile, or the default of `reduction_tiles`."""
-    return _pinned[-1] if _pinned else reduction_tiles(rows, channels)[0]
+    """The pinned tile, or one of `reduction_tiles`."""
+    return _pinned[-1] if _pinned else chosen(reduction_tiles(rows, channels))
