@@ -223,9 +223,12 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     most = 64 * 64 if tf32 else 128 * 128 - 1
     if tensor_memory(target) and (tf32 or formed):
         most = 64 * 32 - 1
-    if formed and shape.prologue and not (amd or wide(target) or target.arch == 80):
-        most = min(most, 64 * 64 - 1)  # with both operands formed, and bits, 64 x 64 spills 4 bytes on sm_86
-    for block_pixels in (16,) if tf32 or unrolled else (32, 16) if shape.flat else (64, 32):
+    # With both operands formed, and bits, 64 x 64 by 32 pixels spills 4 bytes on sm_86 in the registers of four warps,
+    # and of eight where a window is padded.
+    both = formed and shape.prologue and not (amd or wide(target) or target.arch == 80)
+    if both:
+        most = min(most, 64 * 64 - 1)
+    for block_pixels in (16,) if tf32 or unrolled or both else (32, 16) if shape.flat else (64, 32):
         warps = 8 if block_k * block_c > most or shape.flat else 4
         tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
         covering = tile.tiles(shape)

@@ -10,11 +10,12 @@ import fusedres
 from fusedres.binaries import read_figures, violations
 from fusedres.offline import TARGETS, compile_for
 from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
+from fusedres.ops.contractions import conv_shape
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad
-from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, weight_grad_tiles
+from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, conv_tiles, pinned, weight_grad_tiles
 
 Size = tuple[int, int, int, int]
 WINDOW = Geometry(padding=(1, 1))
@@ -121,6 +122,22 @@ def input_grad_of_groups() -> None:
     )
 
 
+def input_grad_of_a_formed_gradient() -> None:
+    dtype = torch.float16
+    conv_input_grad(
+        formed_gradient((256, 256, 14, 14), dtype), on_meta(256, 128, 1, 1, dtype=dtype), (256, 128, 14, 14), Geometry()
+    )
+
+
+def input_grad_in_fp32() -> None:
+    conv_input_grad(formed_gradient((256, 128, 28, 28)), on_meta(128, 64, 1, 1), (256, 64, 28, 28), Geometry())
+
+
+def weight_grad_of_a_window_with_bits() -> None:
+    size, dtype = (256, 64, 8, 8), torch.bfloat16
+    conv_weight_grad(formed_gradient(size, dtype, bits(size)), formed_input(size, dtype), (3, 3), WINDOW)
+
+
 @pytest.mark.parametrize(
     ("call", "target"),
     [
@@ -138,6 +155,9 @@ def input_grad_of_groups() -> None:
         pytest.param(input_grad_of_a_preactivation, "sm_90", id="much joined to a gradient in fp32"),
         pytest.param(input_grad_of_a_projection, "gfx1100", id="a gradient in fp32 without matrix units"),
         pytest.param(input_grad_of_groups, "sm_86", id="block-diagonal weights"),
+        pytest.param(input_grad_of_a_formed_gradient, "sm_100", id="a formed gradient in 128 registers"),
+        pytest.param(input_grad_in_fp32, "sm_120", id="a formed gradient in fp32"),
+        pytest.param(weight_grad_of_a_window_with_bits, "sm_86", id="both operands formed, and a padded window"),
     ],
 )
 def test_what_spilled_once_spills_no_more(call: Callable[[], None], target: str) -> None:
@@ -148,6 +168,35 @@ def test_what_spilled_once_spills_no_more(call: Callable[[], None], target: str)
         kernel, specialisation, num_warps, num_stages = launch.binary
         compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
         assert violations(launch.binary, target, read_figures(compiled, target)) == []
+
+
+PLAIN, FORMED = {"sm_80 128": 0.45, "sm_90 128": 0.55, "sm_90 256": 0.3}, {
+    "sm_80 128": 0.7, "sm_90 128": 1.0, "sm_90 256": 0.6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [1, 3], ids=["1x1", "3x3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "formed"])
+@pytest.mark.parametrize("which", PLAIN)
+def test_tensor_cores_need_not_wait_for_instructions(
+    which: str, prologue: bool, dtype: torch.dtype, window: int
+) -> None:
+    """Cycles to issue a main loop over those of its multiplications, as the widest tiles of each target have them."""
+    target, width = which.split()
+    x = on_meta(256, 256, 28, 28, dtype=dtype)
+    u = formed_input((256, 256, 28, 28), dtype) if prologue else ConvInput(x)
+    weight, geometry = on_meta(256, 256, window, window, dtype=dtype), Geometry(padding=(window // 2, window // 2))
+    tiles = conv_tiles(conv_shape(u, weight, geometry), TARGETS[target])
+    with fusedres.record(target) as trace, pinned(next(tile for tile in tiles if tile.block_k == int(width))):
+        conv_forward(u, weight, geometry, statistics=True)
+    (launch,) = trace.launches
+    kernel, specialisation, num_warps, num_stages = launch.binary
+    compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
+    figures = read_figures(compiled, target)
+    assert violations(launch.binary, target, figures) == []
+    assert figures.issue is not None
+    assert figures.issue <= (FORMED if prologue else PLAIN)[which]
 
 
 def parts_of(shape: ConvShape) -> tuple[int, int, float]:
