@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..offline import Target
-from .conv_tiles import ENOUGH_TILES, NARROWEST, PARTIAL_ELEMENTS, ConvShape, leaves_few, wide
+from .conv_tiles import ENOUGH_TILES, NARROWEST, PARTIAL_ELEMENTS, ConvShape, leaves_few, tensor_memory, wide
 from .gpus import target_gpu
 from .tiles import power_above
 
@@ -57,11 +57,11 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     if target.backend != "cuda" or shape.itemsize != 2 or shape.groups > 1 or shape.pixels == 0:
         return None
     taps, block_k = shape.r * shape.s, max(NARROWEST, power_above(shape.k))
-    # Where both operands of a product come from registers, half as many sums leave room for them; so do compilers that
-    # leave few registers, which have none at all for the bits of nine taps.
+    # Where both operands of a product come from registers, half as many sums leave room for them; so they do where the
+    # compiler leaves few, which are none at all for the bits of nine taps.
     few = leaves_few(target)
     widest = NARROWEST if taps > 1 else 32 if shape.prologue and not wide(target) else 128 if target.arch == 90 else 64
-    most = MOST_SUMS // (1 if not few else 2 if taps > 1 else 4)
+    most = MOST_SUMS // (1 if not tensor_memory(target) else 2 if taps > 1 else 4)
     block_c = max(NARROWEST, min(power_above(shape.c), widest, most // (taps * block_k)))
     sums = taps * block_k * block_c
     if (few and bits and taps > 1) or sums > most or block_k > 256 or not one_pass_pays(shape, target):
