@@ -68,6 +68,9 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
     short = taps > 1 or bits or block_k > (64 if few else 128)
+    # The compiler for these wants to fit so little into half of the registers, and spills 8 bytes of sixteen pixels.
+    if target.arch in (86, 89) and shape.operands == 1 and not (bits or shape.prologue) and sums <= taps * NARROWEST**2:
+        short = False
     tile = BackwardTile(16 if short else 32, block_k, block_c, 8, 2 if taps == 1 else 1, 1)
     programs = ENOUGH_TILES // tile.pieces(shape)
     weights = taps * shape.c * shape.k
