@@ -62,9 +62,11 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     few = leaves_few(target)
     widest = NARROWEST if taps > 1 else 32 if shape.prologue and not wide(target) else 128 if target.arch == 90 else 64
     most = MOST_SUMS // (1 if not tensor_memory(target) else 2 if taps > 1 else 4)
+    if block_k > (128 if tensor_memory(target) else 256):
+        return None
     block_c = max(NARROWEST, min(power_above(shape.c), widest, most // (taps * block_k)))
     sums = taps * block_k * block_c
-    if (few and bits and taps > 1) or sums > most or block_k > 256 or not one_pass_pays(shape, target):
+    if (few and bits and taps > 1) or sums > most or not one_pass_pays(shape, target):
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
     short = taps > 1 or bits or block_k > (64 if few else 128)

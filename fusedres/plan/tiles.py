@@ -94,9 +94,11 @@ class MatrixTile:
 
 def matrix_tile(target: Target) -> MatrixTile:
     """The tile of the moments form's small matrices; three TF32 products are fp32's digits on tensor cores."""
-    # Compilers from sm_100 on leave 128 registers to a thread, and spill where a tile is higher.
-    block_k = 16 if target.backend == "cuda" and int(target.arch) >= 100 else 32
-    return MatrixTile(block_k, 32, "tf32x3" if target.backend == "cuda" else "ieee")
+    precision = "tf32x3" if target.backend == "cuda" else "ieee"
+    # Compilers from sm_100 on leave 128 registers to a thread, and spill where a tile is higher or warps are many.
+    if target.backend == "cuda" and int(target.arch) >= 100:
+        return MatrixTile(16, 32, precision, num_warps=4)
+    return MatrixTile(32, 32, precision)
 
 
 def row_tiles(rows: int, channels: int, itemsize: int, vectors: int = 4) -> tuple[RowTile, ...]:
