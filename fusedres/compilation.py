@@ -23,7 +23,7 @@ from torch import nn
 from .binaries import Figures, read_figures, violations
 from .launch import Trace, record
 from .models import cifar_resnet, preact_resnet
-from .offline import TARGETS, Binary, compile_for, require_triton, target_named
+from .offline import TARGETS, Binary, compile_binary, require_triton, target_named
 from .plan import AUTO, SCHEDULES
 from .plan.tiles import MOST_TILES, listed
 from .swap import fuse
@@ -208,9 +208,8 @@ def _inherit(tasks: Sequence[Task]) -> None:
 
 def _compile(index: int, read: bool) -> tuple[Figures | None, str | None]:
     binary, target = _tasks[index]
-    kernel, specialisation, num_warps, num_stages = binary
     try:
-        compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
+        compiled = compile_binary(binary, target)
     except Exception as error:  # of the compiler's many kinds
         return None, f"does not compile: {type(error).__name__}: {error}"
     return (read_figures(compiled, target) if read else None), None

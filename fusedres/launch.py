@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .offline import TARGETS, Binary, Specialisation, Target, specialise, target_named
+from .offline import TARGETS, Binary, Specialisation, Target, compile_options, specialise, target_named
 
 if TYPE_CHECKING:
     from .vgpu import Counters
@@ -31,7 +31,7 @@ class Launch:
         kernel: the ``@triton.jit`` function.
         grid: blocks along each axis.
         specialisation: the types and constants its binary is compiled for.
-        num_warps, num_stages: of the binary.
+        num_warps, num_stages, all_registers: of the binary.
         read, written: declared bytes by argument, each byte counted once.
         flops: declared floating-point operations (a multiplication and an addition are two).
         counters: what the launch really did, where it was executed on the CPU.
@@ -42,6 +42,7 @@ class Launch:
     specialisation: Specialisation
     num_warps: int
     num_stages: int
+    all_registers: bool
     read: Mapping[str, int]
     written: Mapping[str, int]
     flops: int
@@ -61,7 +62,7 @@ class Launch:
 
     @property
     def binary(self) -> Binary:
-        return Binary(self.kernel, self.specialisation, self.num_warps, self.num_stages)
+        return Binary(self.kernel, self.specialisation, self.num_warps, self.num_stages, self.all_registers)
 
 
 @dataclass(eq=False)  # two that hold the same launches are still two
@@ -156,6 +157,7 @@ def launch(
     flops: int = 0,
     num_warps: int = 4,
     num_stages: int = 3,
+    all_registers: bool = False,
 ) -> None:
     """Start ``kernel`` on the device of its tensors.
 
@@ -170,7 +172,7 @@ def launch(
             once, ...
         partial: ... unless it moves fewer: bytes by name.
         flops: floating-point operations.
-        num_warps, num_stages: of the binary.
+        num_warps, num_stages, all_registers: of the binary (`offline.compile_options`).
 
     Raises:
         ValueError: a grid or a whole number beyond what kernels address, tensors on several devices, or partial bytes
@@ -186,7 +188,10 @@ def launch(
     counters = None
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
-            kernel[tuple(grid)](**arguments, **options, enable_fp_fusion=True)
+            backend = target_of(tensor).backend
+            kernel[tuple(grid)](
+                **arguments, **compile_options(backend, num_warps, num_stages, all_registers=all_registers)
+            )
     elif not tensor.is_meta:
         counters = _execute(kernel, grid, arguments, [name for name in writes if name not in reads], options)
     if _traces:
@@ -195,8 +200,9 @@ def launch(
             for names in (reads, writes)
         )
         entry = Launch(
-            kernel, tuple(grid), specialise(kernel, arguments), num_warps, num_stages, read, written, flops, counters
-        )
+            kernel, tuple(grid), specialise(kernel, arguments), num_warps, num_stages, all_registers, read, written,
+            flops, counters,
+        )  # fmt: skip
         for trace in _traces:
             trace.launches.append(entry)
 

@@ -73,6 +73,7 @@ class Binary(NamedTuple):
     specialisation: Specialisation
     num_warps: int
     num_stages: int
+    all_registers: bool = False  # see `compile_options`
 
     @property
     def name(self) -> str:
@@ -176,9 +177,34 @@ def _is_aligned(value: Any) -> bool:
     return _is_whole(value) and value % ALIGNMENT == 0
 
 
+# What a thread of NVIDIA's can address.
+MOST_REGISTERS = 255
+
+
+def compile_options(backend: str, num_warps: int, num_stages: int, *, all_registers: bool = False) -> dict[str, Any]:
+    """What Triton is told beside the kernel and its arguments.
+
+    ``all_registers``: where nothing is said of registers, NVIDIA's compiler spills a few bytes, in loops too, to fit
+    one block more on a multiprocessor. A kernel whose shared memory says how many fit had better use what there is.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if all_registers and backend == "cuda":
+        options["maxnreg"] = MOST_REGISTERS
+    return options
+
+
+def compile_binary(binary: Binary, target: str) -> Any:
+    """As `compile_for`, what a launch was recorded to run."""
+    kernel, specialisation, num_warps, num_stages, all_registers = binary
+    return compile_for(
+        kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages, all_registers=all_registers
+    )
+
+
 def compile_for(
-    kernel: Any, specialisation: Specialisation, target: str, *, num_warps: int = 4, num_stages: int = 3
-) -> Any:
+    kernel: Any, specialisation: Specialisation, target: str, *, num_warps: int = 4, num_stages: int = 3,
+    all_registers: bool = False,
+) -> Any:  # fmt: skip
     """Triton's compiled kernel for ``target``, made without that GPU.
 
     Its ``asm`` holds every stage (``llir``, ``ptx`` and ``cubin``, or ``amdgcn`` and ``hsaco``). It is kept in Triton's
@@ -197,7 +223,7 @@ def compile_for(
         {positions[name]: value for name, value in specialisation.constants},
         {positions[name]: promises for name, promises in _promises(kernel, specialisation, spec.backend)},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = compile_options(spec.backend, num_warps, num_stages, all_registers=all_registers)
     return triton.compile(source, target=GPUTarget(spec.backend, spec.arch, spec.warp_size), options=options)
 
 

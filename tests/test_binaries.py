@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusedres.binaries import Figures, _disassembled, main_loops, owes_wide_access, read_figures, violations
-from fusedres.offline import TARGETS, Binary, Specialisation, Unavailable, compile_for
+from fusedres.offline import TARGETS, Binary, Specialisation, Unavailable, compile_binary
 from tests.small_kernels import copy, copy_kernel, hoard, matmul
 
 # Multiply-adds of 16-bit numbers that tensor cores do in a cycle, from NVIDIA's 312 and 989 TFLOPS:
@@ -17,9 +17,7 @@ PEAK = {"sm_80": 1024, "sm_90": 2048}
 
 
 def compiled(binary, target):
-    return compile_for(
-        binary.kernel, binary.specialisation, target, num_warps=binary.num_warps, num_stages=binary.num_stages
-    )
+    return compile_binary(binary, target)
 
 
 def figures(binary, target):

@@ -24,7 +24,7 @@ from fusedres.compilation import (
     write_csv,
 )
 from fusedres.launch import launch, target_of
-from fusedres.offline import TARGETS, Unavailable, compile_for
+from fusedres.offline import TARGETS, Unavailable, compile_binary, compile_for
 from fusedres.ops.bn_finalize import bn_finalize
 from fusedres.ops.input_moments import moments_finalize
 from tests.small_kernels import copy, copy_kernel, hoard, hoard_kernel, matmul
@@ -165,12 +165,12 @@ def test_one_that_does_not_compile_is_an_outcome_among_others():
 
 
 def test_a_compiler_that_crashes_is_an_outcome_too(monkeypatch):
-    def crash(kernel, specialisation, target, **options):
+    def crash(binary, target):
         if target == "sm_90":
             os.kill(os.getpid(), signal.SIGKILL)
-        return compile_for(kernel, specialisation, target, **options)
+        return compile_binary(binary, target)
 
-    monkeypatch.setattr(compilation, "compile_for", crash)
+    monkeypatch.setattr(compilation, "compile_binary", crash)
     outcomes = list(compile_all([(copy(), target) for target in ("sm_80", "sm_90", "sm_100")], jobs=2))
     assert [outcome.faults for outcome in outcomes] == [[], ["the compiler crashed"], []]
 

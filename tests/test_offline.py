@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedres import offline
-from fusedres.offline import TARGETS, Binary, Unavailable, compile_for, specialise
+from fusedres.offline import TARGETS, Binary, Unavailable, compile_binary, compile_for, compile_options, specialise
 from tests.small_kernels import copy, copy_kernel, fill_kernel, triton
 
 
@@ -95,9 +95,9 @@ class Driver:
 def launched(monkeypatch):
     """Compiles as a launch on the GPU would."""
 
-    def compiled_by_launcher(kernel, target, given):
+    def compiled_by_launcher(kernel, target, given, *, all_registers=False):
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target))
-        options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+        options = compile_options(TARGETS[target].backend, 4, 3, all_registers=all_registers)
         return kernel.run(**given, **options, grid=(1,), warmup=True)
 
     return compiled_by_launcher
@@ -125,6 +125,15 @@ GENERAL = triton.jit(copy_kernel.fn, do_not_specialize=["x_ptr", "rows"], do_not
 def test_a_launch_finds_in_the_cache_what_was_compiled_without_its_gpu(kernel, given, target, launched):
     ours = compile_for(kernel, specialise(kernel, given), target)
     assert ours.hash == launched(kernel, target, given).hash
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_all_registers_are_another_binary_on_nvidia(target, launched):
+    given = arguments(x_ptr=X, y_ptr=X)
+    few, all_ = (Binary(copy_kernel, specialise(copy_kernel, given), 4, 3, registers) for registers in (False, True))
+    assert compile_binary(all_, target).hash == launched(copy_kernel, target, given, all_registers=True).hash
+    assert (compile_binary(all_, target).hash == compile_binary(few, target).hash) == (target == "gfx942")
+    assert compile_binary(all_, target).metadata._asdict().get("maxnreg") == (255 if target == "sm_90" else None)
 
 
 def test_amd_is_told_which_tensors_span_less_than_2_gib(launched):

@@ -201,7 +201,7 @@ def _launched(
         reads=(*GRADIENT, *beside), writes=tuple(written),
         partial=bytes_reached(dy, weight, tuple(x.shape), geometry) | added_read(add, other),
         flops=4 * pixels(dy.g) * weight.numel(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, all_registers=True,
     )  # fmt: skip
     dw = parts_summed(parts).view(shape.k, *taps).permute(0, 3, 1, 2)
     if sums is None or products is None or norm is None:

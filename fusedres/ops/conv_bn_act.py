@@ -151,7 +151,7 @@ def _conv_bn_act_triton(
         reads=reads, writes=tuple(outputs),
         partial={"x_ptr": conv.read, "second_x_ptr": read, **residual_read(residual)},
         flops=conv.flops + flops + (2 + 2 * (main.scale is not None) + 4 * statistics) * z.numel(),
-        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
+        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages, all_registers=True,
     )  # fmt: skip
     return Joined(z, mask, partials)
 

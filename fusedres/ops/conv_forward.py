@@ -90,7 +90,7 @@ def _conv_forward_triton(
         reads=("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", "ones_ptr"),
         writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
         partial={"x_ptr": conv.read}, flops=conv.flops + 4 * y.numel() * statistics,
-        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages,
+        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages, all_registers=True,
     )  # fmt: skip
     return y, partials
 

@@ -134,7 +134,7 @@ def _launched(
         },
         reads=(*GRADIENT, "index_ptr", "x_ptr", "scale_ptr", "shift_ptr"), writes=("out_ptr",),
         partial={"x_ptr": covered}, flops=2 * shape.pixels * sizes[0],
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, all_registers=True,
     )  # fmt: skip
     dw, dy_total, u_total = parts_summed(parts).split(sizes)
     return WeightSums(

@@ -145,7 +145,7 @@ def launch_input_grad(
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_k, "BLOCK_K": tile.block_c,
         },
         reads=(*GRADIENT, *beside), writes=tuple(written), partial=partial, flops=_flops(dy, weight, x, matrices),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, all_registers=True,
     )  # fmt: skip
     if sums is None or products is None or norm is None:
         return Launched(out, None)

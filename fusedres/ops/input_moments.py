@@ -98,6 +98,7 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
         },
         reads=tuple(read), writes=tuple(partial), partial={"x_ptr": count * channels * x.element_size()},
         flops=count * channels * (channels + 1), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        all_registers=True,
     )  # fmt: skip
     rows = min(16, tile.block_c)
     launch(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres.binaries import read_figures, violations
-from fusedres.offline import TARGETS, compile_for
+from fusedres.offline import TARGETS, compile_binary
 from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
 from fusedres.ops.contractions import conv_shape
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
@@ -165,9 +165,7 @@ def test_what_spilled_once_spills_no_more(call: Callable[[], None], target: str)
         call()
     assert any(launch.name.startswith("conv_") for launch in trace.launches)
     for launch in trace.launches:
-        kernel, specialisation, num_warps, num_stages = launch.binary
-        compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
-        assert violations(launch.binary, target, read_figures(compiled, target)) == []
+        assert violations(launch.binary, target, read_figures(compile_binary(launch.binary, target), target)) == []
 
 
 PLAIN, FORMED = {"sm_80 128": 0.45, "sm_90 128": 0.55, "sm_90 256": 0.3}, {
@@ -191,9 +189,7 @@ def test_tensor_cores_need_not_wait_for_instructions(
     with fusedres.record(target) as trace, pinned(next(tile for tile in tiles if tile.block_k == int(width))):
         conv_forward(u, weight, geometry, statistics=True)
     (launch,) = trace.launches
-    kernel, specialisation, num_warps, num_stages = launch.binary
-    compiled = compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages)
-    figures = read_figures(compiled, target)
+    figures = read_figures(compile_binary(launch.binary, target), target)
     assert violations(launch.binary, target, figures) == []
     assert figures.issue is not None
     assert figures.issue <= (FORMED if prologue else PLAIN)[which]
