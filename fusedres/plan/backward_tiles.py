@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..offline import Target
-from .conv_tiles import ENOUGH_TILES, NARROWEST, PARTIAL_ELEMENTS, ConvShape, leaves_few, tensor_memory, wide
+from .conv_tiles import ENOUGH_TILES, NARROWEST, PARTIAL_ELEMENTS, ConvShape, tensor_memory, wide
 from .gpus import target_gpu
 from .tiles import power_above
 
@@ -57,22 +57,16 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     if target.backend != "cuda" or shape.itemsize != 2 or shape.groups > 1 or shape.pixels == 0:
         return None
     taps, block_k = shape.r * shape.s, max(NARROWEST, power_above(shape.k))
-    # Where both operands of a product come from registers, half as many sums leave room for them; so they do where the
-    # compiler leaves few, which are none at all for the bits of nine taps.
-    few = leaves_few(target)
-    widest = NARROWEST if taps > 1 else 32 if shape.prologue and not wide(target) else 128 if target.arch == 90 else 64
-    most = MOST_SUMS // (1 if not tensor_memory(target) else 2 if taps > 1 else 4)
-    if block_k > (128 if tensor_memory(target) else 256):
-        return None
-    block_c = max(NARROWEST, min(power_above(shape.c), widest, most // (taps * block_k)))
+    # Where both operands of a product come from registers, half as many sums leave room for them.
+    widest = NARROWEST if taps > 1 else 128 if wide(target) else 32 if shape.prologue else 64
+    block_c = max(NARROWEST, min(power_above(shape.c), widest, MOST_SUMS // (taps * block_k)))
     sums = taps * block_k * block_c
-    if (few and bits and taps > 1) or sums > most or not one_pass_pays(shape, target):
+    # Compilers from sm_100 on have no registers for the bits of nine taps, and that for sm_100 for half of the sums.
+    crowded = taps > 1 and ((bits and int(target.arch) >= 100) or (tensor_memory(target) and sums > MOST_SUMS // 2))
+    if crowded or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(shape, target):
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
-    short = taps > 1 or bits or block_k > (64 if few else 128)
-    # The compiler for these wants to fit so little into half of the registers, and spills 8 bytes of sixteen pixels.
-    if target.arch in (86, 89) and shape.operands == 1 and not (bits or shape.prologue) and sums <= taps * NARROWEST**2:
-        short = False
+    short = taps > 1 or bits or block_k > 128
     tile = BackwardTile(16 if short else 32, block_k, block_c, 8, 2 if taps == 1 else 1, 1)
     programs = ENOUGH_TILES // tile.pieces(shape)
     weights = taps * shape.c * shape.k

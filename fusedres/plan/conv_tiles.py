@@ -102,28 +102,23 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
     if amd and (shape.second or (shape.gradient and narrow_waves(target))):
         # Without matrix units, as for fp32 on narrow waves, the unrolled products of 32 spill up to 72 bytes.
         block_c = min(block_c, 16 if narrow_waves(target) and shape.itemsize > 2 else 32)
-    if tensor_memory(target) and shape.gradient and (shape.operands > 1 or (shape.second and shape.itemsize > 2)):
-        block_c = min(block_c, widest_step // 2)  # of eight warps' 128 registers longer steps spill 4 bytes
     # The second contraction of a gradient adds to the same sums.
     apart = shape.second and not shape.gradient
     # In fp32 what is joined to 128 x 128 of a gradient, and the gradient, spill 76 bytes where they fit in 16 bits.
     if amd or apart or (shape.gradient and (shape.itemsize > 2 or not wide(target))):
         block_k = min(block_k, 64)
-    if apart and ((amd and shape.itemsize > 2) or target.arch == 100):
-        block_k = min(block_k, 32)  # the outputs that wait, beside fp32 operands or there, spill up to 72 bytes
+    if apart and amd and shape.itemsize > 2:
+        block_k = min(block_k, 32)  # the outputs that wait, beside fp32 operands, spill up to 72 bytes
     sizes = [(128, block_k), (64, block_k)]
     if amd:
         # Its compiler keeps a mask for every row of a thread in scalar registers, and runs out of them.
         sizes = [(64, block_k), (32, block_k)][shape.prologue or shape.second or shape.flat :]
-    if shape.gradient and not (amd or wide(target)) and (packed > 1 or target.arch == 120):
-        sizes = sizes[-1:]  # masks of a block-diagonal weight: 128 pixels spill 4 bytes on sm_86; on sm_120 many do
-    if not amd and target.arch not in (80, 90) and (apart or (shape.prologue and target.arch == 120 and block_k < 32)):
-        # Outputs that wait: 128 pixels spill 24 bytes on sm_86, sm_89 and sm_100; a narrow prologue 4 on sm_120.
-        sizes = sizes[-1:]
     if block_k == 128:
         sizes.append((64, 64))
-    elif tensor_memory(target) and shape.joined and shape.r * shape.s > 1 and not shape.gradient:
-        sizes = [(64, min(block_k, 32))]  # of a small tile several share a multiprocessor, and spill 8 bytes in fp16
+        # What is joined to 128 x 128 on sm_100 spills up to 20 bytes, and a window in TF32 on sm_120 36.
+        window = target.arch == 120 and shape.r * shape.s > 1 and shape.itemsize > 2 and not shape.gradient
+        if window or (shape.joined and tensor_memory(target)):
+            sizes = sizes[1:]
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
     others = list(ordered) if target.arch in TUNED else []
@@ -140,13 +135,7 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # and a prologue where operands pass through registers.
     outputs = size[0] * size[1]
     crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
-    crowded = crowded or (shape.gradient and (outputs >= 128 * 64 or target.arch == 120))
-    # Its compiler leaves four warps half of their registers: TF32, and windows of 64 x 64 outputs, spill 4 to 8 bytes.
-    short = (shape.itemsize > 2 and not shape.second) or (shape.r * shape.s > 1 and outputs == 64 * 64)
-    crowded = crowded or (target.arch == 100 and not shape.gradient and short)
-    # Outputs that wait, in 64 x 64: 4 to 8 bytes.
-    waiting = shape.second and not shape.gradient and shape.itemsize == 2 and outputs == 64 * 64
-    crowded = crowded or (waiting and target.arch == 120)
+    crowded = crowded or (shape.gradient and outputs >= 128 * 64)
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
     if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
         # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by
@@ -211,24 +200,16 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     # A whole window of few channels, so that dy is read, or formed, once: but on AMD, where every element of such a
     # tile has a mask in scalar registers.
     widest_c = (64 if amd else 128 if tf32 else 256) if shape.flat else widest
-    if not shape.flat and (tf32 or (formed and tensor_memory(target))):
-        widest_c = min(widest_c, 64)  # the compiler for the latter leaves 128 registers beside the accumulators
+    if not shape.flat and tf32:
+        widest_c = min(widest_c, 64)
     block_c = max(NARROWEST, min(power_above(width), widest_c))
     if shape.flat and not tf32 and (formed or not wide(target)):
         block_k = min(block_k, 32)
     read = shape.pixels * shape.groups * (shape.operands * shape.k + shape.c) * shape.itemsize
     part = 2 * 4 * shape.groups * shape.k * shape.r * shape.s * shape.c  # fp32, written and read
     tiles = []
-    # What four warps hold: less than 64 x 32 in TF32, or formed, by the compiler for sm_100, which spills 12 bytes.
-    most = 64 * 64 if tf32 else 128 * 128 - 1
-    if tensor_memory(target) and (tf32 or formed):
-        most = 64 * 32 - 1
-    # With both operands formed, and bits, 64 x 64 by 32 pixels spills 4 bytes on sm_86 in the registers of four warps,
-    # and of eight where a window is padded.
-    both = formed and shape.prologue and not (amd or wide(target) or target.arch == 80)
-    if both:
-        most = min(most, 64 * 64 - 1)
-    for block_pixels in (16,) if tf32 or unrolled or both else (32, 16) if shape.flat else (64, 32):
+    most = 64 * 64 if tf32 else 128 * 128 - 1  # what four warps hold
+    for block_pixels in (16,) if tf32 or unrolled else (32, 16) if shape.flat else (64, 32):
         warps = 8 if block_k * block_c > most or shape.flat else 4
         tile = WeightGradTile(block_pixels, block_k, block_c, warps, 2, 1, packed)
         covering = tile.tiles(shape)
@@ -240,7 +221,6 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
     # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.
     crowded = formed or shape.flat or (block_k * block_c == 128 * 128 and not wide(target))
-    crowded = crowded or leaves_few(target)  # a longer one spills up to 12 bytes
     ordered = tuple(reversed(tiles)) if shape.itemsize > 2 or crowded else tuple(tiles)
     return ordered if target.arch in TUNED else ordered[:1]
 
@@ -248,11 +228,6 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
 def narrow_waves(target: Target) -> bool:
     """Whether a wave has 32 threads on AMD: half as many share a tile, and their registers spill sooner."""
     return target.backend == "hip" and target.warp_size == 32
-
-
-def leaves_few(target: Target) -> bool:
-    """Whether the compiler leaves eight warps 128 registers each, as those from sm_100 on do."""
-    return target.backend == "cuda" and int(target.arch) >= 100
 
 
 def tensor_memory(target: Target) -> bool:
