@@ -144,6 +144,9 @@ def check_traffic(launch: Launch, target: str) -> None:
         if constants.get(first) is not None:
             # Some channels of a row or every other row, which begin and end inside of sectors.
             left_out = left_out | {name}
+    if launch.name == "conv_bn_act_kernel" and constants["BLOCK_K"] < 256:
+        # The bits of a tile's channels are a part of a sector, the rest of which the tiles beside it write.
+        left_out = left_out | {"mask_ptr"}
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
         # The bits of a step's channels are a part of a sector, which comes from the cache for the next steps.
         left_out = left_out | {"mask_ptr", "add_mask_ptr", "open_ptr"}
