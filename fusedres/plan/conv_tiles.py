@@ -115,9 +115,10 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
         sizes = [(64, block_k), (32, block_k)][shape.prologue or shape.second or shape.flat :]
     if block_k == 128:
         sizes.append((64, 64))
-        # What is joined to 128 x 128 on sm_100 spills up to 20 bytes, and a window in TF32 on sm_120 36.
+        # What is joined, or contracted second, to 128 x 128 on sm_100 spills up to 20 bytes; a window in TF32 on sm_120
+        # 36.
         window = target.arch == 120 and shape.r * shape.s > 1 and shape.itemsize > 2 and not shape.gradient
-        if window or (shape.joined and tensor_memory(target)):
+        if window or (tensor_memory(target) and (shape.joined or shape.second)):
             sizes = sizes[1:]
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
