@@ -85,7 +85,9 @@ def launch_input_grad(
     from ..kernels.conv_input_grad import conv_input_grad_kernel
 
     n, c, h, w = size
-    shape = gradient_shape(dy, weight, size, geometry, second=matrices is not None)
+    shape = gradient_shape(dy, weight, size, geometry, second=matrices is not None)._replace(
+        joined=features is not None
+    )
     stride, padding, dilation, groups = geometry
     target = target_of(weight)
     tile = conv_tile(shape, target)

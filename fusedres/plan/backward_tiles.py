@@ -66,7 +66,7 @@ def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> Ba
     if crowded or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(shape, target):
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
-    short = taps > 1 or bits or block_k > 128
+    short = taps > 1 or bits or block_k > (64 if target.arch == 120 else 128)
     tile = BackwardTile(16 if short else 32, block_k, block_c, 8, 2 if taps == 1 else 1, 1)
     programs = ENOUGH_TILES // tile.pieces(shape)
     weights = taps * shape.c * shape.k

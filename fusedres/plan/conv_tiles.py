@@ -28,8 +28,8 @@ class ConvShape(NamedTuple):
 
     ``flat``: depth runs along the rows of the window. ``prologue``: the left operand is formed on load, of so many
     tensors (``operands``). ``second``: a projection is contracted after the convolution, whose outputs wait in
-    registers. ``joined``: a shortcut or a mask is joined to the outputs. ``gradient``: of the input; ``c`` are the
-    channels of the convolution's output and ``k`` those of its input then.
+    registers. ``joined``: a shortcut or a mask is joined to the outputs, or a gradient is added to those of features.
+    ``gradient``: of the input; ``c`` are the channels of the convolution's output and ``k`` those of its input then.
     """
 
     pixels: int
@@ -104,8 +104,9 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
         block_c = min(block_c, 16 if narrow_waves(target) and shape.itemsize > 2 else 32)
     # The second contraction of a gradient adds to the same sums.
     apart = shape.second and not shape.gradient
-    # In fp32 what is joined to 128 x 128 of a gradient, and the gradient, spill 76 bytes where they fit in 16 bits.
-    if amd or apart or (shape.gradient and (shape.itemsize > 2 or not wide(target))):
+    # In fp32 what is joined to 128 x 128 of a gradient, and the gradient, spill 76 bytes where they fit in 16 bits; the
+    # features' gradients that it is added to spill 24.
+    if amd or apart or (shape.gradient and (shape.itemsize > 2 or shape.joined or not wide(target))):
         block_k = min(block_k, 64)
     if apart and amd and shape.itemsize > 2:
         block_k = min(block_k, 32)  # the outputs that wait, beside fp32 operands, spill up to 72 bytes
