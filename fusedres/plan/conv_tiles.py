@@ -137,7 +137,7 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # and a prologue where operands pass through registers.
     outputs = size[0] * size[1]
     crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
-    crowded = crowded or (shape.gradient and outputs >= 128 * 64)
+    crowded = crowded or ((shape.gradient or (shape.joined and tensor_memory(target))) and outputs >= 128 * 64)
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
     if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
         # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by
