@@ -17,8 +17,8 @@ PARTIAL_ELEMENTS = 1 << 21
 # Programs of a weight gradient, one for every multiprocessor of large GPUs; up to `ENOUGH_TILES` of them while their
 # parts, written and read once more, are less than half of what the contraction reads.
 FILLING = 128
-# Where tuning has a choice: on these every tile that is listed has been compiled without a spill.
-TUNED = (80, 90, "gfx942")
+# Where tuning has a choice, in 16 bits: on these every tile that is listed has been compiled without a spill.
+TUNED = (80, 90)
 # The narrowest side of a tile that tensor cores multiply on every target.
 NARROWEST = 16
 
@@ -123,7 +123,7 @@ def conv_tiles(shape: ConvShape, target: Target) -> tuple[ConvTile, ...]:
             sizes = sizes[1:]
     ordered = [_tile(size, block_c, packed, shape, target) for size in sizes]
     default = next((tile for tile in ordered if tile.tiles(shape) * tile.pieces(shape) >= ENOUGH_TILES), ordered[-1])
-    others = list(ordered) if target.arch in TUNED else []
+    others = list(ordered) if target.arch in TUNED and shape.itemsize == 2 else []
     # The widest tile where tensor cores read from shared memory; what is joined finds no registers beside it, nor does
     # what is formed in fp32.
     alone = not (shape.second or shape.joined or shape.gradient or (shape.prologue and shape.itemsize > 2))
@@ -224,7 +224,7 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.
     crowded = formed or shape.flat or (block_k * block_c == 128 * 128 and not wide(target))
     ordered = tuple(reversed(tiles)) if shape.itemsize > 2 or crowded else tuple(tiles)
-    return ordered if target.arch in TUNED else ordered[:1]
+    return ordered if target.arch in TUNED and shape.itemsize == 2 else ordered[:1]
 
 
 def narrow_waves(target: Target) -> bool:
