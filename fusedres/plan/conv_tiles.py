@@ -221,9 +221,9 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
         wanted = max(1, min(-(-shape.pixels // (4 * block_pixels)), programs // covering))
         tile = replace(tile, parts=wanted)
         tiles.append(replace(tile, parts=max(1, -(-shape.pixels // tile.per_part(shape.pixels)))))
-    # The shorter step where operands are wide or formed, pass through registers, or have a mask for every element.
+    # The shorter step alone where operands are wide or formed, pass through registers, or have masks by the element.
     crowded = formed or shape.flat or (block_k * block_c == 128 * 128 and not wide(target))
-    ordered = tuple(reversed(tiles)) if shape.itemsize > 2 or crowded else tuple(tiles)
+    ordered = tuple(tiles[-1:]) if shape.itemsize > 2 or crowded else tuple(tiles)
     return ordered if target.arch in TUNED and shape.itemsize == 2 else ordered[:1]
 
 
