@@ -1,12 +1,11 @@
 """How convolutions are cut into tiles: a pure function of shape, dtype and target; and a way to pin a choice."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..offline import Target
-from .tiles import chosen, power_above
+from .tiles import chosen, on_top, power_above
 
 # Below this many tiles a GPU has multiprocessors without one, and smaller tiles are worth their extra loads.
 ENOUGH_TILES = 256
@@ -245,14 +244,9 @@ def wide(target: Target) -> bool:
 _pinned: list[ConvTile] = []
 
 
-@contextmanager
-def pinned(tile: ConvTile) -> Iterator[None]:
+def pinned(tile: ConvTile) -> AbstractContextManager[None]:
     """Run every forward convolution with this tile inside the ``with`` block, whatever the shape."""
-    _pinned.append(tile)
-    try:
-        yield
-    finally:
-        _pinned.pop()
+    return on_top(_pinned, tile)
 
 
 def conv_tile(shape: ConvShape, target: Target) -> ConvTile:

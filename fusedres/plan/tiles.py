@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -145,13 +145,18 @@ _places: list[int] = []
 
 
 @contextmanager
-def listed(place: int) -> Iterator[None]:
-    """Take the tile at a place of every list inside the ``with`` block, or its last where it is shorter."""
-    _places.append(place)
+def on_top(stack: list[AnyTile], value: AnyTile) -> Iterator[None]:
+    """``value`` is the last of a stack inside the ``with`` block."""
+    stack.append(value)
     try:
         yield
     finally:
-        _places.pop()
+        stack.pop()
+
+
+def listed(place: int) -> AbstractContextManager[None]:
+    """Take the tile at a place of every list inside the ``with`` block, or its last where it is shorter."""
+    return on_top(_places, place)
 
 
 def chosen(tiles: Sequence[AnyTile]) -> AnyTile:
@@ -159,14 +164,9 @@ def chosen(tiles: Sequence[AnyTile]) -> AnyTile:
     return tiles[min(_places[-1], len(tiles) - 1)] if _places else tiles[0]
 
 
-@contextmanager
-def pinned(tile: RowTile) -> Iterator[None]:
+def pinned(tile: RowTile) -> AbstractContextManager[None]:
     """Run every kernel over rows with this tile inside the ``with`` block, whatever the shape."""
-    _pinned.append(tile)
-    try:
-        yield
-    finally:
-        _pinned.pop()
+    return on_top(_pinned, tile)
 
 
 def row_tile(rows: int, channels: int, itemsize: int, vectors: int = 4) -> RowTile:
