@@ -6,7 +6,7 @@ Every operand is optional but y: without a scale the kernel adds and rectifies a
 import triton
 import triton.language as tl
 
-from .relu_mask import packed
+from .relu_mask import packed, word_pointers
 from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded
 
@@ -24,7 +24,7 @@ def bn_act_kernel(
     residual_scale_ptr,  # (C,) fp32 where the residual is a raw projection, else None
     residual_shift_ptr,  # (C,) fp32, or None
     z_ptr,  # (rows, C) out
-    mask_ptr,  # (rows, ceil(C / 8)) uint8 out, bits of z > 0; None: not wanted
+    mask_ptr,  # bits of z > 0 out, as in `word_pointers`; None: not wanted
     rows,
     C,
     y_row,  # elements from one row of y to the next, a multiple of C_MULTIPLE; None: C
@@ -81,9 +81,9 @@ def bn_act_kernel(
     z = z.to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + first * C + o, z, mask=m)
     if mask_ptr is not None:
-        bytes_ = tl.cdiv(C, 8)
-        o_byte = i_c * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-        o = o_row[:, None] * bytes_ + o_byte[None, :]
+        WORD: tl.constexpr = mask_ptr.dtype.element_ty.primitive_bitwidth
+        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C // WORD) * WORD
         # Rows outside the tensor are not zero: the shift is added there too.
-        m = m_row[:, None] & (o_byte < bytes_)[None, :]
-        tl.store(mask_ptr + first * bytes_ + o, packed(z, BLOCK_ROWS, BLOCK_C), mask=m)
+        m = m_row[:, None] & (o_c < C)[None, :]
+        words = packed(z, mask_ptr, BLOCK_ROWS, BLOCK_C)
+        tl.store(word_pointers(mask_ptr, first, o_row, o_c, rows, C), words, mask=m)

@@ -39,7 +39,7 @@ def bn_backward_reduce_kernel(
     sum_gd = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_ROWS):
         m_row = o_row < count - start
-        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, C, C, BLOCK_ROWS, BLOCK_C)
+        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, rows, C, C, BLOCK_ROWS, BLOCK_C)
         m = m_row[:, None] & m_c[None, :]
         y = tl.load(y_ptr + (first + start) * C + o, mask=m, other=0.0).to(tl.float32)
         sum_g += g
@@ -153,7 +153,7 @@ def bn_backward_apply_kernel(
     m = m_row[:, None] & m_c[None, :]
     o = o_row[:, None] * C + o_c[None, :]
 
-    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, C, g_row, BLOCK_ROWS, BLOCK_C)
+    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, g_row, BLOCK_ROWS, BLOCK_C)
     dy *= tl.load(p_ptr + o_c, mask=m_c, other=0.0)[None, :]
     if q_ptr is not None:
         o_y = o_row[:, None] * y_row + o_c[None, :]
@@ -169,7 +169,7 @@ def bn_backward_apply_kernel(
         else:
             at = first + o_row
             dy += load_zero_padded_grad(
-                add_ptr, None, at // (H * W), at // W % H, at % W, m_row, i_c * BLOCK_C, C, add_C, add_P, add_Q,
+                add_ptr, None, at // (H * W), at // W % H, at % W, m_row, i_c * BLOCK_C, C, 0, add_C, add_P, add_Q,
                 add_stride_h, add_stride_w, ADD_FIRST, ADD_MULTIPLE, False, BLOCK_ROWS, BLOCK_C,
             )  # fmt: skip
     tl.store(dy_ptr + first * C + o, dy.to(dy_ptr.dtype.element_ty), mask=m)

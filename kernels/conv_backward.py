@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .contraction import SIZES, formed
-from .relu_mask import load_masked_rows, unpacked
+from .relu_mask import load_masked_rows, unpacked, word_pointers
 from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded_grad
 
@@ -18,11 +18,11 @@ from .zero_pad_shortcut import load_zero_padded_grad
 @triton.jit
 def _parts_of_dy(
     g_ptrs,  # (BLOCK_PIXELS, BLOCK_K)
-    mask_ptrs,  # as many, or (BLOCK_PIXELS, BLOCK_K // 8) of bits, or None
+    mask_ptrs,  # as many, or (BLOCK_PIXELS, BLOCK_K // WORD) of bits, or None
     y_ptrs,  # (BLOCK_PIXELS, BLOCK_K), or None
     m_in,  # (BLOCK_PIXELS,) where there is dy
     K,
-    BITS: tl.constexpr,
+    WORD: tl.constexpr,  # bits of a word; 0: the mask is the rectified output
     BLOCK_K: tl.constexpr,
 ):
     """Tiles of g, of its mask and of y as they are in memory; g again in place of one that is not there."""
@@ -30,10 +30,9 @@ def _parts_of_dy(
     g = tl.load(g_ptrs, mask=m, other=0.0)
     mask, y = g, g
     if mask_ptrs is not None:
-        if BITS:
-            bytes_ = tl.cdiv(K, 8)
-            m_byte = m_in[:, None] & (tl.arange(0, BLOCK_K // 8) < bytes_)[None, :]
-            mask = tl.load(mask_ptrs, mask=m_byte, other=0)
+        if WORD > 0:
+            m_word = m_in[:, None] & (tl.arange(0, BLOCK_K // WORD) * WORD < K)[None, :]
+            mask = tl.load(mask_ptrs, mask=m_word, other=0)
         else:
             mask = tl.load(mask_ptrs, mask=m, other=0.0)
     if y_ptrs is not None:
@@ -99,7 +98,8 @@ def conv_backward_kernel(
     x_row = row_of(x_row, C, C_MULTIPLE)
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     TAPS: tl.constexpr = R * S
-    BITS: tl.constexpr = mask_ptr is not None and mask_ptr.dtype.element_ty == tl.uint8
+    BITS: tl.constexpr = mask_ptr is not None and mask_ptr.dtype.element_ty.is_int()
+    WORD: tl.constexpr = mask_ptr.dtype.element_ty.primitive_bitwidth if BITS else 0
     # Programs of the same pixels run side by side, so that the dy of one is the cache's for the others.
     pieces = tl.cdiv(C, BLOCK_C)
     i_part, i_c = tl.program_id(0) // pieces, tl.program_id(0) % pieces
@@ -133,7 +133,8 @@ def conv_backward_kernel(
         mask_ptrs, y_ptrs = None, None
         if mask_ptr is not None:
             if BITS:
-                mask_ptrs = mask_ptr + (o_dy * tl.cdiv(K, 8))[:, None] + tl.arange(0, BLOCK_K // 8)[None, :]
+                o_word = tl.arange(0, BLOCK_K // WORD) * WORD
+                mask_ptrs = word_pointers(mask_ptr, 0, o_dy, o_word, pixels // (H * W) * P * Q, K)
             else:
                 mask_ptrs = mask_ptr + (o_dy * K)[:, None] + o_k[None, :]
         if y_ptr is not None:
@@ -141,13 +142,13 @@ def conv_backward_kernel(
         m_in = m_row
         if WINDOWED:
             m_in = m_row & (o_p >= 0) & (o_p < P) & (o_q >= 0) & (o_q < Q)
-        g, mask, y = _parts_of_dy(g_ptrs, mask_ptrs, y_ptrs, m_in, K, BITS, BLOCK_K)
+        g, mask, y = _parts_of_dy(g_ptrs, mask_ptrs, y_ptrs, m_in, K, WORD, BLOCK_K)
         w_ptrs = w_ptr + (o_k * (TAPS * C))[:, None] + o_c[None, :]
         acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
         summed = ()
         for i_tap in tl.static_range(TAPS):
             if mask_ptr is not None:
-                g = tl.where(unpacked(mask, BLOCK_PIXELS, BLOCK_K) if BITS else mask > 0, g, 0.0)
+                g = tl.where(unpacked(mask, 0, BLOCK_PIXELS, BLOCK_K, WORD) if BITS else mask > 0, g, 0.0)
             dy = g
             if mask_ptr is None and p_ptr is None:
                 # Through registers: of a copy that arrives in shared memory for both products Triton 3.8 keeps one
@@ -175,10 +176,10 @@ def conv_backward_kernel(
                 if not POOLED:
                     g_ptrs += rows * K
                 if mask_ptr is not None:
-                    mask_ptrs += rows * (tl.cdiv(K, 8) if BITS else K)
+                    mask_ptrs += rows * (1 if WORD == 32 else tl.cdiv(K, 8) if BITS else K)
                 if y_ptr is not None:
                     y_ptrs += rows * K
-                g, mask, y = _parts_of_dy(g_ptrs, mask_ptrs, y_ptrs, m_in, K, BITS, BLOCK_K)
+                g, mask, y = _parts_of_dy(g_ptrs, mask_ptrs, y_ptrs, m_in, K, WORD, BLOCK_K)
             w = tl.load(w_ptrs, mask=m_k[:, None] & m_c[None, :], other=0.0)
             w_ptrs += C
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)
@@ -189,12 +190,14 @@ def conv_backward_kernel(
             if ADD_FIRST is None:
                 o_add = o_n if ADD_POOLED else o_at
                 acc += load_masked_rows(
-                    add_ptr, add_mask_ptr, 0, o_add, o_at, i_c * BLOCK_C, m_row, C, C, C, BLOCK_PIXELS, BLOCK_C
-                )
+                    add_ptr, add_mask_ptr, 0, o_add, o_at, i_c * BLOCK_C, m_row, C, pixels, C, C, True, BLOCK_PIXELS,
+                    BLOCK_C,
+                )  # fmt: skip
             else:
                 acc += load_zero_padded_grad(
-                    add_ptr, add_mask_ptr, o_n, o_pixel // W % H, o_pixel % W, m_row, i_c * BLOCK_C, C, add_C, add_P,
-                    add_Q, add_stride_h, add_stride_w, ADD_FIRST, ADD_MULTIPLE, ADD_POOLED, BLOCK_PIXELS, BLOCK_C,
+                    add_ptr, add_mask_ptr, o_n, o_pixel // W % H, o_pixel % W, m_row, i_c * BLOCK_C, C,
+                    pixels // (H * W), add_C, add_P, add_Q, add_stride_h, add_stride_w, ADD_FIRST, ADD_MULTIPLE,
+                    ADD_POOLED, BLOCK_PIXELS, BLOCK_C,
                 )  # fmt: skip
         if part_g_ptr is not None:
             # Behind the ReLU of u as it was rounded: what became zero then has no gradient.

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .bn_statistics import store_tile_statistics
 from .contraction import SIZES, contract, tile_of
-from .relu_mask import packed
+from .relu_mask import packed, word_pointers
 from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded
 
@@ -37,7 +37,7 @@ def conv_bn_act_kernel(
     second_scale_ptr,  # (groups * K,) fp32, of its output, or None
     second_shift_ptr,  # (groups * K,) fp32, or None
     z_ptr,  # (pixels, groups * K) out
-    mask_ptr,  # (pixels, ceil(groups * K / 8)) uint8 out, bits of z > 0; None: not wanted
+    mask_ptr,  # bits of z > 0 out, as in `word_pointers`; None: not wanted
     count_ptr,  # (tiles,) fp32 out, pixels of each tile; None: no statistics of z
     mean_ptr,  # (tiles, groups * K) fp32 out
     m2_ptr,  # (tiles, groups * K) fp32 out
@@ -142,15 +142,13 @@ def conv_bn_act_kernel(
     z = z.to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + first * (groups * K) + o, z, mask=m)
     if mask_ptr is not None:
-        # A byte's channels have to lie in one tile: 8 divides its bounds, or it is the only one along the channels.
-        bytes_ = tl.cdiv(groups * K, 8)
-        o_byte = i_k % tl.cdiv(GROUPS_PER_TILE * K, BLOCK_K) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-        m = m_row[:, None] & (o_byte * 8 < GROUPS_PER_TILE * K)[None, :]
-        o_byte += i_group * K // 8
-        m &= (o_byte < bytes_)[None, :]
-        inside = tl.where(m_out[None, :], z, 0.0)
-        o = o_row[:, None] * bytes_ + o_byte[None, :]
-        tl.store(mask_ptr + first * bytes_ + o, packed(inside, BLOCK_PIXELS, BLOCK_K), mask=m)
+        # A word's channels have to lie in one tile: WORD divides its bounds, or it is the only one along the channels.
+        WORD: tl.constexpr = mask_ptr.dtype.element_ty.primitive_bitwidth
+        o_c = i_k % tl.cdiv(GROUPS_PER_TILE * K, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K // WORD) * WORD
+        m_c = (o_c < GROUPS_PER_TILE * K) & (i_group * K + o_c < groups * K)
+        words = packed(tl.where(m_out[None, :], z, 0.0), mask_ptr, BLOCK_PIXELS, BLOCK_K)
+        words_at = word_pointers(mask_ptr, first, o_row, i_group * K + o_c, pixels, groups * K)
+        tl.store(words_at, words, mask=m_row[:, None] & m_c[None, :])
     if mean_ptr is not None:
         count = tl.minimum(pixels - first, BLOCK_PIXELS)
         store_tile_statistics(z, m_row, m_out, count, i_pixel, o_out, groups * K, count_ptr, mean_ptr, m2_ptr, i_k == 0)

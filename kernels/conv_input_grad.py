@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .contraction import SIZES, contract, kept, of_channels, tile_of, widened
-from .relu_mask import load_masked_rows, load_open, unpacked
+from .relu_mask import load_masked_rows, load_open, unpacked, word_pointers
 from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded_grad
 
@@ -34,6 +34,26 @@ def _first_tap(
         tap = WINDOW - 1 - i
         first = tl.where((remainder + pad - tap * dilation) % stride == 0, tap, first)
     return first
+
+
+@triton.jit
+def _load_tile(
+    pointers,  # (BLOCK_PIXELS, n)
+    m_in,  # (BLOCK_PIXELS,) where there is dy, if WINDOWED
+    m_k,  # (n,) what belongs to the tile's groups, unless EVEN_K
+    WINDOWED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """What is there, zero elsewhere, with no more masks than are needed."""
+    if WINDOWED and EVEN_K:
+        tile = tl.load(pointers, mask=m_in[:, None], other=0)
+    elif WINDOWED:
+        tile = tl.load(pointers, mask=m_in[:, None] & m_k[None, :], other=0)
+    elif EVEN_K:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=m_k[None, :], other=0)
+    return tile
 
 
 @triton.jit
@@ -59,6 +79,7 @@ def _contract_gradient(
     column_step,
     i_group,
     o_c,  # (BLOCK_C,) input channels, counted from the first of the group
+    images,
     groups,
     C,
     K,
@@ -85,13 +106,13 @@ def _contract_gradient(
     g_ptrs = g_ptr + (o_g * (groups * K))[:, None] + o_in
     if q_ptr is not None:
         y_ptrs = y_ptr + (o_row * (groups * K))[:, None] + o_in
-    if mask_ptr is not None:
-        BITS: tl.constexpr = mask_ptr.dtype.element_ty == tl.uint8
-        width = tl.cdiv(groups * K, 8) if BITS else groups * K
-        if BITS:
-            mask_ptrs = mask_ptr + (o_row * width)[:, None] + (i_group * K // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
-        else:
-            mask_ptrs = mask_ptr + (o_row * width)[:, None] + o_in
+    BITS: tl.constexpr = mask_ptr is not None and mask_ptr.dtype.element_ty.is_int()
+    if BITS:
+        WORD: tl.constexpr = mask_ptr.dtype.element_ty.primitive_bitwidth
+        SPAN: tl.constexpr = WORD if WORD < BLOCK_K else BLOCK_K
+        o_word = tl.arange(0, BLOCK_K // SPAN) * SPAN
+    elif mask_ptr is not None:
+        mask_ptrs = mask_ptr + (o_row * (groups * K))[:, None] + o_in
     live = 1
     if GROUPS_PER_TILE > 1:
         live = tl.minimum(GROUPS_PER_TILE, groups - i_group)  # the last tile may hold fewer groups
@@ -117,30 +138,20 @@ def _contract_gradient(
     for _ in range(taps_r * taps_s * pieces):
         o_tap = -(i_r * row_step * Q + i_s * column_step)
         m_k = k + o_d < depth
+        m_in = None
         if WINDOWED:
             m_in = ((rows >> i_r) & (columns >> i_s) & 1) != 0
         o = o_tap * (groups * K) + k
         o_pooled = k if POOLED else o
-        if WINDOWED and EVEN_K:
-            dy = tl.load(g_ptrs + o_pooled, mask=m_in[:, None], other=0.0)
-        elif WINDOWED:
-            dy = tl.load(g_ptrs + o_pooled, mask=m_in[:, None] & m_k[None, :], other=0.0)
-        elif EVEN_K:
-            dy = tl.load(g_ptrs + o_pooled)
-        else:
-            dy = tl.load(g_ptrs + o_pooled, mask=m_k[None, :], other=0.0)
+        dy = _load_tile(g_ptrs + o_pooled, m_in, m_k, WINDOWED, EVEN_K)
         if mask_ptr is not None:
             if BITS:
-                m_byte = k + tl.arange(0, BLOCK_K // 8) * 8 < depth
-                if WINDOWED:
-                    bits = tl.load(mask_ptrs + (o_tap * width + k // 8), mask=m_in[:, None] & m_byte[None, :], other=0)
-                else:
-                    bits = tl.load(mask_ptrs + (o_tap * width + k // 8), mask=m_byte[None, :], other=0)
-                open_ = unpacked(bits, BLOCK_PIXELS, BLOCK_K)
-            elif WINDOWED:
-                open_ = tl.load(mask_ptrs + o, mask=m_in[:, None] & m_k[None, :], other=0.0) > 0
+                first_k = i_group * K + k
+                words_at = word_pointers(mask_ptr, o_tap, o_row, first_k + o_word, images * P * Q, groups * K)
+                words = _load_tile(words_at, m_in, k + o_word < depth, WINDOWED, EVEN_K)
+                open_ = unpacked(words, 0 if SPAN == WORD else first_k % WORD, BLOCK_PIXELS, BLOCK_K, SPAN)
             else:
-                open_ = tl.load(mask_ptrs + o, mask=m_k[None, :], other=0.0) > 0
+                open_ = _load_tile(mask_ptrs + o, m_in, m_k, WINDOWED, EVEN_K) > 0
             if p_ptr is None:
                 dy = tl.where(open_, dy, 0.0)
         if p_ptr is not None:
@@ -150,15 +161,7 @@ def _contract_gradient(
             o_k = i_group * K + k + o_d
             formed *= of_channels(p_ptr, o_k, m_k, EVEN_K)
             if q_ptr is not None:
-                if WINDOWED and EVEN_K:
-                    y = tl.load(y_ptrs + o, mask=m_in[:, None], other=0.0)
-                elif WINDOWED:
-                    y = tl.load(y_ptrs + o, mask=m_in[:, None] & m_k[None, :], other=0.0)
-                elif EVEN_K:
-                    y = tl.load(y_ptrs + o)
-                else:
-                    y = tl.load(y_ptrs + o, mask=m_k[None, :], other=0.0)
-                y = widened(y, PAIRS)
+                y = widened(_load_tile(y_ptrs + o, m_in, m_k, WINDOWED, EVEN_K), PAIRS)
                 if mean_ptr is not None:
                     y -= of_channels(mean_ptr, o_k, m_k, EVEN_K)
                 formed += y * of_channels(q_ptr, o_k, m_k, EVEN_K) + of_channels(r_ptr, o_k, m_k, EVEN_K)
@@ -298,8 +301,8 @@ def conv_input_grad_kernel(
         o_at = first + o_row
     acc = _contract_gradient(
         g_ptr, mask_ptr, y_ptr, p_ptr, q_ptr, r_ptr, mean_ptr, w_ptr, o_n, o_p, o_q, first_r, first_s, step_r, step_s,
-        taps_r, taps_s, row_step, column_step, i_group, o_c, groups, C, K, P, Q, R, S, WINDOWED, POOLED,
-        GROUPS_PER_TILE, EVEN_K, EVEN_C, PAIRS, "tf32" if TF32 else "ieee", BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+        taps_r, taps_s, row_step, column_step, i_group, o_c, pixels // (H * W), groups, C, K, P, Q, R, S, WINDOWED,
+        POOLED, GROUPS_PER_TILE, EVEN_K, EVEN_C, PAIRS, "tf32" if TF32 else "ieee", BLOCK_PIXELS, BLOCK_C, BLOCK_K,
     )  # fmt: skip
 
     o_out = i_group * C + o_c
@@ -329,21 +332,23 @@ def conv_input_grad_kernel(
         if ADD_FIRST is None:
             o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
             acc += load_masked_rows(
-                add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, groups * C, groups * C, BLOCK_PIXELS,
-                BLOCK_C,
+                add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, pixels, groups * C, groups * C, True,
+                BLOCK_PIXELS, BLOCK_C,
             )  # fmt: skip
         else:
             if not STRIDED:
                 o_h, o_w = seen // W % H, seen % W
             acc += load_zero_padded_grad(
-                add_ptr, add_mask_ptr, o_n, o_h, o_w, m_row, first_c, last_c, add_C, add_P, add_Q, add_stride_h,
-                add_stride_w, ADD_FIRST, ADD_MULTIPLE, ADD_POOLED, BLOCK_PIXELS, BLOCK_C,
+                add_ptr, add_mask_ptr, o_n, o_h, o_w, m_row, first_c, last_c, pixels // (H * W), add_C, add_P, add_Q,
+                add_stride_h, add_stride_w, ADD_FIRST, ADD_MULTIPLE, ADD_POOLED, BLOCK_PIXELS, BLOCK_C,
             )  # fmt: skip
     if part_g_ptr is not None:
         y = tl.load(x_ptr + o_x if raw_ptr is None else raw_ptr + o, mask=m, other=0.0)
         wide_y = y.to(tl.float32)
         if open_ptr is not None:
-            open_ = load_open(open_ptr, 0, o_at, first_c, m_row, last_c, groups * C, BLOCK_PIXELS, BLOCK_C)
+            open_ = load_open(
+                open_ptr, 0, o_at, first_c, m_row, last_c, pixels, groups * C, True, BLOCK_PIXELS, BLOCK_C
+            )
         elif raw_ptr is not None:
             open_ = tl.load(x_ptr + o_x, mask=m, other=0.0) > 0
         else:

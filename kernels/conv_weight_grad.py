@@ -112,7 +112,9 @@ def conv_weight_grad_kernel(
             o = o_pixel[:, None] * (groups * K) + o_k[None, :]
             dy = tl.load(g_ptr + first * (groups * K) + o, mask=m_row[:, None] & m_k[None, :], other=0.0)
         else:
-            dy = load_masked(g_ptr, mask_ptr, first, i_k, m_row, image, groups * K, groups * K, BLOCK_PIXELS, BLOCK_K)
+            dy = load_masked(
+                g_ptr, mask_ptr, first, i_k, m_row, image, pixels, groups * K, groups * K, BLOCK_PIXELS, BLOCK_K
+            )
             if p_ptr is not None:
                 dy *= tl.load(p_ptr + o_k, mask=m_k, other=0.0)[None, :]
             if q_ptr is not None:

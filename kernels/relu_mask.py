@@ -1,4 +1,8 @@
-"""The ReLU's open positions inside a tile of rows: eight channels to a byte, or the rectified output itself."""
+"""The ReLU's open positions inside a tile of rows: a bit for each, or the rectified output itself.
+
+Where 32 divides the channels, bits are words of 32 channels, and the words of the same channels lie one after the other
+for all rows: tiles of a few channels read and write whole sectors. Elsewhere rows are bytes of 8 channels.
+"""
 
 import triton
 import triton.language as tl
@@ -7,53 +11,83 @@ import triton.language as tl
 @triton.jit
 def packed(
     z,  # (BLOCK_ROWS, BLOCK_C) rectified tile
+    mask_ptr,  # where its words will go
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(BLOCK_ROWS, BLOCK_C // 8) bytes: bit j of byte b is set where z is positive in channel 8 b + j."""
-    open_ = tl.reshape((z > 0).to(tl.int32), (BLOCK_ROWS, BLOCK_C // 8, 8))
-    return tl.sum(open_ << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+    """(BLOCK_ROWS, BLOCK_C // WORD) words: bit j of word i is set where z is positive in channel WORD i + j."""
+    WORD: tl.constexpr = mask_ptr.dtype.element_ty.primitive_bitwidth
+    open_ = tl.reshape((z > 0).to(tl.int32), (BLOCK_ROWS, BLOCK_C // WORD, WORD))
+    return tl.sum(open_ << tl.arange(0, WORD)[None, None, :], axis=2).to(mask_ptr.dtype.element_ty)
 
 
 @triton.jit
 def unpacked(
-    bits,  # (BLOCK_ROWS, BLOCK_C // 8) bytes
+    words,  # (BLOCK_ROWS, BLOCK_C // SPAN)
+    first_bit,  # that SPAN of them begin with in each word: a number, or (BLOCK_C // SPAN,)
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """(BLOCK_ROWS, BLOCK_C) bool: what `packed` packed."""
-    bits = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    shifts = (first_bit + tl.zeros((BLOCK_C // SPAN,), tl.int32))[:, None] + tl.arange(0, SPAN)[None, :]
+    bits = (words.to(tl.int32)[:, :, None] >> shifts[None, :, :]) & 1
     return tl.reshape(bits, (BLOCK_ROWS, BLOCK_C)) != 0
 
 
 @triton.jit
-def load_open(
-    mask_ptr,  # (rows, ceil(C / 8)) uint8 bits
+def word_pointers(
+    mask_ptr,  # int32 (C // 32, rows), or uint8 (rows, ceil(C / 8)), bits
     first,  # int64, the row that these are counted from
     o_row,  # (BLOCK_ROWS,) rows
-    first_c,  # the tile's first channel, a multiple of 8
+    o_c,  # a channel of each word
+    rows,  # of the whole tensor
+    C,
+):
+    """(BLOCK_ROWS, words) where the bits of these rows and channels are."""
+    if mask_ptr.dtype.element_ty == tl.int32:
+        pointers = (mask_ptr + first + (o_c // 32).to(tl.int64) * rows)[None, :] + o_row[:, None]
+    else:
+        bytes_ = tl.cdiv(C, 8)
+        pointers = mask_ptr + first * bytes_ + (o_row[:, None] * bytes_ + (o_c // 8)[None, :])
+    return pointers
+
+
+@triton.jit
+def load_open(
+    mask_ptr,  # bits, as in `word_pointers`
+    first,  # int64, the row that these are counted from
+    o_row,  # (BLOCK_ROWS,) rows
+    first_c,  # the tile's first channel, a multiple of 8; of the tile's width or of 32, if ALIGNED
     m_row,  # (BLOCK_ROWS,) rows inside the tensor
     last_c,  # channels from here on are outside
+    rows,  # of the whole tensor
     C,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """(BLOCK_ROWS, BLOCK_C) bool: where the ReLU was open."""
-    bytes_ = tl.cdiv(C, 8)
-    o_byte = first_c // 8 + tl.arange(0, BLOCK_C // 8)
-    m = m_row[:, None] & (o_byte < tl.cdiv(last_c, 8))[None, :]
-    o = o_row[:, None] * bytes_ + o_byte[None, :]
-    return unpacked(tl.load(mask_ptr + first * bytes_ + o, mask=m, other=0), BLOCK_ROWS, BLOCK_C)
+    WORD: tl.constexpr = mask_ptr.dtype.element_ty.primitive_bitwidth
+    # In small tiles threads that share a word take parts of it: a warp that has none would load another's again.
+    EACH: tl.constexpr = BLOCK_ROWS * BLOCK_C // 256
+    WIDEST: tl.constexpr = WORD if EACH >= WORD else 16 if EACH >= 16 and WORD == 32 else 8
+    SPAN: tl.constexpr = 8 if not ALIGNED else WIDEST if WIDEST < BLOCK_C else BLOCK_C
+    o_c = first_c + tl.arange(0, BLOCK_C // SPAN) * SPAN
+    m = m_row[:, None] & (o_c < last_c)[None, :]
+    words = tl.load(word_pointers(mask_ptr, first, o_row, o_c, rows, C), mask=m, other=0)
+    return unpacked(words, 0 if SPAN == WORD else o_c % WORD, BLOCK_ROWS, BLOCK_C, SPAN)
 
 
 @triton.jit
 def load_masked(
     g_ptr,  # (rows, C) gradient at a rectified output
-    mask_ptr,  # (rows, ceil(C / 8)) uint8 bits, or (rows, C) the rectified output, or None: nothing to mask
+    mask_ptr,  # bits as in `word_pointers`, or (rows, C) the rectified output, or None: nothing to mask
     first,  # int64, the tile's first row
     i_c,  # which piece of the channels
     m_row,  # (BLOCK_ROWS,) rows inside the tensor
     image,  # rows that share one of g, which is (rows // image, C) then; None: each has its own
+    rows,  # of the whole tensor
     C,
     g_row,  # elements from one row of g to the next
     BLOCK_ROWS: tl.constexpr,
@@ -67,7 +101,7 @@ def load_masked(
     else:
         g_ptr += first * g_row
     return load_masked_rows(
-        g_ptr, mask_ptr, first, o_g, o_row, i_c * BLOCK_C, m_row, C, C, g_row, BLOCK_ROWS, BLOCK_C
+        g_ptr, mask_ptr, first, o_g, o_row, i_c * BLOCK_C, m_row, C, rows, C, g_row, True, BLOCK_ROWS, BLOCK_C
     )  # fmt: skip
 
 
@@ -78,11 +112,13 @@ def load_masked_rows(
     first,  # int64, the row that those of the mask are counted from
     o_g,  # (BLOCK_ROWS,) rows of g
     o_row,  # (BLOCK_ROWS,) rows of the mask
-    first_c,  # the tile's first channel, a multiple of 8 where there are bits
+    first_c,  # the tile's first channel, where there are bits as `load_open` wants it
     m_row,  # (BLOCK_ROWS,) rows inside the tensors
     last_c,  # channels from here on are outside
+    rows,  # of the mask
     C,
     g_row,  # elements from one row of g to the next
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -91,8 +127,8 @@ def load_masked_rows(
     m = m_row[:, None] & (o_c < last_c)[None, :]
     g = tl.load(g_ptr + o_g[:, None] * g_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     if mask_ptr is not None:
-        if mask_ptr.dtype.element_ty == tl.uint8:
-            open_ = load_open(mask_ptr, first, o_row, first_c, m_row, last_c, C, BLOCK_ROWS, BLOCK_C)
+        if mask_ptr.dtype.element_ty.is_int():
+            open_ = load_open(mask_ptr, first, o_row, first_c, m_row, last_c, rows, C, ALIGNED, BLOCK_ROWS, BLOCK_C)
         else:
             open_ = tl.load(mask_ptr + first * C + o_row[:, None] * C + o_c[None, :], mask=m, other=0.0) > 0
         g = tl.where(open_, g, 0.0)
@@ -117,6 +153,6 @@ def relu_backward_kernel(
     first = i_row.to(tl.int64) * BLOCK_ROWS
     o_row, o_c = tl.arange(0, BLOCK_ROWS), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_row = o_row < rows - first
-    g = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, C, C, BLOCK_ROWS, BLOCK_C)
+    g = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, C, BLOCK_ROWS, BLOCK_C)
     o = first * C + o_row[:, None] * C + o_c[None, :]
     tl.store(out_ptr + o, g.to(out_ptr.dtype.element_ty), mask=m_row[:, None] & (o_c < C)[None, :])

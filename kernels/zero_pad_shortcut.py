@@ -40,6 +40,7 @@ def load_zero_padded_grad(
     m_row,  # (BLOCK_ROWS,) which of them exist
     first_c,  # the tile's first channel of the input
     last_c,  # channels from here on are outside
+    images,
     K,
     P,
     Q,
@@ -57,5 +58,6 @@ def load_zero_padded_grad(
     o_row = (o_n.to(tl.int64) * P + o_h // stride_h) * Q + o_w // stride_w
     o_g = o_n.to(tl.int64) if POOLED else o_row
     return load_masked_rows(
-        g_ptr, mask_ptr, 0, o_g, o_row, first_c + FIRST, m_row, last_c + FIRST, K, K, BLOCK_ROWS, BLOCK_C
-    )
+        g_ptr, mask_ptr, 0, o_g, o_row, first_c + FIRST, m_row, last_c + FIRST, images * P * Q, K, K, False, BLOCK_ROWS,
+        BLOCK_C,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from ..ops.contract import ConvInput, OutputGrad, Producer, channels_last
 from ..ops.conv_bn_act import conv_bn_act
 from ..ops.conv_forward import conv_forward, formed
 from ..ops.conv_input_grad import ProducerGrad
+from ..ops.relu_mask import is_bits
 from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad
 from ..plan import Schedule
 from .layer import (
@@ -194,9 +195,8 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
 
 def _reducible(main: Branch, z: Tensor, mask: Tensor | None, spec: ChainSpec) -> bool:
     """Whether the gradient at a chain's end has sums that the last pass of the block behind it can make."""
-    bits = mask is not None and mask.dtype == torch.uint8
     written = main.y is not None and main.y.dtype == z.dtype
-    return written and bits and spec.schedule.statistics and spec.layers[-1].norm.batch_stats
+    return written and is_bits(mask) and spec.schedule.statistics and spec.layers[-1].norm.batch_stats
 
 
 def _needs(ctx: Any, spec: ChainSpec) -> tuple[list[Needs], bool]:

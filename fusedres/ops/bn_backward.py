@@ -10,7 +10,7 @@ from ..launch import launch
 from ..plan.tiles import MOST_PARTS, PartialTile
 from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
 from .op import Op
-from .relu_mask import gradient, laid_out, relu_backward
+from .relu_mask import gradient, is_bits, laid_out, relu_backward
 from .rows import empty_rows, in_rows, launch_reduction, launch_rows, pitch_of, reduction_parts, storable
 from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
 
@@ -170,7 +170,7 @@ def gradient_arguments(dy: OutputGrad, layout: Callable[[Tensor], Tensor] = chan
 
 def operands_of(dy: OutputGrad) -> int:
     """How many tensors of dy's size and dtype a kernel reads to form it."""
-    return 1 + (dy.q is not None) + (dy.mask is not None and dy.mask.dtype != torch.uint8)
+    return 1 + (dy.q is not None) + (dy.mask is not None and not is_bits(dy.mask))
 
 
 @bn_backward_apply.triton

@@ -36,7 +36,7 @@ from .conv_weight_grad import conv_weight_grad, parts_summed
 from .features import FeatureGrads
 from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
 from .op import Op
-from .relu_mask import gradient, is_pooled, laid_out
+from .relu_mask import gradient, is_bits, is_pooled, laid_out
 from .rows import in_rows, pitch_of
 from .zero_pad_shortcut import Added, added_geometry, added_read
 
@@ -155,8 +155,7 @@ def _narrow(
     other = from_elsewhere(add)
     unpacked = other is not None and (producer or is_pooled(other.g))
     masks = [dy.mask, other.mask if other is not None and unpacked else None]
-    bits = any(mask is not None and mask.dtype == torch.uint8 for mask in masks)
-    tile = backward_tile(shape, target_of(weight), bits=bits)
+    tile = backward_tile(shape, target_of(weight), bits=any(map(is_bits, masks)))
     return None if tile is None else (shape, tile)
 
 

@@ -14,7 +14,7 @@ from .contractions import Contracted, bytes_in_windows, contracted, why_no_kerne
 from .conv_forward import accumulated, conv_forward, formed
 from .op import Op
 from .relu_mask import pack_relu_mask
-from .rows import empty_mask, empty_partials, empty_rows, storable
+from .rows import empty_mask, empty_partials, empty_rows, storable, word_channels
 from .zero_pad_shortcut import ZeroPadded, residual_arguments, residual_read, shortcut_input, written
 
 
@@ -129,7 +129,7 @@ def _conv_bn_act_triton(
 
     joined = residual is not None or bit_mask
     conv = contracted(main.u, main.weight, main.geometry, second=second is not None, joined=joined)
-    if bit_mask and conv.shape.groups > 1 and conv.tile.groups_per_tile * conv.shape.k % 8:
+    if bit_mask and conv.shape.groups > 1 and conv.tile.groups_per_tile * conv.shape.k % word_channels(conv.size[1]):
         return NotImplemented
     z = empty_rows(main.u.tensor, output_dtype(main.weight, residual, residual_scale), conv.size)
     mask = empty_mask(z) if bit_mask else None

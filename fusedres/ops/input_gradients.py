@@ -13,8 +13,8 @@ from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, maske
 from .contract import ConvInput, Geometry, OutputGrad, Producer, channels_last, pixels
 from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, in_pairs, window_arguments
 from .features import FeatureGrads
-from .relu_mask import gradient, is_pooled, laid_out
-from .rows import empty_rows, in_rows, pitch_of, storable
+from .relu_mask import gradient, is_bits, is_pooled, laid_out
+from .rows import empty_rows, in_rows, pitch_of, storable, word_channels
 from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
 
 
@@ -92,9 +92,9 @@ def launch_input_grad(
     target = target_of(weight)
     tile = conv_tile(shape, target)
     packed, per_tile = tile.groups_per_tile, tile.groups_per_tile * shape.c
-    if groups > 1 and packed * shape.c % 8 and dy.mask is not None and dy.mask.dtype == torch.uint8:
+    if groups > 1 and is_bits(dy.mask) and packed * shape.c % word_channels(weight.shape[0]):
         dy = dy._replace(g=masked(dy), mask=None)
-    split = groups > 1 and packed * shape.k % 8 != 0
+    split = groups > 1 and packed * shape.k % word_channels(c) != 0
     other = from_elsewhere(add, split)
     out = written_to(dy.g, weight, size, add, features)
     classes = math.prod(stride)
@@ -170,12 +170,11 @@ def written_to(
 
 
 def from_elsewhere(add: Added | None, split: bool = False) -> OutputGrad | None:
-    """``add`` as the kernel reads it; ``split``: whether a byte of its bits may belong to two tiles."""
+    """``add`` as the kernel reads it; ``split``: whether a word of its bits may belong to two tiles."""
     if add is None:
         return None
     grad = add.grad if isinstance(add, ZeroPaddedGrad) else add
-    bits = grad.mask is not None and grad.mask.dtype == torch.uint8
-    if bits and (split or (isinstance(add, ZeroPaddedGrad) and add.places.start % 8)):
+    if is_bits(grad.mask) and (split or (isinstance(add, ZeroPaddedGrad) and add.places.start % 8)):
         return OutputGrad(masked(grad))
     return grad
 

@@ -1,4 +1,4 @@
-"""The ReLU's open positions, eight to a byte, and gradients passed through them."""
+"""The ReLU's open positions, a bit for each, and gradients passed through them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .contract import channels_last
 from .op import Op
-from .rows import empty_rows, launch_rows, storable
+from .rows import empty_rows, launch_rows, storable, word_channels
 
 
 def pack_relu_mask(z: Tensor) -> Tensor:
@@ -18,18 +18,27 @@ def pack_relu_mask(z: Tensor) -> Tensor:
         z: (N, C, H, W) floating point.
 
     Returns:
+        Where 32 divides C, (C / 32, N, H, W) int32: bit j of word i belongs to channel 32 i + j. Elsewhere
         (N, H, W, ceil(C / 8)) uint8: bit j of byte b belongs to channel 8 b + j; bits past C are zero.
     """
     open_ = (z > 0).permute(0, 2, 3, 1)
     open_ = torch.nn.functional.pad(open_, (0, -open_.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = 2 ** torch.arange(8, device=z.device, dtype=torch.uint8)
-    return (open_ * weights).sum(-1, dtype=torch.uint8)
+    packed = (open_ * weights).sum(-1, dtype=torch.uint8)
+    # Bytes of a word begin with the lowest, on every machine that torch supports.
+    return packed.view(torch.int32).permute(3, 0, 1, 2).contiguous() if word_channels(z.shape[1]) == 32 else packed
 
 
 def unpack_relu_mask(mask: Tensor, channels: int) -> Tensor:
     """The (N, channels, H, W) bool tensor that `pack_relu_mask` packed."""
-    bits = mask.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)
+    packed = mask.permute(1, 2, 3, 0).contiguous().view(torch.uint8) if mask.dtype == torch.int32 else mask
+    bits = packed.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)
     return (bits & 1).flatten(-2)[..., :channels].permute(0, 3, 1, 2).bool()
+
+
+def is_bits(mask: Tensor | None) -> bool:
+    """Whether a mask is `pack_relu_mask`'s and not the rectified output."""
+    return mask is not None and not mask.is_floating_point()
 
 
 def _relu_backward(g: Tensor, mask: Tensor, *, scratch: bool = False) -> Tensor:
@@ -43,7 +52,7 @@ def _relu_backward(g: Tensor, mask: Tensor, *, scratch: bool = False) -> Tensor:
     Returns:
         (N, C, H, W) in the dtype of ``g``.
     """
-    open_ = unpack_relu_mask(mask, g.shape[1]) if mask.dtype == torch.uint8 else mask > 0
+    open_ = unpack_relu_mask(mask, g.shape[1]) if is_bits(mask) else mask > 0
     return torch.where(open_, g, 0.0)
 
 
@@ -67,7 +76,7 @@ def laid_out(tensor: Tensor | None) -> Tensor | None:
     """An activation or a bit mask with a pixel's channels side by side, as kernels go through it."""
     if tensor is None:
         return None
-    return tensor.contiguous() if tensor.dtype == torch.uint8 else channels_last(tensor)
+    return tensor.contiguous() if is_bits(tensor) else channels_last(tensor)
 
 
 def is_pooled(g: Tensor) -> bool:

@@ -51,7 +51,14 @@ def empty_rows(like: Tensor, dtype: torch.dtype | None = None, size: Sequence[in
 def empty_mask(like: Tensor) -> Tensor:
     """An uninitialised bit mask (`pack_relu_mask`) for an (N, C, H, W) tensor."""
     n, c, h, w = like.shape
+    if word_channels(c) == 32:
+        return torch.empty((c // 32, n, h, w), dtype=torch.int32, device=like.device)
     return torch.empty((n, h, w, -(-c // 8)), dtype=torch.uint8, device=like.device)
+
+
+def word_channels(channels: int) -> int:
+    """Channels whose bits share a word of a mask."""
+    return 32 if channels % 32 == 0 else 8
 
 
 def empty_partials(parts: int, channels: int, device: torch.device) -> Partials:

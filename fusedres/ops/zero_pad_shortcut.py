@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..plan.tiles import alignment
 from .contract import OutputGrad, channels_last, check_activation
-from .relu_mask import is_pooled
+from .relu_mask import is_bits, is_pooled
 
 
 class ZeroPadded(NamedTuple):
@@ -156,8 +156,8 @@ def added_read(add: Added | None, grad: OutputGrad | None) -> dict[str, int]:
     g, mask, places = grad.g, grad.mask, add.places
     n, _, p, q = g.shape
     read = {"add_ptr": (n if is_pooled(g) else n * p * q) * add.size[1] * g.element_size()}
-    if mask is not None and mask.dtype == torch.uint8:
-        read["add_mask_ptr"] = n * p * q * (-(-places.stop // 8) - places.start // 8)
-    elif mask is not None:
-        read["add_mask_ptr"] = n * p * q * add.size[1] * mask.element_size()
+    if mask is not None:
+        channels = 8 * mask.element_size() if is_bits(mask) else 1
+        words = -(-places.stop // channels) - places.start // channels
+        read["add_mask_ptr"] = n * p * q * words * mask.element_size()
     return read

@@ -57,6 +57,8 @@ PER_CHANNEL = {
     "second_x_scale_ptr", "second_x_shift_ptr",
 }  # fmt: skip
 
+MASKS = {"mask_ptr", "add_mask_ptr", "open_ptr"}
+
 
 def covering(cases: Iterable[Any], offset: int = 0, *, contraction: bool = False) -> list[Any]:
     """Parameters (case, target, dtype): one target and dtype for each case in turn, all other combinations slow.
@@ -144,12 +146,9 @@ def check_traffic(launch: Launch, target: str) -> None:
         if constants.get(first) is not None:
             # Some channels of a row or every other row, which begin and end inside of sectors.
             left_out = left_out | {name}
-    if launch.name == "conv_bn_act_kernel" and constants["BLOCK_K"] < 256:
-        # The bits of a tile's channels are a part of a sector, the rest of which the tiles beside it write.
-        left_out = left_out | {"mask_ptr"}
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
-        # The bits of a step's channels are a part of a sector, which comes from the cache for the next steps.
-        left_out = left_out | {"mask_ptr", "add_mask_ptr", "open_ptr"}
+        left_out = left_out | MASKS
+        check_masks(launch)
     if target == "sm_90" and "fp32" in str(launch.specialisation.signature[0]):
         # Its TF32 instruction wants both operands along the depth, and the compiler loads them in that order.
         along_depth = {"conv_weight_grad_kernel": {"x_ptr", "g_ptr"}, "conv_input_grad_kernel": {"w_ptr"}}
@@ -160,6 +159,16 @@ def check_traffic(launch: Launch, target: str) -> None:
     assert sectors <= allowed * ideal, f"{launch.name}: {sectors} sectors, {allowed} x {ideal} allowed; " + ", ".join(
         f"{name} {t.sectors}/{t.ideal_sectors}" for name, t in counters.arguments.items() if t.sectors
     )
+
+
+def check_masks(launch: Launch) -> None:
+    """Bits of a few hundred pixels begin inside of a sector, those of every other pixel fill half of each."""
+    assert launch.counters is not None
+    types, strided = dict(launch.specialisation.signature), dict(launch.specialisation.constants).get("STRIDED", False)
+    for names, traffic in launch.counters.arguments.items():
+        if any(types[name] == "*i32" for name in MASKS.intersection(names.split("/"))):
+            allowed = (4 if strided else 2) * traffic.ideal_sectors + 8
+            assert traffic.sectors <= allowed, f"{launch.name}: {names} {traffic.sectors}, {allowed} allowed"
 
 
 def sector_allowance(launch: Launch) -> float:

@@ -13,7 +13,7 @@ from fusedres.ops.conv_backward import conv_backward, conv_producer_backward
 from fusedres.ops.conv_forward import formed
 from fusedres.ops.conv_input_grad import input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
-from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.relu_mask import is_bits, pack_relu_mask
 from fusedres.plan.backward_tiles import backward_tile
 from fusedres.plan.conv_tiles import ConvShape
 from tests.comparison import LOW
@@ -97,7 +97,7 @@ class Operands:
 
         def to(tensor: Tensor | None) -> Tensor | None:
             vector = tensor is not None and tensor.dim() == 1
-            return tensor if tensor is None or tensor.dtype == torch.uint8 else tensor.to(wide if vector else dtype)
+            return tensor if tensor is None or is_bits(tensor) else tensor.to(wide if vector else dtype)
 
         grad = bn_backward_apply.reference(OutputGrad(*(to(part) for part in self.dy[:-1])))
         source = formed(ConvInput(*(to(part) for part in self.u)))

@@ -11,7 +11,7 @@ from fusedres.ops.bn_backward import added, bn_backward_apply, bn_backward_reduc
 from fusedres.ops.contract import Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.conv_input_grad import conv_input_grad, conv_producer_grad, input_grad
 from fusedres.ops.input_gradients import gradient_shape
-from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.relu_mask import is_bits, pack_relu_mask
 from fusedres.ops.zero_pad_shortcut import ZeroPaddedGrad, zero_pad_size
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
@@ -74,7 +74,7 @@ class Operands:
 
         def to(tensor: Tensor | None) -> Tensor | None:
             vector = tensor is not None and tensor.dim() == 1
-            return tensor if tensor is None or tensor.dtype == torch.uint8 else tensor.to(wide if vector else dtype)
+            return tensor if tensor is None or is_bits(tensor) else tensor.to(wide if vector else dtype)
 
         grad, weight = bn_backward_apply.reference(OutputGrad(*(to(part) for part in self.dy[:-1]))), to(self.weight)
         if tf32:

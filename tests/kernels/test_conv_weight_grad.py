@@ -13,7 +13,7 @@ from fusedres.ops.bn_backward import bn_backward_apply
 from fusedres.ops.contract import ConvInput, Geometry, OutputGrad
 from fusedres.ops.conv_forward import formed
 from fusedres.ops.conv_weight_grad import conv_weight_grad, weight_grad
-from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.relu_mask import is_bits, pack_relu_mask
 from tests.comparison import LOW, assert_close
 from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
@@ -75,7 +75,7 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str) -> None:
         def to(tensor: Tensor | None) -> Tensor | None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             vector = tensor is not None and tensor.dim() == 1
-            return tensor if tensor is None or tensor.dtype == torch.uint8 else tensor.to(wide if vector else dtype)
+            return tensor if tensor is None or is_bits(tensor) else tensor.to(wide if vector else dtype)
 
         grad = bn_backward_apply.reference(OutputGrad(*(to(part) for part in dy[:-1])))
         source = formed(ConvInput(to(u.tensor), to(u.scale), to(u.shift)))

@@ -14,7 +14,7 @@ from fusedres.ops.moments_backward import (
     moments_input_grad,
     moments_producer_grad,
 )
-from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.relu_mask import pack_relu_mask, unpack_relu_mask
 from tests.comparison import assert_close, relative_error
 from tests.kernels.convolutions import as_tf32
 from tests.kernels.executed import activation, covering, executed
@@ -82,8 +82,7 @@ class Setting:
         y = torch.nn.functional.conv2d(u, weight, None, *self.geometry).requires_grad_()
         running = [vector.to(wide) for vector in self.running] if self.form == "frozen" else [None, None]
         out = torch.nn.functional.batch_norm(y, *running, gamma, beta, self.form != "frozen", 0.1, 1e-5)
-        bits = (self.g.mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-        open_ = bits.flatten(-2)[..., : out.shape[1]].permute(0, 3, 1, 2).to(dtype)
+        open_ = unpack_relu_mask(self.g.mask, out.shape[1]).to(dtype)
         dy, dgamma, dbeta = torch.autograd.grad(out, (y, gamma, beta), self.g.g.to(dtype) * open_)
         factors = [tensor.detach() for tensor in (dy, u, weight)]
         if tf32:

@@ -15,6 +15,7 @@ from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad
+from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, conv_tiles, pinned, weight_grad_tiles
 
 Size = tuple[int, int, int, int]
@@ -31,7 +32,7 @@ def formed_input(size: Size, dtype: torch.dtype = torch.float32) -> ConvInput:
 
 
 def bits(size: Size) -> Tensor:
-    return on_meta(size[0], size[2], size[3], size[1] // 8, dtype=torch.uint8)
+    return pack_relu_mask(on_meta(*size))
 
 
 def formed_gradient(size: Size, dtype: torch.dtype = torch.float32, mask: Tensor | None = None) -> OutputGrad:
