@@ -39,7 +39,7 @@ def bn_backward_reduce_kernel(
     sum_gd = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_ROWS):
         m_row = o_row < count - start
-        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, rows, C, C, BLOCK_ROWS, BLOCK_C)
+        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, rows, C, C, False, BLOCK_ROWS, BLOCK_C)
         m = m_row[:, None] & m_c[None, :]
         y = tl.load(y_ptr + (first + start) * C + o, mask=m, other=0.0).to(tl.float32)
         sum_g += g
@@ -153,7 +153,7 @@ def bn_backward_apply_kernel(
     m = m_row[:, None] & m_c[None, :]
     o = o_row[:, None] * C + o_c[None, :]
 
-    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, g_row, BLOCK_ROWS, BLOCK_C)
+    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, g_row, False, BLOCK_ROWS, BLOCK_C)
     dy *= tl.load(p_ptr + o_c, mask=m_c, other=0.0)[None, :]
     if q_ptr is not None:
         o_y = o_row[:, None] * y_row + o_c[None, :]

@@ -34,17 +34,6 @@ def tile_of(
 
 
 @triton.jit
-def formed(
-    x,  # (BLOCK_PIXELS, BLOCK_C) raw tile
-    scale,  # (BLOCK_C,) fp32
-    shift,  # (BLOCK_C,) fp32
-):
-    """relu(x * scale + shift), rounded to the storage dtype; a NaN stays one."""
-    u = x.to(tl.float32) * scale[None, :] + shift[None, :]
-    return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
-
-
-@triton.jit
 def widened(x, PAIRS: tl.constexpr):
     """``x`` in fp32. bf16 is its upper half: one instruction in PTX, where the compiler shifts the half down and up."""
     if PAIRS and x.dtype == tl.bfloat16:
@@ -53,6 +42,18 @@ def widened(x, PAIRS: tl.constexpr):
     else:
         wide = x.to(tl.float32)
     return wide
+
+
+@triton.jit
+def formed(
+    x,  # (BLOCK_PIXELS, BLOCK_C) raw tile
+    scale,  # (1, BLOCK_C) fp32
+    shift,  # (1, BLOCK_C) fp32
+    PAIRS: tl.constexpr,
+):
+    """relu(x * scale + shift), rounded to the storage dtype; a NaN stays one."""
+    u = widened(x, PAIRS) * scale + shift
+    return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
 @triton.jit

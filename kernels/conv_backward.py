@@ -124,7 +124,7 @@ def conv_backward_kernel(
         x = tl.load(x_ptr + o_x, mask=m, other=0.0)
         u = x
         if x_scale_ptr is not None:
-            u = tl.where(m, formed(x, scale, shift), 0.0)
+            u = tl.where(m, formed(x, scale[None, :], shift[None, :], False), 0.0)
 
         o_n, o_p, o_q = o_pixel // (H * W), o_pixel // W % H + pad_h, o_pixel % W + pad_w
         o_dy = (o_n.to(tl.int64) * P + o_p) * Q + o_q
@@ -190,8 +190,8 @@ def conv_backward_kernel(
             if ADD_FIRST is None:
                 o_add = o_n if ADD_POOLED else o_at
                 acc += load_masked_rows(
-                    add_ptr, add_mask_ptr, 0, o_add, o_at, i_c * BLOCK_C, m_row, C, pixels, C, C, True, BLOCK_PIXELS,
-                    BLOCK_C,
+                    add_ptr, add_mask_ptr, 0, o_add, o_at, i_c * BLOCK_C, m_row, C, pixels, C, C, True, False,
+                    BLOCK_PIXELS, BLOCK_C,
                 )  # fmt: skip
             else:
                 acc += load_zero_padded_grad(

@@ -333,7 +333,7 @@ def conv_input_grad_kernel(
             o_add = o_n.to(tl.int64) if ADD_POOLED else o_at
             acc += load_masked_rows(
                 add_ptr, add_mask_ptr, 0, o_add, o_at, first_c, m_row, last_c, pixels, groups * C, groups * C, True,
-                BLOCK_PIXELS, BLOCK_C,
+                False, BLOCK_PIXELS, BLOCK_C,
             )  # fmt: skip
         else:
             if not STRIDED:

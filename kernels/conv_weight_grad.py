@@ -7,7 +7,7 @@ its producer. Each part of the pixels has a workspace of its own; a second kerne
 import triton
 import triton.language as tl
 
-from .contraction import SIZES, formed
+from .contraction import SIZES, formed, kept, of_channels, widened
 from .relu_mask import load_masked
 from .rows import row_of
 from .stem_pool import unpooled
@@ -57,10 +57,14 @@ def conv_weight_grad_kernel(
     PADDED: tl.constexpr,  # whether a window can reach beyond the input
     FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of the window too
     GROUPS_PER_TILE: tl.constexpr,
+    SAME: tl.constexpr,  # whether the input has the output's pixels: stride 1, and as many of them
+    EVEN_PIXELS: tl.constexpr,  # whether BLOCK_PIXELS divides the pixels
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides the output channels
+    EVEN_C: tl.constexpr,  # whether BLOCK_C divides the columns
     SUM_DY: tl.constexpr,  # whether the sum of dy is wanted too
     SUM_U: tl.constexpr,  # whether the sum of u's windows is wanted too; of a single group
     TF32: tl.constexpr,
+    PAIRS: tl.constexpr,  # see `widened`
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -86,64 +90,78 @@ def conv_weight_grad_kernel(
     i_group = i_k * BLOCK_K // K // GROUPS_PER_TILE * GROUPS_PER_TILE
     o_x = i_group * C + o_e
     m_k = tl.full((BLOCK_K,), True, tl.int1) if EVEN_K else o_k < groups * K
-    m_e = o_e < width
+    m_e = tl.full((BLOCK_C,), True, tl.int1) if EVEN_C else o_e < width
     if FLAT:
         # A row of the window is one run of memory.
         row_e, run_e = o_e // (S * C) * dilation_h, o_e % (S * C)
-    else:
+    elif not EVEN_C:
         m_e &= o_x < groups * C
     o_pixel = tl.arange(0, BLOCK_PIXELS)
+    o_g = o_pixel[:, None] * (groups * K) + o_k[None, :]
+    begin = i_part * pixels_per_part
+    # Every coordinate is counted on from step to step: a division would be twenty instructions for each row.
+    COUNTED: tl.constexpr = PADDED or FLAT or not SAME or index_ptr is not None
+    if COUNTED:
+        o_n, o_p, o_q = (begin + o_pixel) // (P * Q), (begin + o_pixel) // Q % P, (begin + o_pixel) % Q
+        step_n, step_p, step_q = BLOCK_PIXELS // (P * Q), BLOCK_PIXELS // Q % P, BLOCK_PIXELS % Q
 
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     sum_dy = tl.zeros((BLOCK_K,), tl.float32)
     sum_u = tl.zeros((BLOCK_C,), tl.float32)
-    begin = i_part * pixels_per_part
     for start in range(begin, tl.minimum(begin + pixels_per_part, pixels), BLOCK_PIXELS):
-        o_row = start + o_pixel
-        m_row = o_row < pixels
         first = start.to(tl.int64)
+        m_row = tl.full((BLOCK_PIXELS,), True, tl.int1) if EVEN_PIXELS else start + o_pixel < pixels
+        m_g = m_row[:, None] & m_k[None, :]
         if index_ptr is not None:
-            o_n, o_p, o_q = o_row // (P * Q), o_row // Q % P, o_row % Q
             dy = unpooled(
                 g_ptr, index_ptr, o_n, o_p, o_q, m_row, o_k, m_k, groups * K, pooled_P, pooled_Q, POOL_R, POOL_S,
                 POOL_STRIDE_H, POOL_STRIDE_W, POOL_PAD_H, POOL_PAD_W, BLOCK_PIXELS, BLOCK_K,
             ).to(g_ptr.dtype.element_ty)  # fmt: skip
         elif p_ptr is None and mask_ptr is None and image is None:
-            o = o_pixel[:, None] * (groups * K) + o_k[None, :]
-            dy = tl.load(g_ptr + first * (groups * K) + o, mask=m_row[:, None] & m_k[None, :], other=0.0)
+            dy = tl.load(g_ptr + first * (groups * K) + o_g, mask=m_g, other=0.0)
         else:
             dy = load_masked(
-                g_ptr, mask_ptr, first, i_k, m_row, image, pixels, groups * K, groups * K, BLOCK_PIXELS, BLOCK_K
+                g_ptr, mask_ptr, first, i_k, m_row, image, pixels, groups * K, groups * K, PAIRS, BLOCK_PIXELS, BLOCK_K
             )
             if p_ptr is not None:
-                dy *= tl.load(p_ptr + o_k, mask=m_k, other=0.0)[None, :]
+                dy *= of_channels(p_ptr, o_k, m_k, EVEN_K)
             if q_ptr is not None:
-                m = m_row[:, None] & m_k[None, :]
-                o = o_pixel[:, None] * (groups * K) + o_k[None, :]
-                y = tl.load(y_ptr + first * (groups * K) + o, mask=m, other=0.0).to(tl.float32)
+                y = widened(tl.load(y_ptr + first * (groups * K) + o_g, mask=m_g, other=0.0), PAIRS)
                 if mean_ptr is not None:
-                    y -= tl.load(mean_ptr + o_k, mask=m_k, other=0.0)[None, :]
-                q = tl.load(q_ptr + o_k, mask=m_k, other=0.0)
-                r = tl.load(r_ptr + o_k, mask=m_k, other=0.0)
+                    y -= of_channels(mean_ptr, o_k, m_k, EVEN_K)
                 # Rows beyond the output are not zero with r; u is there.
-                dy += y * q[None, :] + r[None, :]
+                dy += y * of_channels(q_ptr, o_k, m_k, EVEN_K) + of_channels(r_ptr, o_k, m_k, EVEN_K)
             dy = dy.to(g_ptr.dtype.element_ty)
-        h, w = o_row // Q % P * stride_h - pad_h, o_row % Q * stride_w - pad_w
+        m_in = m_row
+        if COUNTED:
+            h, w = o_p * stride_h - pad_h, o_q * stride_w - pad_w
         if FLAT:
-            o_in = (((o_row // (P * Q)).to(tl.int64) * H + h) * W + w) * C
+            o_in = ((o_n.to(tl.int64) * H + h) * W + w) * C
             at_h, at_w = h[:, None] + row_e[None, :], (w * C)[:, None] + run_e[None, :]
             m = m_row[:, None] & m_e[None, :] & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W * C)
             u = tl.load(x_ptr + o_in[:, None] + (row_e * (W * C) + run_e)[None, :], mask=m, other=0.0)
         else:
-            h, w = h + tap_r * dilation_h, w + tap_s * dilation_w
-            o_in = ((o_row // (P * Q)).to(tl.int64) * H + h) * W + w
-            m_in = m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W) if PADDED else m_row
+            if COUNTED:
+                h, w = h + tap_r * dilation_h, w + tap_s * dilation_w
+            if PADDED:
+                m_in = m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             m = m_in[:, None] & m_e[None, :]
-            u = tl.load(x_ptr + o_in[:, None] * x_row + o_x[None, :], mask=m, other=0.0)
+            if SAME:
+                shift_in = (tap_r * dilation_h - pad_h) * W + tap_s * dilation_w - pad_w
+                u_ptrs = x_ptr + (first + shift_in) * x_row + (o_pixel[:, None] * x_row + o_x[None, :])
+            else:
+                o_in = (o_n.to(tl.int64) * H + h) * W + w
+                u_ptrs = x_ptr + o_in[:, None] * x_row + o_x[None, :]
+            u = tl.load(u_ptrs, mask=m, other=0.0)
         if scale_ptr is not None:
-            scale = tl.load(scale_ptr + o_x, mask=m_e, other=0.0)
-            shift = tl.load(shift_ptr + o_x, mask=m_e, other=0.0)
-            u = tl.where(m, formed(u, scale, shift), 0.0)
+            scale, shift = of_channels(scale_ptr, o_x, m_e, EVEN_C), of_channels(shift_ptr, o_x, m_e, EVEN_C)
+            u = formed(u, scale, shift, PAIRS)
+            if FLAT:
+                u = tl.where(m, u, 0.0)
+            elif PAIRS and (PADDED or not EVEN_PIXELS):
+                u = kept(u, tl.where(m_in, -1, 0)[:, None])
+            elif PADDED or not EVEN_PIXELS:
+                u = tl.where(m_in[:, None], u, 0.0)
         if SUM_DY:  # noqa: SIM102 (a choice of the compiler's, then one of the program's)
             if i_column == 0:
                 sum_dy += tl.sum(dy.to(tl.float32), axis=0)
@@ -151,6 +169,14 @@ def conv_weight_grad_kernel(
             if i_k == 0:
                 sum_u += tl.sum(u.to(tl.float32), axis=0)
         acc = tl.dot(tl.trans(dy), u, acc, input_precision=PRECISION)
+        if COUNTED:
+            o_q += step_q
+            over = o_q >= Q
+            o_q = tl.where(over, o_q - Q, o_q)
+            o_p += step_p + over.to(tl.int32)
+            over = o_p >= P
+            o_p = tl.where(over, o_p - P, o_p)
+            o_n += step_n + over.to(tl.int32)
 
     size = groups * K * (R * S * C)
     whole = size + (groups * K if SUM_DY else 0) + (R * S * C if SUM_U else 0)

@@ -34,7 +34,7 @@ def _piece(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + o_c, mask=m_c, other=0.0)
         shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)
-        x = formed(x, scale, shift)
+        x = formed(x, scale[None, :], shift[None, :], False)
     return x
 
 

@@ -7,6 +7,8 @@ for all rows: tiles of a few channels read and write whole sectors. Elsewhere ro
 import triton
 import triton.language as tl
 
+from .contraction import widened
+
 
 @triton.jit
 def packed(
@@ -90,6 +92,7 @@ def load_masked(
     rows,  # of the whole tensor
     C,
     g_row,  # elements from one row of g to the next
+    PAIRS: tl.constexpr,  # see `widened`
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -101,7 +104,8 @@ def load_masked(
     else:
         g_ptr += first * g_row
     return load_masked_rows(
-        g_ptr, mask_ptr, first, o_g, o_row, i_c * BLOCK_C, m_row, C, rows, C, g_row, True, BLOCK_ROWS, BLOCK_C
+        g_ptr, mask_ptr, first, o_g, o_row, i_c * BLOCK_C, m_row, C, rows, C, g_row, True, PAIRS, BLOCK_ROWS,
+        BLOCK_C,
     )  # fmt: skip
 
 
@@ -119,13 +123,14 @@ def load_masked_rows(
     C,
     g_row,  # elements from one row of g to the next
     ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """As `load_masked`, of any rows and channels."""
     o_c = first_c + tl.arange(0, BLOCK_C)
     m = m_row[:, None] & (o_c < last_c)[None, :]
-    g = tl.load(g_ptr + o_g[:, None] * g_row + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    g = widened(tl.load(g_ptr + o_g[:, None] * g_row + o_c[None, :], mask=m, other=0.0), PAIRS)
     if mask_ptr is not None:
         if mask_ptr.dtype.element_ty.is_int():
             open_ = load_open(mask_ptr, first, o_row, first_c, m_row, last_c, rows, C, ALIGNED, BLOCK_ROWS, BLOCK_C)
@@ -153,6 +158,6 @@ def relu_backward_kernel(
     first = i_row.to(tl.int64) * BLOCK_ROWS
     o_row, o_c = tl.arange(0, BLOCK_ROWS), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_row = o_row < rows - first
-    g = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, C, BLOCK_ROWS, BLOCK_C)
+    g = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, C, False, BLOCK_ROWS, BLOCK_C)
     o = first * C + o_row[:, None] * C + o_c[None, :]
     tl.store(out_ptr + o, g.to(out_ptr.dtype.element_ty), mask=m_row[:, None] & (o_c < C)[None, :])

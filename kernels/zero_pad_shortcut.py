@@ -58,6 +58,6 @@ def load_zero_padded_grad(
     o_row = (o_n.to(tl.int64) * P + o_h // stride_h) * Q + o_w // stride_w
     o_g = o_n.to(tl.int64) if POOLED else o_row
     return load_masked_rows(
-        g_ptr, mask_ptr, 0, o_g, o_row, first_c + FIRST, m_row, last_c + FIRST, images * P * Q, K, K, False, BLOCK_ROWS,
-        BLOCK_C,
+        g_ptr, mask_ptr, 0, o_g, o_row, first_c + FIRST, m_row, last_c + FIRST, images * P * Q, K, K, False, False,
+        BLOCK_ROWS, BLOCK_C,
     )  # fmt: skip

@@ -171,9 +171,16 @@ class WeightGradTile:
 
     def tiles(self, shape: ConvShape) -> int:
         """Tiles that cover the weight."""
-        width = shape.r * shape.s * shape.c if shape.flat else self.groups_per_tile * shape.c
-        columns = (1 if shape.flat else shape.r * shape.s) * -(-width // self.block_c)
+        columns = (1 if shape.flat else shape.r * shape.s) * -(-self.width(shape) // self.block_c)
         return columns * -(-shape.groups * shape.k // self.block_k)
+
+    def width(self, shape: ConvShape) -> int:
+        """Columns that the tiles of a tap, or of the whole window, cover."""
+        return shape.r * shape.s * shape.c if shape.flat else self.groups_per_tile * shape.c
+
+    def whole_columns(self, shape: ConvShape) -> bool:
+        """Whether every tile's columns exist."""
+        return self.width(shape) % self.block_c == 0 and shape.groups % self.groups_per_tile == 0
 
     def per_part(self, pixels: int) -> int:
         """Pixels of a part, a multiple of ``block_pixels``."""
