@@ -27,7 +27,7 @@ def conv_weight_grad_kernel(
     scale_ptr,  # (groups * C,) fp32: u = relu(x * scale + shift); None: u = x
     shift_ptr,  # (groups * C,) fp32, or None
     out_ptr,  # (parts, ...) fp32 out: dW (groups * K, R * S * C), (groups * K,) of SUM_DY, (R * S * C,) of SUM_U
-    pixels,  # N * P * Q
+    pixels,  # N * P * Q; FLAT: with whole steps in every row
     pixels_per_part,  # a multiple of BLOCK_PIXELS
     image,  # as in `load_masked`
     groups,
@@ -55,10 +55,10 @@ def conv_weight_grad_kernel(
     POOL_PAD_H: tl.constexpr,
     POOL_PAD_W: tl.constexpr,
     PADDED: tl.constexpr,  # whether a window can reach beyond the input
-    FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of the window too
+    FLAT: tl.constexpr,  # few channels: a tile's columns run over the taps of the window too; nothing is formed of them
     GROUPS_PER_TILE: tl.constexpr,
     SAME: tl.constexpr,  # whether the input has the output's pixels: stride 1, and as many of them
-    EVEN_PIXELS: tl.constexpr,  # whether BLOCK_PIXELS divides the pixels
+    EVEN_PIXELS: tl.constexpr,  # whether BLOCK_PIXELS divides the pixels; FLAT: of a row
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides the output channels
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides the columns
     SUM_DY: tl.constexpr,  # whether the sum of dy is wanted too
@@ -91,26 +91,38 @@ def conv_weight_grad_kernel(
     o_x = i_group * C + o_e
     m_k = tl.full((BLOCK_K,), True, tl.int1) if EVEN_K else o_k < groups * K
     m_e = tl.full((BLOCK_C,), True, tl.int1) if EVEN_C else o_e < width
+    o_pixel = tl.arange(0, BLOCK_PIXELS)
     if FLAT:
-        # A row of the window is one run of memory.
-        row_e, run_e = o_e // (S * C) * dilation_h, o_e % (S * C)
+        # A row of the window is one run of memory. The pixels of a step lie in one row of the output, so that where
+        # they are is a few numbers and not as many for each.
+        row_e = o_e // (S * C) * dilation_h
+        along = o_pixel[:, None] * (stride_w * C) + (o_e % (S * C))[None, :]
+        row = tl.cdiv(Q, BLOCK_PIXELS) * BLOCK_PIXELS
     elif not EVEN_C:
         m_e &= o_x < groups * C
-    o_pixel = tl.arange(0, BLOCK_PIXELS)
     o_g = o_pixel[:, None] * (groups * K) + o_k[None, :]
     begin = i_part * pixels_per_part
     # Every coordinate is counted on from step to step: a division would be twenty instructions for each row.
-    COUNTED: tl.constexpr = PADDED or FLAT or not SAME or index_ptr is not None
+    COUNTED: tl.constexpr = not FLAT and (PADDED or not SAME or index_ptr is not None)
+    if FLAT:
+        n, p, first_q = begin // row // P, begin // row % P, begin % row
     if COUNTED:
         o_n, o_p, o_q = (begin + o_pixel) // (P * Q), (begin + o_pixel) // Q % P, (begin + o_pixel) % Q
         step_n, step_p, step_q = BLOCK_PIXELS // (P * Q), BLOCK_PIXELS // Q % P, BLOCK_PIXELS % Q
 
+    rows = tl.cdiv(pixels, row) * Q if FLAT else pixels
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     sum_dy = tl.zeros((BLOCK_K,), tl.float32)
     sum_u = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(begin, tl.minimum(begin + pixels_per_part, pixels), BLOCK_PIXELS):
-        first = start.to(tl.int64)
-        m_row = tl.full((BLOCK_PIXELS,), True, tl.int1) if EVEN_PIXELS else start + o_pixel < pixels
+        if FLAT:
+            first = (n.to(tl.int64) * P + p) * Q + first_q
+            inside = Q - first_q
+            o_n, o_p, o_q = n + o_pixel * 0, p + o_pixel * 0, first_q + o_pixel
+        else:
+            first = start.to(tl.int64)
+            inside = pixels - start
+        m_row = tl.full((BLOCK_PIXELS,), True, tl.int1) if EVEN_PIXELS else o_pixel < inside
         m_g = m_row[:, None] & m_k[None, :]
         if index_ptr is not None:
             dy = unpooled(
@@ -121,7 +133,7 @@ def conv_weight_grad_kernel(
             dy = tl.load(g_ptr + first * (groups * K) + o_g, mask=m_g, other=0.0)
         else:
             dy = load_masked(
-                g_ptr, mask_ptr, first, i_k, m_row, image, pixels, groups * K, groups * K, PAIRS, BLOCK_PIXELS, BLOCK_K
+                g_ptr, mask_ptr, first, i_k, m_row, image, rows, groups * K, groups * K, PAIRS, BLOCK_PIXELS, BLOCK_K
             )
             if p_ptr is not None:
                 dy *= of_channels(p_ptr, o_k, m_k, EVEN_K)
@@ -133,16 +145,19 @@ def conv_weight_grad_kernel(
                 dy += y * of_channels(q_ptr, o_k, m_k, EVEN_K) + of_channels(r_ptr, o_k, m_k, EVEN_K)
             dy = dy.to(g_ptr.dtype.element_ty)
         m_in = m_row
-        if COUNTED:
-            h, w = o_p * stride_h - pad_h, o_q * stride_w - pad_w
         if FLAT:
-            o_in = ((o_n.to(tl.int64) * H + h) * W + w) * C
-            at_h, at_w = h[:, None] + row_e[None, :], (w * C)[:, None] + run_e[None, :]
-            m = m_row[:, None] & m_e[None, :] & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W * C)
-            u = tl.load(x_ptr + o_in[:, None] + (row_e * (W * C) + run_e)[None, :], mask=m, other=0.0)
+            h, w = p * stride_h - pad_h, first_q * stride_w - pad_w
+            m = m_row[:, None] & m_e[None, :]
+            if PADDED:
+                # Below zero is far above as a number without a sign.
+                m &= ((h + row_e).to(tl.uint32) < H.to(tl.uint32))[None, :]
+                m &= (w * C + along).to(tl.uint32) < (W * C).to(tl.uint32)
+            from_n = x_ptr + n.to(tl.int64) * H * W * C
+            u = tl.load(from_n + ((h * W + w) * C + (row_e * (W * C))[None, :] + along), mask=m, other=0.0)
         else:
             if COUNTED:
-                h, w = h + tap_r * dilation_h, w + tap_s * dilation_w
+                h = o_p * stride_h - pad_h + tap_r * dilation_h
+                w = o_q * stride_w - pad_w + tap_s * dilation_w
             if PADDED:
                 m_in = m_row & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             m = m_in[:, None] & m_e[None, :]
@@ -156,9 +171,7 @@ def conv_weight_grad_kernel(
         if scale_ptr is not None:
             scale, shift = of_channels(scale_ptr, o_x, m_e, EVEN_C), of_channels(shift_ptr, o_x, m_e, EVEN_C)
             u = formed(u, scale, shift, PAIRS)
-            if FLAT:
-                u = tl.where(m, u, 0.0)
-            elif PAIRS and (PADDED or not EVEN_PIXELS):
+            if PAIRS and (PADDED or not EVEN_PIXELS):
                 u = kept(u, tl.where(m_in, -1, 0)[:, None])
             elif PADDED or not EVEN_PIXELS:
                 u = tl.where(m_in[:, None], u, 0.0)
@@ -169,6 +182,12 @@ def conv_weight_grad_kernel(
             if i_k == 0:
                 sum_u += tl.sum(u.to(tl.float32), axis=0)
         acc = tl.dot(tl.trans(dy), u, acc, input_precision=PRECISION)
+        if FLAT:
+            first_q += BLOCK_PIXELS
+            p = tl.where(first_q < Q, p, p + 1)
+            first_q = tl.where(first_q < Q, first_q, 0)
+            n = tl.where(p < P, n, n + 1)
+            p = tl.where(p < P, p, 0)
         if COUNTED:
             o_q += step_q
             over = o_q >= Q

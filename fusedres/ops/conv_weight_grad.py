@@ -120,17 +120,21 @@ def _launched(
     sizes = [k * math.prod(taps), k * sum_dy, math.prod(taps) * sum_u]
     parts = torch.empty((tile.parts, sum(sizes)), dtype=torch.float32, device=x.device)
     read = {**gradient_arguments(dy), "x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
+    steps, run = shape.pixels, shape.pixels
+    if shape.flat:
+        run = size[1]  # a step stays in one row of the output
+        steps = shape.pixels // run * -(-run // tile.block_pixels) * tile.block_pixels
     covered = bytes_in_windows(x, size, (shape.r, shape.s), geometry)
     launch(
         conv_weight_grad_kernel, (tile.tiles(shape) * tile.parts,),
         {
             **read, "out_ptr": parts, "x_row": x_row,
-            **window_arguments(x, shape, size, geometry, c_rows=[x_row]),
+            **window_arguments(x, shape._replace(pixels=steps), size, geometry, c_rows=[x_row]),
             **_pooling(pooled, dy.g),
-            "pixels_per_part": tile.per_part(shape.pixels), "GROUPS_PER_TILE": tile.groups_per_tile,
+            "pixels_per_part": tile.per_part(steps), "GROUPS_PER_TILE": tile.groups_per_tile,
             "SUM_DY": sum_dy, "SUM_U": sum_u, "PADDED": geometry.padding != (0, 0),
             "SAME": geometry.stride == (1, 1) and size == x.shape[2:], "PAIRS": in_pairs(x, target_of(x)),
-            "EVEN_PIXELS": shape.pixels % tile.block_pixels == 0, "EVEN_K": k % tile.block_k == 0,
+            "EVEN_PIXELS": run % tile.block_pixels == 0, "EVEN_K": k % tile.block_k == 0,
             "EVEN_C": tile.whole_columns(shape),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },

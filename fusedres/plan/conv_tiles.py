@@ -211,8 +211,6 @@ def weight_grad_tiles(shape: ConvShape, target: Target) -> tuple[WeightGradTile,
     if not shape.flat and tf32:
         widest_c = min(widest_c, 64)
     block_c = max(NARROWEST, min(power_above(width), widest_c))
-    if shape.flat and not tf32 and (formed or not wide(target)):
-        block_k = min(block_k, 32)
     read = shape.pixels * shape.groups * (shape.operands * shape.k + shape.c) * shape.itemsize
     part = 2 * 4 * shape.groups * shape.k * shape.r * shape.s * shape.c  # fp32, written and read
     tiles = []
