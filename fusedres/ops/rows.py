@@ -69,12 +69,15 @@ def empty_partials(parts: int, channels: int, device: torch.device) -> Partials:
 
 def launch_rows(
     kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str],
-    flops: int = 0, partial: dict[str, int] | None = None, vectors: int = 4,
+    flops: int = 0, partial: dict[str, int] | None = None, vectors: int = 4, all_registers: bool = False,
 ) -> None:  # fmt: skip
-    """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W), cut as `row_tile` says."""
+    """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W), cut as `row_tile` says.
+
+    ``all_registers``: as of `launch`.
+    """
     rows, channels = pixels(over), over.shape[1]
     tile = row_tile(rows, channels, over.element_size(), vectors)
-    _launch(kernel, tile, tile.blocks(rows, channels), over, arguments, reads, writes, flops, partial)
+    _launch(kernel, tile, tile.blocks(rows, channels), over, arguments, reads, writes, flops, partial, all_registers)
 
 
 def launch_reduction(
@@ -86,7 +89,7 @@ def launch_reduction(
     tile = reduction_tile(rows, channels)
     parts, per_part = tile.parts(rows, channels)
     arguments = {**arguments, "rows_per_part": per_part}
-    _launch(kernel, tile, parts * tile.pieces(channels), over, arguments, reads, writes, flops, None)
+    _launch(kernel, tile, parts * tile.pieces(channels), over, arguments, reads, writes, flops, None, False)
 
 
 def reduction_parts(over: Tensor) -> int:
@@ -97,7 +100,7 @@ def reduction_parts(over: Tensor) -> int:
 
 def _launch(
     kernel: Any, tile: RowTile, blocks: int, over: Tensor, arguments: dict[str, Any], reads: Sequence[str],
-    writes: Sequence[str], flops: int, partial: dict[str, int] | None,
+    writes: Sequence[str], flops: int, partial: dict[str, int] | None, all_registers: bool,
 ) -> None:  # fmt: skip
     pitches = [value for name, value in arguments.items() if name.endswith("_row")]
     shape = {
@@ -106,5 +109,5 @@ def _launch(
     }  # fmt: skip
     launch(
         kernel, (blocks,), {**arguments, **shape}, reads=reads, writes=writes, partial=partial, flops=flops,
-        num_warps=tile.num_warps,
+        num_warps=tile.num_warps, all_registers=all_registers,
     )  # fmt: skip

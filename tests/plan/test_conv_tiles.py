@@ -9,13 +9,14 @@ from torch import Tensor
 import fusedres
 from fusedres.binaries import read_figures, violations
 from fusedres.offline import TARGETS, compile_binary
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
+from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry
 from fusedres.ops.contractions import conv_shape
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad
 from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.stem_contractions import output_contraction, pooled_contraction
 from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, conv_tiles, pinned, weight_grad_tiles
 
 Size = tuple[int, int, int, int]
@@ -194,6 +195,47 @@ def test_tensor_cores_need_not_wait_for_instructions(
     assert violations(launch.binary, target, figures) == []
     assert figures.issue is not None
     assert figures.issue <= (FORMED if prologue else PLAIN)[which]
+
+
+# Of 1x1 and 3x3: what is formed of the operands, and the cycles above. Forming takes what is left of them.
+WEIGHT_GRADS = {
+    ("sm_80", "u"): (0.75, 0.8), ("sm_80", "dy"): (0.85, 1.05), ("sm_80", "both"): (1.2, 1.25),
+    ("sm_80", "both, bits"): (1.3, 1.35), ("sm_90", "u"): (0.7, 1.1), ("sm_90", "dy"): (1.6, 2.0),
+    ("sm_90", "both"): (1.8, 2.1), ("sm_90", "both, bits"): (2.0, 2.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [1, 3], ids=["1x1", "3x3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("target", "form"), WEIGHT_GRADS)
+def test_the_loop_over_pixels_is_not_spent_on_addresses(
+    target: str, form: str, dtype: torch.dtype, window: int
+) -> None:
+    size = (256, 256, 14, 14)
+    x = on_meta(*size, dtype=dtype)
+    u = ConvInput(x) if form == "dy" else formed_input(size, dtype)
+    dy = OutputGrad(x) if form == "u" else formed_gradient(size, dtype, bits(size) if "bits" in form else None)
+    with fusedres.record(target) as trace:
+        conv_weight_grad(dy, u, (window, window), Geometry(padding=(window // 2, window // 2)))
+    figures = read_figures(compile_binary(trace.launches[0].binary, target), target)
+    assert figures.issue is not None
+    assert figures.issue <= WEIGHT_GRADS[target, form][window // 2]
+
+
+@pytest.mark.parametrize(("target", "bars"), [("sm_80", (2.0, 4.2)), ("sm_90", (4.0, 7.1))])
+def test_nor_is_that_of_the_stem(target: str, bars: tuple[float, float]) -> None:
+    """Of its raw output with the image, and of the gradient that max-pooling lets through."""
+    x, y, dz = (on_meta(256, *size, dtype=torch.bfloat16) for size in ((3, 224, 224), (64, 112, 112), (64, 56, 56)))
+    maxima = on_meta(256, 64, 56, 56, dtype=torch.uint8)
+    geometry, pool = Geometry((2, 2), (3, 3)), PoolGeometry((3, 3), (2, 2), (1, 1))
+    with fusedres.record(target) as trace:
+        output_contraction(y, on_meta(64), ConvInput(x), (7, 7), geometry)
+        pooled_contraction(OutputGrad(dz), maxima, tuple(y.shape), pool, ConvInput(x), (7, 7), geometry)
+    contractions = [launch.binary for launch in trace.launches if launch.name == "conv_weight_grad_kernel"]
+    for binary, bar in zip(contractions, bars, strict=True):
+        figures = read_figures(compile_binary(binary, target), target)
+        assert figures.issue is not None
+        assert figures.issue <= bar
 
 
 def parts_of(shape: ConvShape) -> tuple[int, int, float]:
