@@ -97,7 +97,7 @@ def conv_weight_grad_kernel(
         # they are is a few numbers and not as many for each.
         row_e = o_e // (S * C) * dilation_h
         along = o_pixel[:, None] * (stride_w * C) + (o_e % (S * C))[None, :]
-        row = tl.cdiv(Q, BLOCK_PIXELS) * BLOCK_PIXELS
+        whole_Q = tl.cdiv(Q, BLOCK_PIXELS) * BLOCK_PIXELS
     elif not EVEN_C:
         m_e &= o_x < groups * C
     o_g = o_pixel[:, None] * (groups * K) + o_k[None, :]
@@ -105,12 +105,12 @@ def conv_weight_grad_kernel(
     # Every coordinate is counted on from step to step: a division would be twenty instructions for each row.
     COUNTED: tl.constexpr = not FLAT and (PADDED or not SAME or index_ptr is not None)
     if FLAT:
-        n, p, first_q = begin // row // P, begin // row % P, begin % row
+        n, p, first_q = begin // whole_Q // P, begin // whole_Q % P, begin % whole_Q
     if COUNTED:
         o_n, o_p, o_q = (begin + o_pixel) // (P * Q), (begin + o_pixel) // Q % P, (begin + o_pixel) % Q
         step_n, step_p, step_q = BLOCK_PIXELS // (P * Q), BLOCK_PIXELS // Q % P, BLOCK_PIXELS % Q
 
-    rows = tl.cdiv(pixels, row) * Q if FLAT else pixels
+    rows = pixels // whole_Q * Q if FLAT else pixels
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     sum_dy = tl.zeros((BLOCK_K,), tl.float32)
     sum_u = tl.zeros((BLOCK_C,), tl.float32)
@@ -152,8 +152,8 @@ def conv_weight_grad_kernel(
                 # Below zero is far above as a number without a sign.
                 m &= ((h + row_e).to(tl.uint32) < H.to(tl.uint32))[None, :]
                 m &= (w * C + along).to(tl.uint32) < (W * C).to(tl.uint32)
-            from_n = x_ptr + n.to(tl.int64) * H * W * C
-            u = tl.load(from_n + ((h * W + w) * C + (row_e * (W * C))[None, :] + along), mask=m, other=0.0)
+            from_w = x_ptr + ((n.to(tl.int64) * H + h) * W + w) * C
+            u = tl.load(from_w + ((row_e * (W * C))[None, :] + along), mask=m, other=0.0)
         else:
             if COUNTED:
                 h = o_p * stride_h - pad_h + tap_r * dilation_h
