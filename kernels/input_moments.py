@@ -7,7 +7,7 @@ and writes both halves.
 import triton
 import triton.language as tl
 
-from .contraction import formed
+from .contraction import formed, of_channels, widened
 
 
 @triton.jit
@@ -15,8 +15,8 @@ def _piece(
     x_ptr,
     scale_ptr,
     shift_ptr,
-    o_pixel,  # (BLOCK_PIXELS,) pixels of the 1x1 convolution's output
-    m_pixel,  # (BLOCK_PIXELS,) which of them exist
+    first,  # a pixel of the 1x1 convolution's output, from which the others are counted
+    m_pixel,  # (BLOCK_PIXELS,) which of these exist
     o_c,  # (BLOCK_C,) channels
     C,
     H,
@@ -25,16 +25,24 @@ def _piece(
     Q,
     stride_h,
     stride_w,
+    STRIDED: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
 ):
     """(BLOCK_PIXELS, BLOCK_C) input values there, formed if there is a prologue."""
-    m_c = o_c < C
-    o_x = (o_pixel // (P * Q)).to(tl.int64) * H + o_pixel // Q % P * stride_h
-    o_x = (o_x * W + o_pixel % Q * stride_w) * C
-    x = tl.load(x_ptr + o_x[:, None] + o_c[None, :], mask=m_pixel[:, None] & m_c[None, :], other=0.0)
+    m_c, o_pixel = o_c < C, tl.arange(0, BLOCK_PIXELS)
+    m = m_pixel[:, None] if EVEN_C else m_pixel[:, None] & m_c[None, :]
+    if STRIDED:
+        o_pixel += first
+        o_x = (o_pixel // (P * Q)).to(tl.int64) * H + o_pixel // Q % P * stride_h
+        o_x = (o_x * W + o_pixel % Q * stride_w) * C
+        x = tl.load(x_ptr + o_x[:, None] + o_c[None, :], mask=m, other=0.0)
+    else:
+        from_first = x_ptr + tl.cast(first, tl.int64) * C
+        x = tl.load(from_first + (o_pixel[:, None] * C + o_c[None, :]), mask=m, other=0.0)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + o_c, mask=m_c, other=0.0)
-        shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)
-        x = formed(x, scale[None, :], shift[None, :], False)
+        x = formed(x, of_channels(scale_ptr, o_c, m_c, EVEN_C), of_channels(shift_ptr, o_c, m_c, EVEN_C), PAIRS)
     return x
 
 
@@ -84,6 +92,10 @@ def input_moments_kernel(
     Q,
     stride_h,
     stride_w,
+    STRIDED: tl.constexpr,
+    EVEN_PIXELS: tl.constexpr,  # whether BLOCK_PIXELS divides the pixels
+    EVEN_C: tl.constexpr,  # whether BLOCK_C divides C
+    PAIRS: tl.constexpr,  # see `widened`
     C_MULTIPLE: tl.constexpr,  # a power of two that divides C
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -99,24 +111,38 @@ def input_moments_kernel(
     # Every program forms the same reference row, from the first pixels.
     m = o_pixel < pixels
     count = tl.minimum(pixels, BLOCK_PIXELS)
-    first = _piece(x_ptr, scale_ptr, shift_ptr, o_pixel, m, o_a, C, H, W, P, Q, stride_h, stride_w)
+    first = _piece(
+        x_ptr, scale_ptr, shift_ptr, 0, m, o_a, C, H, W, P, Q, stride_h, stride_w, STRIDED, EVEN_C, PAIRS, BLOCK_PIXELS
+    )
     row_a = _reference(first, m, count)
-    first = _piece(x_ptr, scale_ptr, shift_ptr, o_pixel, m, o_b, C, H, W, P, Q, stride_h, stride_w)
+    first = _piece(
+        x_ptr, scale_ptr, shift_ptr, 0, m, o_b, C, H, W, P, Q, stride_h, stride_w, STRIDED, EVEN_C, PAIRS, BLOCK_PIXELS
+    )
     row_b = _reference(first, m, count)
 
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    # Of every row of a step by itself, and in the end all together: a sum across threads is worth many additions.
+    totals = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
     gram = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     begin = i_part * pixels_per_part
     for start in range(begin, tl.minimum(begin + pixels_per_part, pixels), BLOCK_PIXELS):
-        m = start + o_pixel < pixels
-        a = _piece(x_ptr, scale_ptr, shift_ptr, start + o_pixel, m, o_a, C, H, W, P, Q, stride_h, stride_w)
-        b = _piece(x_ptr, scale_ptr, shift_ptr, start + o_pixel, m, o_b, C, H, W, P, Q, stride_h, stride_w)
-        a = tl.where(m[:, None], a.to(tl.float32) - row_a[None, :], 0.0).to(a.dtype)
-        b = tl.where(m[:, None], b.to(tl.float32) - row_b[None, :], 0.0).to(b.dtype)
+        m = tl.full((BLOCK_PIXELS,), True, tl.int1) if EVEN_PIXELS else start + o_pixel < pixels
+        a = _piece(
+            x_ptr, scale_ptr, shift_ptr, start, m, o_a, C, H, W, P, Q, stride_h, stride_w, STRIDED, EVEN_C, PAIRS,
+            BLOCK_PIXELS,
+        )  # fmt: skip
+        b = _piece(
+            x_ptr, scale_ptr, shift_ptr, start, m, o_b, C, H, W, P, Q, stride_h, stride_w, STRIDED, EVEN_C, PAIRS,
+            BLOCK_PIXELS,
+        )  # fmt: skip
+        wide_a, wide_b = widened(a, PAIRS) - row_a[None, :], widened(b, PAIRS) - row_b[None, :]
+        if not EVEN_PIXELS:
+            wide_a, wide_b = tl.where(m[:, None], wide_a, 0.0), tl.where(m[:, None], wide_b, 0.0)
+        a, b = wide_a.to(a.dtype), wide_b.to(b.dtype)
         # Of the rounded differences, so that both moments are those of the same numbers.
-        total += tl.sum(a.to(tl.float32), axis=0)
+        totals += widened(a, PAIRS)
         # Statistics are never in TF32.
         gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee")
+    total = tl.sum(totals, axis=0)
     o_square = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     tl.store(gram_ptr + tl.program_id(0).to(tl.int64) * BLOCK_C * BLOCK_C + o_square, gram)
     if i_a == i_b:

@@ -20,6 +20,7 @@ from .contract import (
     pixels,
     statistics_dtype,
 )
+from .contractions import in_pairs
 from .conv_forward import formed
 from .conv_weight_grad import weight_grad
 from .op import Op
@@ -94,6 +95,8 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
         {
             **read, **partial, "pixels": count, "pixels_per_part": tile.per_part(count), "C": channels, "H": h, "W": w,
             "P": p, "Q": q, "stride_h": stride[0], "stride_w": stride[1],
+            "STRIDED": stride != (1, 1), "EVEN_PIXELS": count % tile.block_pixels == 0,
+            "EVEN_C": channels % tile.block_c == 0, "PAIRS": in_pairs(x, target_of(x)),
             "C_MULTIPLE": alignment(channels), "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c,
         },
         reads=tuple(read), writes=tuple(partial), partial={"x_ptr": count * channels * x.element_size()},
