@@ -67,6 +67,24 @@ def kept(
 
 
 @triton.jit
+def in_rows(
+    x,  # (ROWS, COLUMNS) from a product
+    APART: tl.constexpr,  # whether matrix units leave neighbouring columns in different threads
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``x``; if APART, gathered in shared memory so that rows are stored whole.
+
+    The compiler would store it as the matrix units leave it, two columns of sixteen rows at a time, a sector for each.
+    It does not look behind a pair that is taken apart and put together.
+    """
+    if APART:
+        even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
+        x = tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
+    return x
+
+
+@triton.jit
 def of_channels(
     ptr,  # fp32, one number for each channel
     o,

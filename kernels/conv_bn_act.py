@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .bn_statistics import store_tile_statistics
-from .contraction import SIZES, contract, tile_of
+from .contraction import SIZES, contract, in_rows, tile_of
 from .relu_mask import packed, word_pointers
 from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded
@@ -77,6 +77,7 @@ def conv_bn_act_kernel(
     RELU: tl.constexpr,
     TF32: tl.constexpr,
     PAIRS: tl.constexpr,  # see `contract`
+    APART: tl.constexpr,  # see `in_rows`
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, K, second_C and residual_C
     K_MULTIPLE: tl.constexpr,
     SECOND_C_MULTIPLE: tl.constexpr,
@@ -139,7 +140,7 @@ def conv_bn_act_kernel(
         z += residual
     if RELU:
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    z = z.to(z_ptr.dtype.element_ty)
+    z = in_rows(z.to(z_ptr.dtype.element_ty), APART, BLOCK_PIXELS, BLOCK_K)
     tl.store(z_ptr + first * (groups * K) + o, z, mask=m)
     if mask_ptr is not None:
         # A word's channels have to lie in one tile: WORD divides its bounds, or it is the only one along the channels.

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .bn_statistics import store_tile_statistics
-from .contraction import SIZES, contract, tile_of
+from .contraction import SIZES, contract, in_rows, tile_of
 from .rows import row_of
 
 
@@ -43,6 +43,7 @@ def conv_forward_kernel(
     EVEN_C: tl.constexpr,
     TF32: tl.constexpr,
     PAIRS: tl.constexpr,  # see `contract`
+    APART: tl.constexpr,  # see `in_rows`
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and K, and the rows that are given
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -63,7 +64,7 @@ def conv_forward_kernel(
         PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
-    y = acc.to(y_ptr.dtype.element_ty)
+    y = in_rows(acc.to(y_ptr.dtype.element_ty), APART, BLOCK_PIXELS, BLOCK_K)
     first = i_pixel.to(tl.int64) * BLOCK_PIXELS
     o_out = i_group * K + o_k
     m_row = o_row < pixels - first

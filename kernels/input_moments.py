@@ -7,7 +7,7 @@ and writes both halves.
 import triton
 import triton.language as tl
 
-from .contraction import formed, of_channels, widened
+from .contraction import formed, in_rows, of_channels, widened
 
 
 @triton.jit
@@ -96,6 +96,7 @@ def input_moments_kernel(
     EVEN_PIXELS: tl.constexpr,  # whether BLOCK_PIXELS divides the pixels
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides C
     PAIRS: tl.constexpr,  # see `widened`
+    APART: tl.constexpr,  # see `in_rows`
     C_MULTIPLE: tl.constexpr,  # a power of two that divides C
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -144,6 +145,7 @@ def input_moments_kernel(
         gram = tl.dot(tl.trans(a), b, gram, input_precision="ieee")
     total = tl.sum(totals, axis=0)
     o_square = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    gram = in_rows(gram, APART, BLOCK_C, BLOCK_C)
     tl.store(gram_ptr + tl.program_id(0).to(tl.int64) * BLOCK_C * BLOCK_C + o_square, gram)
     if i_a == i_b:
         tl.store(sum_ptr + i_part * C + o_a, total, mask=o_a < C)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch import multiplies_in_tf32, target_of
 from ..offline import Target
-from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise, wide
+from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise, narrow_waves, wide
 from ..plan.tiles import alignment
 from .contract import ConvInput, Geometry, channels_last
 from .rows import in_rows, pitch_of, storable
@@ -106,7 +106,8 @@ def contracted(
     arguments = {
         "x_ptr": x, "w_ptr": weight, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift, "ones_ptr": ones,
         "x_row": x_row, **window_arguments(x, shape, size, geometry, c_rows=[x_row], k_rows=[y_row]),
-        "PADDED": padded, "PAIRS": pairs, "GROUPS_PER_TILE": tile.groups_per_tile,
+        "PADDED": padded, "PAIRS": pairs, "APART": columns_apart(weight, target),
+        "GROUPS_PER_TILE": tile.groups_per_tile,
         "EVEN_C": groups % tile.groups_per_tile == 0 and tile.groups_per_tile * shape.c % tile.block_c == 0,
         "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
     }  # fmt: skip
@@ -118,6 +119,11 @@ def contracted(
 def in_pairs(operand: Tensor, target: Target) -> bool:
     """Whether kernels work on the 16-bit values of an operand two to a register, in PTX."""
     return target.backend == "cuda" and operand.element_size() == 2
+
+
+def columns_apart(operand: Tensor, target: Target) -> bool:
+    """Whether matrix units leave neighbouring columns of a product of such operands in different threads."""
+    return narrow_waves(target) and operand.element_size() == 2
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from .contract import (
     pixels,
     statistics_dtype,
 )
-from .contractions import in_pairs
+from .contractions import columns_apart, in_pairs
 from .conv_forward import formed
 from .conv_weight_grad import weight_grad
 from .op import Op
@@ -82,7 +82,8 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
     n, channels, h, w = x.shape
     p, q = Geometry(stride).output_size(h, w, (1, 1))
     count = n * p * q
-    tile = moments_tile(count, channels, x.element_size(), target_of(x))
+    target = target_of(x)
+    tile = moments_tile(count, channels, x.element_size(), target)
     pairs = tile.pairs(channels)
     row, mean = torch.empty((2, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((tile.parts, channels), dtype=torch.float32, device=x.device)
@@ -96,7 +97,7 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
             **read, **partial, "pixels": count, "pixels_per_part": tile.per_part(count), "C": channels, "H": h, "W": w,
             "P": p, "Q": q, "stride_h": stride[0], "stride_w": stride[1],
             "STRIDED": stride != (1, 1), "EVEN_PIXELS": count % tile.block_pixels == 0,
-            "EVEN_C": channels % tile.block_c == 0, "PAIRS": in_pairs(x, target_of(x)),
+            "EVEN_C": channels % tile.block_c == 0, "PAIRS": in_pairs(x, target), "APART": columns_apart(x, target),
             "C_MULTIPLE": alignment(channels), "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c,
         },
         reads=tuple(read), writes=tuple(partial), partial={"x_ptr": count * channels * x.element_size()},

@@ -133,18 +133,18 @@ def check_traffic(launch: Launch, target: str) -> None:
     ):
         assert abs(counted - declared) <= 0.02 * declared, f"{launch.name}: {declared} bytes declared, {counted} moved"
     left_out = PER_CHANNEL
-    if target == "gfx1100" and launch.name.startswith(("conv_", "input_moments")):
-        # The compiler may write outputs as the matrix units leave them, without gathering rows in shared memory.
-        left_out = left_out | {"y_ptr", "z_ptr", "residual_ptr", "gram_ptr", "out_ptr", "onto_ptr"}
-        if launch.name == "conv_bn_act_kernel" and dict(launch.specialisation.constants)["C_MULTIPLE"] < 8:
-            # Nor along the six bytes that a tap of a formed image's weights has.
-            left_out = left_out | {"w_ptr"}
+    if target == "gfx1100" and launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
+        # The compiler may write gradients as the matrix units leave them, without gathering rows in shared memory.
+        left_out = left_out | {"out_ptr", "onto_ptr"}
+    constants = dict(launch.specialisation.constants)
+    if target == "gfx1100" and launch.name == "conv_bn_act_kernel" and constants["C_MULTIPLE"] < 8:
+        # It does not read along the six bytes that a tap of a formed image's weights has.
+        left_out = left_out | {"w_ptr"}
     types = dict(launch.specialisation.signature)
     for name in ("residual_ptr", "add_ptr"):
         if launch.name.startswith("conv_") and types.get(name, "constexpr") not in ("constexpr", types.get("w_ptr")):
             # Wider than the operands, and read as many channels at a time as these have in 16 bytes.
             left_out = left_out | {name}
-    constants = dict(launch.specialisation.constants)
     for name, first in (("residual_ptr", "RESIDUAL_FIRST"), ("add_ptr", "ADD_FIRST")):
         if constants.get(first) is not None:
             # Some channels of a row or every other row, which begin and end inside of sectors.
