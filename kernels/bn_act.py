@@ -45,17 +45,16 @@ def bn_act_kernel(
     C = C // C_MULTIPLE * C_MULTIPLE
     pieces = tl.cdiv(C, BLOCK_C)
     i_row, i_c = tl.program_id(0) // pieces, tl.program_id(0) % pieces
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Where dtypes differ, the widest says how many neighbours a thread gets: one 16-byte access of each operand.
+    o_c = tl.multiple_of(i_c * BLOCK_C, 128 // z_ptr.dtype.element_ty.primitive_bitwidth) + tl.arange(0, BLOCK_C)
     # rows * C can pass 2**31 (stem of a large batch), so a tile's first row has a 64-bit offset.
     first = i_row.to(tl.int64) * BLOCK_ROWS
     o_row = tl.arange(0, BLOCK_ROWS)
     m_row, m_c = o_row < rows - first, o_c < C
     m = m_row[:, None] & m_c[None, :]
-    # Where dtypes differ, the widest says how many neighbours a thread gets: one 16-byte access of each operand.
-    VECTOR: tl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
-    o = tl.max_contiguous(o_row[:, None] * C + o_c[None, :], (1, VECTOR))
+    o = o_row[:, None] * C + o_c[None, :]
     y_row = row_of(y_row, C, C_MULTIPLE)
-    o_y = tl.max_contiguous(o_row[:, None] * y_row + o_c[None, :], (1, VECTOR))
+    o_y = o_row[:, None] * y_row + o_c[None, :]
 
     z = tl.load(y_ptr + first * y_row + o_y, mask=m, other=0.0).to(tl.float32)
     if scale_ptr is not None:

@@ -39,7 +39,9 @@ def bn_backward_reduce_kernel(
     sum_gd = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_ROWS):
         m_row = o_row < count - start
-        g = load_masked(g_ptr, mask_ptr, first + start, i_c, m_row, image, rows, C, C, False, BLOCK_ROWS, BLOCK_C)
+        g = load_masked(
+            g_ptr, mask_ptr, first + start, i_c * BLOCK_C, m_row, image, rows, C, C, False, BLOCK_ROWS, BLOCK_C
+        )
         m = m_row[:, None] & m_c[None, :]
         y = tl.load(y_ptr + (first + start) * C + o, mask=m, other=0.0).to(tl.float32)
         sum_g += g
@@ -146,14 +148,16 @@ def bn_backward_apply_kernel(
     g_row, y_row = row_of(g_row, C, C_MULTIPLE), row_of(y_row, C, C_MULTIPLE)
     pieces = tl.cdiv(C, BLOCK_C)
     i_row, i_c = tl.program_id(0) // pieces, tl.program_id(0) % pieces
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Where dtypes differ, the widest says how many neighbours a thread gets: one 16-byte access of each operand.
+    first_c = tl.multiple_of(i_c * BLOCK_C, 128 // dy_ptr.dtype.element_ty.primitive_bitwidth)
+    o_c = first_c + tl.arange(0, BLOCK_C)
     first = i_row.to(tl.int64) * BLOCK_ROWS
     o_row = tl.arange(0, BLOCK_ROWS)
     m_row, m_c = o_row < rows - first, o_c < C
     m = m_row[:, None] & m_c[None, :]
     o = o_row[:, None] * C + o_c[None, :]
 
-    dy = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, g_row, False, BLOCK_ROWS, BLOCK_C)
+    dy = load_masked(g_ptr, mask_ptr, first, first_c, m_row, image, rows, C, g_row, False, BLOCK_ROWS, BLOCK_C)
     dy *= tl.load(p_ptr + o_c, mask=m_c, other=0.0)[None, :]
     if q_ptr is not None:
         o_y = o_row[:, None] * y_row + o_c[None, :]

@@ -133,8 +133,9 @@ def conv_weight_grad_kernel(
             dy = tl.load(g_ptr + first * (groups * K) + o_g, mask=m_g, other=0.0)
         else:
             dy = load_masked(
-                g_ptr, mask_ptr, first, i_k, m_row, image, rows, groups * K, groups * K, PAIRS, BLOCK_PIXELS, BLOCK_K
-            )
+                g_ptr, mask_ptr, first, i_k * BLOCK_K, m_row, image, rows, groups * K, groups * K, PAIRS, BLOCK_PIXELS,
+                BLOCK_K,
+            )  # fmt: skip
             if p_ptr is not None:
                 dy *= of_channels(p_ptr, o_k, m_k, EVEN_K)
             if q_ptr is not None:

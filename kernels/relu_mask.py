@@ -86,7 +86,7 @@ def load_masked(
     g_ptr,  # (rows, C) gradient at a rectified output
     mask_ptr,  # bits as in `word_pointers`, or (rows, C) the rectified output, or None: nothing to mask
     first,  # int64, the tile's first row
-    i_c,  # which piece of the channels
+    first_c,  # its first channel
     m_row,  # (BLOCK_ROWS,) rows inside the tensor
     image,  # rows that share one of g, which is (rows // image, C) then; None: each has its own
     rows,  # of the whole tensor
@@ -104,9 +104,8 @@ def load_masked(
     else:
         g_ptr += first * g_row
     return load_masked_rows(
-        g_ptr, mask_ptr, first, o_g, o_row, i_c * BLOCK_C, m_row, C, rows, C, g_row, True, PAIRS, BLOCK_ROWS,
-        BLOCK_C,
-    )  # fmt: skip
+        g_ptr, mask_ptr, first, o_g, o_row, first_c, m_row, C, rows, C, g_row, True, PAIRS, BLOCK_ROWS, BLOCK_C
+    )
 
 
 @triton.jit
@@ -158,6 +157,6 @@ def relu_backward_kernel(
     first = i_row.to(tl.int64) * BLOCK_ROWS
     o_row, o_c = tl.arange(0, BLOCK_ROWS), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_row = o_row < rows - first
-    g = load_masked(g_ptr, mask_ptr, first, i_c, m_row, image, rows, C, C, False, BLOCK_ROWS, BLOCK_C)
+    g = load_masked(g_ptr, mask_ptr, first, i_c * BLOCK_C, m_row, image, rows, C, C, False, BLOCK_ROWS, BLOCK_C)
     o = first * C + o_row[:, None] * C + o_c[None, :]
     tl.store(out_ptr + o, g.to(out_ptr.dtype.element_ty), mask=m_row[:, None] & (o_c < C)[None, :])

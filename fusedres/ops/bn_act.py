@@ -129,7 +129,7 @@ def launch_bn_act(
     )
     launch_rows(
         bn_act_kernel, z, arguments, reads=reads, writes=("z_ptr", "mask_ptr"), flops=per_value * z.numel(),
-        partial=residual_read(residual), all_registers=isinstance(residual, ZeroPadded),
+        partial=residual_read(residual), all_registers=True,
     )  # fmt: skip
     return z, mask
 
