@@ -210,7 +210,7 @@ def layer_backward(
     g: OutputGrad, sums: NormSums, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule, needs: Needs,
     below: Below,
 ) -> tuple[LayerGrads, SourceGrad]:  # fmt: skip
-    """As `branch_backward`, from a gradient that was already reduced; dy is formed on load where prologues are."""
+    """As `branch_backward`, from a gradient that was already reduced; with prologues ops decide who forms dy."""
     assert branch.y is not None
     dy = output_grad(g, sums if spec.norm.batch_stats else None, branch.y, branch.norm)
     if not schedule.prologue:

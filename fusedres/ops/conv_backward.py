@@ -1,4 +1,7 @@
-"""Both gradients of a convolution: by one launch where it is narrow, and by one each elsewhere."""
+"""Both gradients of a convolution: by one launch where it is narrow, and by one each elsewhere.
+
+Two launches form dy each, or read what a pass before them has written, as the plan has it.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -6,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import launch, target_of
-from ..plan.backward_tiles import BackwardTile, backward_tile
-from ..plan.conv_tiles import ConvShape
+from ..launch import launch, multiplies_in_tf32, target_of
+from ..plan.backward_tiles import BackwardTile, backward_tile, writing_pays
+from ..plan.conv_tiles import ConvShape, depthwise
 from .bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
 from .contract import (
     ConvInput,
@@ -37,7 +40,7 @@ from .features import FeatureGrads
 from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
 from .op import Op
 from .relu_mask import gradient, is_bits, is_pooled, laid_out
-from .rows import in_rows, pitch_of
+from .rows import in_rows, pitch_of, storable
 from .zero_pad_shortcut import Added, added_geometry, added_read
 
 
@@ -75,7 +78,7 @@ def _conv_backward_triton(
         return launched.dw, launched.du
     if dy.p is None and dy.mask is None and u.scale is None and add is None:
         return NotImplemented  # nothing to join: both in one call, where a library has one
-    return _conv_backward(dy, u, weight, geometry, add=add)
+    return _conv_backward(_at_hand(dy, weight, geometry), u, weight, geometry, add=add)
 
 
 @conv_backward.native
@@ -129,7 +132,8 @@ def _conv_producer_backward_triton(
         return NotImplemented
     narrow = _narrow(dy, producer.output, weight, geometry, add, producer=True)
     if narrow is None:
-        return NotImplemented
+        dy = _at_hand(dy, weight, geometry)
+        return _conv_producer_backward(dy, u, weight, geometry, producer, add=add, features=features)
     launched = _launched(dy, producer.output, weight, geometry, *narrow, add=add, producer=producer, features=features)
     assert launched.sums is not None
     return launched.dw, ProducerGrad(launched.du, launched.sums)
@@ -157,6 +161,18 @@ def _narrow(
     masks = [dy.mask, other.mask if other is not None and unpacked else None]
     tile = backward_tile(shape, target_of(weight), bits=any(map(is_bits, masks)))
     return None if tile is None else (shape, tile)
+
+
+def _at_hand(dy: OutputGrad, weight: Tensor, geometry: Geometry) -> OutputGrad:
+    """dy, written to memory first where that is faster than to form it in both of two launches."""
+    if dy.q is None or not storable(dy.g, dy.y):
+        return dy
+    k, c, r, s = weight.shape
+    shape = ConvShape(
+        pixels(dy.g), c, k // geometry.groups, geometry.groups, r, s, weight.element_size(), operands=operands_of(dy)
+    )
+    pays = depthwise(shape) or writing_pays(shape, target_of(weight), tf32=multiplies_in_tf32(weight))
+    return OutputGrad(bn_backward_apply(dy)) if pays else dy
 
 
 def _launched(

@@ -1,4 +1,8 @@
-"""Where one pass makes both gradients of a convolution, and its tile: a pure function of shape, dtype and target."""
+"""How often dy is formed for both gradients of a convolution: pure functions of shape, dtype and target.
+
+By each of two launches as it needs it; by one launch for both, whose tile is here; or once, in a pass before two that
+read it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,10 @@ MOST_SUMS = 1 << 14
 # By the instructions of one step; for a target whose tensor cores are half as fast these hold up half as much.
 TOGETHER_REACHED, APART_REACHED = {True: 1 / 3, False: 1 / 5}, {True: 1 / 2, False: 1 / 4}
 FAST_MATRIX_TFLOPS = 500
+# Instructions for each tensor that a value of dy is formed of, at every tap of a window and for so many channels of the
+# input at once; and the share of a product's time that the others of its loop take to issue, on a GPU of fast tensor
+# cores. Of compiled loops.
+FORM_INSTRUCTIONS, FORMED_FOR, OTHERS = 4, 128, 0.75
 # What a launch that is not made spares, where Python starts them one by one.
 LAUNCH_SECONDS = 10e-6
 
@@ -85,3 +93,24 @@ def one_pass_pays(shape: ConvShape, target: Target) -> bool:
     apart = 2 * max((dy + x) / gpu.bandwidth, flops / (APART_REACHED[pointwise] * rate))
     together = max((dy + 2 * x) / gpu.bandwidth, 2 * flops / (TOGETHER_REACHED[pointwise] * rate))
     return shape.pixels * (together - apart) <= LAUNCH_SECONDS
+
+
+def writing_pays(shape: ConvShape, target: Target, *, tf32: bool = False) -> bool:
+    """Whether dy is written once for both gradients of a window, which would form it again at each of its taps.
+
+    Args:
+        shape: ``operands`` is how many tensors dy is formed of.
+        target: that it runs on.
+        tf32: whether fp32 products are of TF32.
+    """
+    taps = shape.r * shape.s
+    if taps == 1 or shape.operands == 1:
+        return False
+    gpu, dtype = target_gpu(target), torch.bfloat16 if shape.itemsize == 2 else torch.float32
+    # Of a pixel.
+    product = 2 * taps * shape.c * shape.k * shape.groups / gpu.rate(dtype, tf32=tf32)
+    forms = shape.k * shape.groups * taps * -(-shape.c // FORMED_FOR)
+    forming = FORM_INSTRUCTIONS * shape.operands * forms / (gpu.fp32_tflops * 1e12 / 2)
+    writing = (shape.operands + 1) * shape.k * shape.groups * shape.itemsize / gpu.bandwidth
+    spared = 2 * (max(product, OTHERS * product + forming) - product)
+    return shape.pixels * (spared - writing) > LAUNCH_SECONDS

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..offline import Target
 from . import conv_tiles
-from .backward_tiles import BackwardTile, backward_tile
+from .backward_tiles import BackwardTile, backward_tile, writing_pays
 from .schedule import Schedule
 from .tiles import MOST_PARTS
 
@@ -184,10 +184,11 @@ def _written(
     if not (inner and rung.statistics):
         yield Pass(2 * y + mask)
     yield from _numbers(layer, parts=rung.statistics and inner)
-    formed = 2 * y + mask if rung.prologue else y
-    if not rung.prologue:
-        yield Pass(3 * y + mask)
     tile = _joint_tile(layer, rung, itemsize, target, producer=behind and rung.statistics, bits=bool(mask))
+    at_hand = not rung.prologue or (tile is None and writing_pays(_tiled(layer, itemsize, operands=2), target))
+    formed = y if at_hand else 2 * y + mask
+    if at_hand:
+        yield Pass(3 * y + mask)
     if tile is not None:
         yield from _in_parts(formed + x + w + dx + joining, 2 * layer.flops, tile.parts, layer)
         return
@@ -218,10 +219,7 @@ def _moments(
 
 def _weight_gradient(layer: ConvShape, read: int, itemsize: int, target: Target, *, parts: bool) -> Iterator[Pass]:
     """The contraction over the pixels, and the sum of its parts where it is a kernel of ours."""
-    shape = conv_tiles.ConvShape(
-        layer.pixels, layer.c // layer.groups, layer.k // layer.groups, layer.groups, *layer.window, itemsize
-    )
-    tiles = conv_tiles.weight_grad_tiles(shape, target) if parts else ()
+    tiles = conv_tiles.weight_grad_tiles(_tiled(layer, itemsize), target) if parts else ()
     if not tiles:
         yield Pass(read + layer.weights * itemsize, layer.flops)
         if itemsize < FP32_BYTES:
@@ -236,11 +234,14 @@ def _joint_tile(
     """Of the launch that makes both gradients of a convolution of stride 1, as `conv_backward` asks for it."""
     if layer.pixels != layer.whole:
         return None
-    shape = conv_tiles.ConvShape(
-        layer.pixels, layer.c, layer.k, layer.groups, *layer.window, itemsize, prologue=producer,
-        operands=2 if rung.prologue else 1,
-    )  # fmt: skip
+    shape = _tiled(layer, itemsize, operands=2 if rung.prologue else 1)._replace(prologue=producer)
     return backward_tile(shape, target, bits=bits and rung.prologue)
+
+
+def _tiled(layer: ConvShape, itemsize: int, operands: int = 1) -> conv_tiles.ConvShape:
+    """The convolution as its tiles depend on it; ``operands``: of how many tensors dy is formed."""
+    c, k = layer.c // layer.groups, layer.k // layer.groups
+    return conv_tiles.ConvShape(layer.pixels, c, k, layer.groups, *layer.window, itemsize, operands=operands)
 
 
 def _in_parts(moved: int, flops: int, parts: int, layer: ConvShape) -> Iterator[Pass]:

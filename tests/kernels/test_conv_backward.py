@@ -1,5 +1,7 @@
 """fusedres.kernels.conv_backward, compiled and executed: both gradients of one pass, with what is joined to them."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -43,9 +45,9 @@ CASES = {
 SMALL = "tails of pixels, K and C"
 
 
-def targets_of(cases, offset=0):
-    """As `covering`, of the targets and dtypes that the kernel is offered for."""
-    turns = [(target, dtype) for target in TESTED if target.startswith("sm") for dtype in LOW]
+def targets_of(cases, offset=0, *, everywhere=False):
+    """As `covering`, of 16 bits and the targets that the kernel is offered for, or of all."""
+    turns = [(target, dtype) for target in TESTED if everywhere or target.startswith("sm") for dtype in LOW]
     parameters = []
     for i, case in enumerate(cases):
         # 5 shares no divisor with their number, so that each has its turn.
@@ -110,11 +112,19 @@ class Operands:
         return dw, du
 
 
-def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str) -> None:
+TOGETHER = ("conv_backward_kernel",)
+APART = ("conv_input_grad_kernel", "conv_weight_grad_kernel")
+
+
+def check(
+    target: str, conv: Conv, dtype: torch.dtype, form: str, join: str, kernels: tuple[str, ...] = TOGETHER
+) -> None:
     operands = Operands(conv, dtype, form, join)
     (dw, du), trace = executed(target, operands.launched)
-    assert trace.by_kernel()["conv_backward_kernel"] == 1
-    assert not {"conv_input_grad_kernel", "conv_weight_grad_kernel"} & set(trace.by_kernel())
+    looked_at = (*TOGETHER, *APART, "bn_backward_apply_kernel")
+    assert {name: trace.by_kernel()[name] for name in looked_at if name in trace.by_kernel()} == dict.fromkeys(
+        kernels, 1
+    )
     if operands.producer is not None:
         du, sums = du
         producer = operands.producer
@@ -151,6 +161,22 @@ def test_every_form(form: str, target: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("join", "target", "dtype"), targets_of(JOINED, offset=3))
 def test_every_epilogue(join: str, target: str, dtype: torch.dtype) -> None:
     check(target, CASES[SMALL], dtype, "dy formed", join)
+
+
+WINDOWS = {
+    "128 channels": Conv((1, 32, 6, 5), 128, (3, 3), Geometry(padding=(1, 1))),
+    "strided": Conv((2, 64, 7, 6), 64, (3, 3), Geometry((2, 2), (1, 1))),
+    "groups": Conv((1, 64, 5, 6), 64, (3, 3), Geometry(padding=(1, 1), groups=2)),
+    "a window that is not square": Conv((1, 40, 6, 9), 136, (1, 5), Geometry(padding=(0, 2))),
+}
+
+
+@pytest.mark.parametrize("join", ["producer", pytest.param("u formed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("case", "target", "dtype"), targets_of(WINDOWS, everywhere=True))
+def test_a_gradient_that_is_written_first(case: str, target: str, dtype: torch.dtype, join: str) -> None:
+    """As where a GPU forms it more slowly, at every tap, than it writes it."""
+    with patch("fusedres.ops.conv_backward.writing_pays", return_value=True):
+        check(target, WINDOWS[case], dtype, "bits, dy formed", join, (*APART, "bn_backward_apply_kernel"))
 
 
 @pytest.mark.skipif("sm_90" not in TESTED, reason="wgmma is sm_90's")

@@ -1,9 +1,9 @@
-"""fusedres.plan.backward_tiles: where one launch makes both gradients, and how it is cut."""
+"""fusedres.plan.backward_tiles: where one launch makes both gradients, how it is cut, and where dy is written first."""
 
 import pytest
 
 from fusedres.offline import TARGETS
-from fusedres.plan.backward_tiles import MOST_SUMS, backward_tile, one_pass_pays
+from fusedres.plan.backward_tiles import MOST_SUMS, backward_tile, one_pass_pays, writing_pays
 from fusedres.plan.conv_tiles import ConvShape
 
 CUDA = [target for target in TARGETS.values() if target.backend == "cuda"]
@@ -75,3 +75,27 @@ def test_few_pixels_pay_by_the_launch_that_is_not_made():
     assert not one_pass_pays(many, H100)
     assert one_pass_pays(few, H100)
     assert one_pass_pays(few, A100)
+
+
+WINDOWS = [shape(256 * side**2, c, c, 3) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))]
+
+
+@pytest.mark.parametrize("target", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("conv", WINDOWS, ids=str)
+def test_windows_of_resnet50_read_a_gradient_that_was_written(conv, target):
+    assert writing_pays(conv, target)
+    assert writing_pays(conv._replace(operands=3), target), "a mask is read once too"
+
+
+@pytest.mark.parametrize(
+    ("conv", "name", "reason"),
+    [
+        (shape(802816, 256, 64), "sm_90", "1x1: formed once by each, whose time is memory's"),
+        (WINDOWS[0]._replace(operands=1), "sm_90", "nothing is formed"),
+        (shape(3136, 64, 64, 3), "sm_90", "a batch of one: the launch takes longer"),
+        (WINDOWS[2], "sm_86", "tensor cores so slow that the forming hides behind them"),
+        (WINDOWS[0]._replace(itemsize=4), "sm_80", "fp32 without tensor cores: the same"),
+    ],
+)
+def test_others_form_theirs(conv, name, reason):
+    assert not writing_pays(conv, TARGETS[name]), reason

@@ -44,9 +44,9 @@ def test_a_bottleneck_in_passes_over_a_tensor_of_its_width():
     unit = 256 * 56 * 56 * 64 * 2
     forward = {"moments": 5 + 2 + 1 + 9, "prologue": 5 + 2 + 5 + 12, "stats": 5 + 2 + 5 + 12 + 4}
     backward = {
-        # weight and input gradients of conv3 and conv2; both of conv1 with the shortcut's, and below of conv3 too
-        "moments": (5 + 6) + (3 + 4) + 14,
-        "prologue": 8 + 10 + (3 + 4) + 14,
+        # weight and input gradients of conv3; dy of conv2, and its; of conv1 with the shortcut's, and below of conv3
+        "moments": (5 + 6) + 3 + (2 + 3) + 14,
+        "prologue": 8 + 10 + 3 + (2 + 3) + 14,
         "stats": (8 + 12) + 6 + 3 + (2 + 3) + 3 + 3 + 13,
     }
     for rung in forward:

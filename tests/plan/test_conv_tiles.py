@@ -1,6 +1,7 @@
 """fusedres.plan.conv_tiles: what it chooses fits into the registers of its target, and into how many parts it cuts."""
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fusedres.binaries import read_figures, violations
 from fusedres.offline import TARGETS, compile_binary
 from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry
 from fusedres.ops.contractions import conv_shape
+from fusedres.ops.conv_backward import conv_producer_backward
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
@@ -18,6 +20,7 @@ from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad
 from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.ops.stem_contractions import output_contraction, pooled_contraction
 from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, conv_tiles, pinned, weight_grad_tiles
+from fusedres.plan.gpus import target_gpu
 
 Size = tuple[int, int, int, int]
 WINDOW = Geometry(padding=(1, 1))
@@ -220,6 +223,27 @@ def test_the_loop_over_pixels_is_not_spent_on_addresses(
     figures = read_figures(compile_binary(trace.launches[0].binary, target), target)
     assert figures.issue is not None
     assert figures.issue <= WEIGHT_GRADS[target, form][window // 2]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("channels", [64, 256])
+def test_a_gradient_is_written_where_forming_it_takes_longer(target: str, channels: int) -> None:
+    """Both gradients of ResNet-50's 3x3, by bytes, FLOPs and the instructions of the compiled loops."""
+    gpu, dtype = target_gpu(TARGETS[target]), torch.bfloat16
+    size = (256, channels, 56 * 64 // channels, 56 * 64 // channels)
+    u, dy, geometry = formed_input(size, dtype), formed_gradient(size, dtype), Geometry(padding=(1, 1))
+    producer = Producer(u.tensor, Normaliser(*(on_meta(channels) for _ in range(4))))
+    seconds = []
+    for written in (False, True):
+        with fusedres.record(target) as trace, patch("fusedres.ops.conv_backward.writing_pays", return_value=written):
+            conv_producer_backward(dy, u, on_meta(channels, channels, 3, 3, dtype=dtype), geometry, producer)
+        assert ("bn_backward_apply_kernel" in trace.by_kernel()) is written
+        seconds.append(0.0)
+        for launch in trace.launches:
+            issue = read_figures(compile_binary(launch.binary, target), target).issue
+            moving = (launch.bytes_read + launch.bytes_written) / gpu.bandwidth
+            seconds[-1] += max(moving, launch.flops / gpu.rate(dtype) * max(1.0, issue or 0.0))
+    assert seconds[1] < 0.9 * seconds[0]
 
 
 @pytest.mark.parametrize(("target", "bars"), [("sm_80", (2.0, 4.2)), ("sm_90", (4.0, 7.1))])
