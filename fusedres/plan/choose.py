@@ -150,7 +150,7 @@ def use_moments(requested: str, weight: Tensor, geometry: Geometry, dtype: torch
     return possible and SCHEDULES[requested].moments and 2 * c <= k
 
 
-AUTO_MOMENTS_CHANNELS = 128
+AUTO_MOMENTS_CHANNELS = 64
 
 _listeners: list[Callable[[Choice], None]] = []
 
