@@ -188,7 +188,7 @@ def sector_allowance(launch: Launch) -> float:
     if launch.name.startswith("moments_"):
         return 2.5  # fp32 beside 16-bit weights, in pieces of 16 bytes of the latter; small matrices from the cache
     if launch.name.startswith(("conv_", "input_moments_kernel")):
-        return contraction_allowance(launch, constants)
+        return contraction_allowance(launch.name, constants)
     if launch.name.startswith("stem_pool") and multiple < 16:
         return 2.5
     if multiple < 16 and any(
@@ -198,10 +198,20 @@ def sector_allowance(launch: Launch) -> float:
     return 1.5 if multiple < 4 else 1.05
 
 
-def contraction_allowance(launch: Launch, constants: dict[str, Any]) -> float:
-    """As for other kernels, where at least 32 whole channels of a pixel are read at a time, and written."""
-    few = min(constants["C_MULTIPLE"], constants.get("K_MULTIPLE", 16)) < 16 or constants.get("GROUPS_PER_TILE", 1) > 1
-    return 8.0 if few or constants["BLOCK_C"] < 32 or constants.get("FLAT") else 1.05
+def contraction_allowance(name: str, constants: dict[str, Any]) -> float:
+    """As for other kernels where pixels are whole sectors; gradients' where they read 32 channels or more at a time.
+
+    Elsewhere pixels, and the taps of a weight, begin inside of sectors, and those of odd sizes are read by the value.
+    """
+    multiple, flat = min(constants["C_MULTIPLE"], constants.get("K_MULTIPLE", 16)), constants.get("FLAT")
+    wide = constants["BLOCK_C"] >= 32 and constants.get("GROUPS_PER_TILE", 1) == 1
+    if name in ("conv_input_grad_kernel", "conv_weight_grad_kernel", "conv_backward_kernel"):
+        return 1.05 if multiple == 16 and wide and not flat else 8.0
+    if flat:
+        return 2.0
+    if multiple == 16:
+        return 1.05
+    return 1.4 if multiple == 8 and wide else 8.0
 
 
 def channels_last(tensor: Tensor) -> Tensor:
