@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import launch, multiplies_in_tf32, target_of
+from ..launch import launch, target_of
 from ..plan.backward_tiles import BackwardTile, backward_tile, writing_pays
 from ..plan.conv_tiles import ConvShape, depthwise
 from .bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
@@ -171,7 +171,7 @@ def _at_hand(dy: OutputGrad, weight: Tensor, geometry: Geometry) -> OutputGrad:
     shape = ConvShape(
         pixels(dy.g), c, k // geometry.groups, geometry.groups, r, s, weight.element_size(), operands=operands_of(dy)
     )
-    pays = depthwise(shape) or writing_pays(shape, target_of(weight), tf32=multiplies_in_tf32(weight))
+    pays = depthwise(shape) or writing_pays(shape, target_of(weight))
     return OutputGrad(bn_backward_apply(dy)) if pays else dy
 
 

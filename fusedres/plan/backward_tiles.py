@@ -95,20 +95,20 @@ def one_pass_pays(shape: ConvShape, target: Target) -> bool:
     return shape.pixels * (together - apart) <= LAUNCH_SECONDS
 
 
-def writing_pays(shape: ConvShape, target: Target, *, tf32: bool = False) -> bool:
+def writing_pays(shape: ConvShape, target: Target) -> bool:
     """Whether dy is written once for both gradients of a window, which would form it again at each of its taps.
 
     Args:
         shape: ``operands`` is how many tensors dy is formed of.
         target: that it runs on.
-        tf32: whether fp32 products are of TF32.
     """
     taps = shape.r * shape.s
-    if taps == 1 or shape.operands == 1:
+    # Products of fp32 take so long that forming their factors hides behind them.
+    if taps == 1 or shape.operands == 1 or shape.itemsize != 2:
         return False
-    gpu, dtype = target_gpu(target), torch.bfloat16 if shape.itemsize == 2 else torch.float32
+    gpu = target_gpu(target)
     # Of a pixel.
-    product = 2 * taps * shape.c * shape.k * shape.groups / gpu.rate(dtype, tf32=tf32)
+    product = 2 * taps * shape.c * shape.k * shape.groups / gpu.rate(torch.bfloat16)
     forms = shape.k * shape.groups * taps * -(-shape.c // FORMED_FOR)
     forming = FORM_INSTRUCTIONS * shape.operands * forms / (gpu.fp32_tflops * 1e12 / 2)
     writing = (shape.operands + 1) * shape.k * shape.groups * shape.itemsize / gpu.bandwidth

@@ -179,6 +179,13 @@ def test_a_gradient_that_is_written_first(case: str, target: str, dtype: torch.d
         check(target, WINDOWS[case], dtype, "bits, dy formed", join, (*APART, "bn_backward_apply_kernel"))
 
 
+@pytest.mark.parametrize("target", TESTED)
+def test_what_the_library_convolves_is_formed_once(target: str) -> None:
+    """Depthwise, for which there is no kernel of ours."""
+    depthwise = Conv((1, 24, 6, 5), 24, (3, 3), Geometry(padding=(1, 1), groups=24))
+    check(target, depthwise, torch.float16, "bits, dy formed", "producer", ("bn_backward_apply_kernel",))
+
+
 @pytest.mark.skipif("sm_90" not in TESTED, reason="wgmma is sm_90's")
 @pytest.mark.parametrize("case", ["1x1 that narrows", "1x1 that widens"])
 def test_no_copy_overwrites_what_wgmma_still_reads(case: str) -> None:
