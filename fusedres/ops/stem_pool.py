@@ -62,7 +62,7 @@ def _stem_pool_triton(
     launch_rows(
         stem_pool_kernel, z, {**tensors, **_window(y, z, pool)}, reads=("y_ptr", "scale_ptr", "shift_ptr"),
         writes=("z_ptr", "index_ptr"), partial={"y_ptr": covered}, flops=4 * math.prod(pool.kernel) * z.numel(),
-        vectors=2,
+        vectors=2, all_registers=True,
     )  # fmt: skip
     return z, index
 
