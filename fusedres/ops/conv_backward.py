@@ -40,7 +40,7 @@ from .features import FeatureGrads
 from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
 from .op import Op
 from .relu_mask import gradient, is_bits, is_pooled, laid_out
-from .rows import in_rows, pitch_of, storable
+from .rows import in_rows, pitch_of
 from .zero_pad_shortcut import Added, added_geometry, added_read
 
 
@@ -165,7 +165,7 @@ def _narrow(
 
 def _at_hand(dy: OutputGrad, weight: Tensor, geometry: Geometry) -> OutputGrad:
     """dy, written to memory first where that is faster than to form it in both of two launches."""
-    if dy.q is None or not storable(dy.g, dy.y):
+    if dy.q is None:
         return dy
     k, c, r, s = weight.shape
     shape = ConvShape(

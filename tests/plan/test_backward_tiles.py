@@ -94,7 +94,7 @@ def test_windows_of_resnet50_read_a_gradient_that_was_written(conv, target):
         (WINDOWS[0]._replace(operands=1), "sm_90", "nothing is formed"),
         (shape(3136, 64, 64, 3), "sm_90", "a batch of one: the launch takes longer"),
         (WINDOWS[2], "sm_86", "tensor cores so slow that the forming hides behind them"),
-        (WINDOWS[0]._replace(itemsize=4), "sm_80", "fp32: the same"),
+        (WINDOWS[0]._replace(itemsize=4), "sm_80", "fp32, of which no figures were read"),
     ],
 )
 def test_others_form_theirs(conv, name, reason):
