@@ -1,7 +1,7 @@
 """Inference: every convolution with its batch norm, shortcut and ReLU is one call, batch norm folded in once."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from . import backends
 from .autograd.layer import normaliser_of
 from .launch import wants_kernels
 from .ops import onednn
-from .ops.contract import ConvInput, PoolGeometry, channels_last
+from .ops.contract import ConvInput, Geometry, PoolGeometry, channels_last
 from .ops.conv_bn_act import Contraction, conv_bn_act
 from .ops.conv_forward import conv_forward
 from .ops.stem_pool import stem_pool
 from .ops.zero_pad_shortcut import ZeroPadded, written
+from .replay import replayed
 from .writes import state_of
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ def infer_chain(
     act: str | None,
 ) -> Tensor:
     """A chain from running statistics; the arguments of `run_chain` and the dtype of the contractions."""
+    if wants_kernels(x):
+        folded = tuple(_folded_layer(layer, dtype) for layer in layers)
+        second = None if projection is None else _folded_layer(projection, dtype)
+        return replayed(_chain_of_kernels, x, dtype, folded, second, shortcut, residual, zero_pad_stride, act)
     x = channels_last(x)
     source = u = x.to(dtype)
     for layer in layers[:-1]:
@@ -63,39 +68,65 @@ def infer_chain(
         joining = x
     elif shortcut == "zero_pad":
         joining = ZeroPadded(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
-    elif projection is not None and backends.runs_native() and not wants_kernels(x):
-        joining = infer_layer(source, projection, None)
     elif projection is not None:
-        return conv_bn_act(contraction_of(u, layers[-1]), second=contraction_of(source, projection), act=act)[0]
+        joining = infer_layer(source, projection, None)
     return infer_layer(u, layers[-1], act, joining)
+
+
+class Folded(NamedTuple):
+    """A layer of running statistics: its weight in the dtype of the contraction, and what multiplies and joins it."""
+
+    weight: Tensor
+    geometry: Geometry
+    scale: Tensor
+    shift: Tensor
+
+
+def _chain_of_kernels(
+    x: Tensor, dtype: torch.dtype, layers: tuple[Folded, ...], projection: Folded | None, shortcut: str,
+    residual: Tensor | None, zero_pad_stride: tuple[int, int], act: str | None,
+) -> Tensor:  # fmt: skip
+    x = channels_last(x)
+    source = u = ConvInput(x.to(dtype))
+    *inner, last = layers
+    for layer in inner:
+        u = ConvInput(conv_bn_act(Contraction(u, *layer), act="relu")[0])
+    joining: Tensor | ZeroPadded | None = residual
+    if shortcut == "identity":
+        joining = x
+    elif shortcut == "zero_pad":
+        joining = ZeroPadded(x, last.weight.shape[0], zero_pad_stride)
+    second = None if projection is None else Contraction(source, *projection)
+    return conv_bn_act(Contraction(u, *last), residual=joining, second=second, act=act)[0]
 
 
 def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
     """maxpool(relu(bn(conv(x)))) from running statistics; ``x`` in the dtype of the contraction."""
     if not wants_kernels(x):
         return max_pool2d(infer_layer(x, layer, "relu"), *pool)
-    u, weight, geometry, *_ = contraction_of(channels_last(x), layer)
-    y, _ = conv_forward(u, weight, geometry)
-    return stem_pool(y, *_numbers_of(layer, x.dtype), pool, indices=False)[0]
+    return replayed(_stem_of_kernels, x, _folded_layer(layer, x.dtype), pool)
+
+
+def _stem_of_kernels(x: Tensor, layer: Folded, pool: PoolGeometry) -> Tensor:
+    y, _ = conv_forward(ConvInput(channels_last(x)), layer.weight, layer.geometry)
+    return stem_pool(y, layer.scale, layer.shift, pool, indices=False)[0]
 
 
 def contraction_of(u: Tensor, layer: "Layer") -> Contraction:
     """A layer of running statistics as the operand of `conv_bn_act`."""
-    weight = layer.tensors.weight
-    if weight.dtype != u.dtype:  # under autocast
-        weight = _once(layer, ("weight", u.dtype), lambda: layer.tensors.weight.detach().to(u.dtype))
-    return Contraction(ConvInput(u), weight, layer.geometry, *_numbers_of(layer, u.dtype))
+    return Contraction(ConvInput(u), *_folded_layer(layer, u.dtype))
 
 
-def _numbers_of(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _once(layer, ("numbers", dtype), lambda: _numbers(layer, dtype))
+def _folded_layer(layer: "Layer", dtype: torch.dtype) -> Folded:
+    weight, scale, shift = _once(layer, dtype, lambda: _folding(layer, dtype))
+    return Folded(layer.tensors.weight if weight is None else weight, layer.geometry, scale, shift)
 
 
-def _numbers(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What batch norm does to the convolution's output: its scale and shift."""
-    norm = normaliser_of(None, layer.tensors.norm, layer.norm, dtype)
-    scale, shift = norm.scale.detach(), norm.shift.detach()
-    return (scale, shift) if layer.gain == 1 else (scale * layer.gain, shift * layer.gain)
+def _folding(layer: "Layer", dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The weight in another dtype than its own (under autocast), and batch norm's scale and shift."""
+    weight, norm = layer.tensors.weight, normaliser_of(None, layer.tensors.norm, layer.norm, dtype)
+    rounded = None if weight.dtype == dtype else weight.detach().to(dtype)
+    return rounded, norm.scale.detach() * layer.gain, norm.shift.detach() * layer.gain
 
 
 def _fingerprint(layer: "Layer") -> tuple[Any, ...] | None:
@@ -125,8 +156,7 @@ def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
         return None
 
     def packed() -> onednn.PackedConv:
-        _, weight, geometry, *_ = contraction_of(u, layer)
-        scale, shift = _numbers_of(layer, u.dtype)
+        weight, geometry, scale, shift = _folded_layer(layer, u.dtype)
         folded = onednn.fold(weight.detach(), scale)
         return onednn.pack(onednn.PackedConv(folded, shift, geometry), tuple(u.shape))
 

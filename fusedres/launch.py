@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -114,6 +115,34 @@ def record(target: str = DRY_RUN_TARGET) -> Iterator[Trace]:
         _traces.remove(trace)
 
 
+def recording() -> bool:
+    """Whether somebody keeps account of launches."""
+    return bool(_traces)
+
+
+class Follower(Protocol):
+    """Who wants to do launches again."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Surrounds a launch."""
+
+    def launched(self, start: Callable[..., object], arguments: Sequence[Any]) -> None:
+        """``start(*arguments)`` launches once more what has been launched."""
+
+
+_following = threading.local()
+
+
+@contextmanager
+def following(follower: Follower) -> Iterator[None]:
+    """Tell ``follower`` of every launch on this thread inside the ``with`` block."""
+    _following.follower = follower
+    try:
+        yield
+    finally:
+        _following.follower = None
+
+
 def wants_kernels(tensor: Tensor) -> bool:
     """Whether an op called now on ``tensor`` should launch its kernel."""
     if tensor.is_meta:
@@ -184,16 +213,28 @@ def launch(
     moved = partial or {}
     _check(kernel, grid, arguments, moved.keys() - {*reads, *writes})
     tensor = next(arguments[name] for name in (*reads, *writes) if arguments[name] is not None)
+    follower: Follower | None = getattr(_following, "follower", None)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     counters = None
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
-            backend = target_of(tensor).backend
-            kernel[tuple(grid)](
-                **arguments, **compile_options(backend, num_warps, num_stages, all_registers=all_registers)
-            )
+            options = compile_options(target_of(tensor).backend, num_warps, num_stages, all_registers=all_registers)
+            binary = kernel[tuple(grid)](**arguments, **options)
+        if follower is not None:
+            # A binary takes a kernel's arguments by position, and does not look at them again.
+            start = binary[(*grid, 1, 1)[:3]]
+            follower.launched(start, [arguments[name] for name in kernel.arg_names])
     elif not tensor.is_meta:
-        counters = _execute(kernel, grid, arguments, [name for name in writes if name not in reads], options)
+        fresh = [name for name in writes if name not in reads]
+        with nullcontext() if follower is None else follower.apart():
+            counters = _execute(kernel, grid, arguments, fresh, options)
+        if follower is not None:
+            names = tuple(arguments)
+
+            def start(*values: Any) -> None:
+                _execute(kernel, grid, dict(zip(names, values, strict=True)), fresh, options)
+
+            follower.launched(start, list(arguments.values()))
     if _traces:
         read, written = (
             {name: moved.get(name, _bytes(arguments[name])) for name in names if arguments[name] is not None}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusedres
+from fusedres import replay
 from fusedres.bench.saved_activations import image_loss, per_image, saved_bytes
 from fusedres.ops.bn_backward import NormSums
 from fusedres.plan import AUTO, SCHEDULES
@@ -307,7 +308,8 @@ def bfloat16(t: Tensor) -> Tensor:
 def test_planted_rounding_is_caught_in_most_gradients(op, rounded, monkeypatch):
     exact = pkgutil.resolve_name(op)
     monkeypatch.setattr(op, lambda *operands, **options: rounded(exact(*operands, **options)))
-    assert len(too_large(ratios_to_eager("resnet18", ["stats"], (0,), with_gaps))) > 31
+    with replay.off():
+        assert len(too_large(ratios_to_eager("resnet18", ["stats"], (0,), with_gaps))) > 31
 
 
 def losses(model: nn.Module, lr: float, dtype: torch.dtype = torch.float32, steps: int = 20) -> list[float]:

@@ -10,6 +10,7 @@ from ..autocast import no_autocast
 from ..ops.add_act import add_act
 from ..ops.bn_backward import masked
 from ..ops.contract import OutputGrad, channels_last
+from ..replay import replayed
 from .saved import differentiable_once, on_forward_backend
 
 
@@ -23,7 +24,7 @@ class AddAct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, act: str | None) -> Tensor:
         training = any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, mask = add_act(channels_last(x), channels_last(residual), act=act, bit_mask=training and act == "relu")
+            z, mask = replayed(_forward, x, residual, act, training)
         if training:
             ctx.backend, ctx.dtypes = backends.current(), (x.dtype, residual.dtype)
             ctx.save_for_backward(mask)
@@ -33,8 +34,18 @@ class AddAct(torch.autograd.Function):
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        g = masked(OutputGrad(channels_last(dz), *ctx.saved_tensors))
+        g = replayed(_backward, dz, ctx.saved_tensors)
         dx, dresidual = (
             g.to(dtype) if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         )
         return dx, dresidual, None
+
+
+def _forward(x: Tensor, residual: Tensor, act: str | None, training: bool) -> tuple[Tensor, Tensor | None]:
+    """z and its mask."""
+    return add_act(channels_last(x), channels_last(residual), act=act, bit_mask=training and act == "relu")
+
+
+def _backward(dz: Tensor, mask: tuple[Tensor | None]) -> Tensor:
+    """The gradient behind the ReLU."""
+    return masked(OutputGrad(channels_last(dz), *mask))

@@ -1,6 +1,6 @@
 """The block end on its own: normalise, add the (optionally normalised) shortcut, rectify."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward, masked
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import Normaliser, OutputGrad, Partials, channels_last
+from ..replay import replayed
 from .layer import normaliser_of
 from .layouts import arrived, in_dtype
 from .saved import differentiable_once, keep, kept, on_forward_backend
@@ -25,7 +26,7 @@ class BNAddActSpec:
     norm: NormSpec
     residual_norm: NormSpec | None = None
     act: str | None = "relu"
-    partials: Partials | None = None
+    partials: Partials | None = field(default=None, compare=False, repr=False)
 
 
 class Kept(NamedTuple):
@@ -46,14 +47,23 @@ class BNAddAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, *tensors: Tensor | None) -> Tensor:
+        fields = len(NormTensors._fields)
+        norms, training = (NormTensors(*tensors[:fields]), NormTensors(*tensors[fields:])), any(ctx.needs_input_grad)
         with no_autocast(y.device.type):
-            return _forward(ctx, y, residual, spec, tensors)
+            z, saved = replayed(_forward, y, residual, spec, norms, training, beside=spec.partials or ())
+        if saved is not None:
+            ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
+            ctx.residual_dtype = None if residual is None else residual.dtype
+            keep(ctx, saved)
+        return z
 
     @staticmethod
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, dz)
+        g = arrived(dz)
+        dy, dresidual, grads = replayed(_backward, g, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.residual_dtype)
+        return (dy, dresidual, None, *grads)
 
 
 def _measured(y: Tensor, tensors: NormTensors, spec: NormSpec, partials: Partials | None = None) -> Normaliser:
@@ -65,10 +75,10 @@ def _measured(y: Tensor, tensors: NormTensors, spec: NormSpec, partials: Partial
 
 
 def _forward(
-    ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, tensors: tuple[Tensor | None, ...]
-) -> Tensor:
-    fields = len(NormTensors._fields)
-    main, other = NormTensors(*tensors[:fields]), NormTensors(*tensors[fields:])
+    y: Tensor, residual: Tensor | None, spec: BNAddActSpec, norms: tuple[NormTensors, NormTensors], training: bool
+) -> tuple[Tensor, Kept | None]:
+    """z and, if it is to be differentiated, what its backward pass needs."""
+    main, other = norms
     y = channels_last(y)
     norm = _measured(y, main, spec.norm, spec.partials)
     residual_norm = None
@@ -76,25 +86,23 @@ def _forward(
         residual = channels_last(residual)
         if spec.residual_norm is not None:
             residual_norm = _measured(residual, other, spec.residual_norm)
-    training = any(ctx.needs_input_grad)
     z, mask = bn_act(
         y, norm.scale, norm.shift, residual=residual,
         residual_scale=residual_norm.scale if residual_norm else None,
         residual_shift=residual_norm.shift if residual_norm else None,
         act=spec.act, bit_mask=training and spec.act == "relu",
     )  # fmt: skip
-    if training:
-        ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        raw_residual = residual if residual_norm is not None else None
-        keep(ctx, Kept(y, norm, raw_residual, residual_norm, mask, (main.gamma, other.gamma)))
-    return z
+    if not training:
+        return z, None
+    raw_residual = residual if residual_norm is not None else None
+    return z, Kept(y, norm, raw_residual, residual_norm, mask, (main.gamma, other.gamma))
 
 
-def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-    saved: Kept = kept(ctx)
-    spec: BNAddActSpec = ctx.spec
-    g = OutputGrad(arrived(dz), saved.mask)
+def _backward(
+    dz: Tensor, spec: BNAddActSpec, saved: Kept, asked_of: tuple[bool, ...], residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """The gradients of y, of the residual and of the batch norms' tensors."""
+    g = OutputGrad(dz, saved.mask)
 
     def through(y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None) -> tuple[Tensor, list[Any]]:
         typed = g._replace(g=in_dtype(g.g, y.dtype))
@@ -106,8 +114,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     residual_grads: list[Any] = [None] * len(NormTensors._fields)
     if saved.residual is not None and saved.residual_norm is not None and spec.residual_norm is not None:
         dresidual, residual_grads = through(saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1])
-    elif ctx.needs_input_grad[1]:
-        dresidual = masked(g).to(ctx.residual_dtype)
-    asked = ctx.needs_input_grad[3:]
-    named = [grad if wanted else None for grad, wanted in zip([*grads, *residual_grads], asked, strict=True)]
-    return (dy, dresidual, None, *named)
+    elif asked_of[1]:
+        dresidual = masked(g).to(residual_dtype)
+    named = zip([*grads, *residual_grads], asked_of[3:], strict=True)
+    return dy, dresidual, tuple(grad if wanted else None for grad, wanted in named)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends, carried
 from ..autocast import no_autocast
 from ..ops.bn_act import bn_act
-from ..ops.bn_backward import masked
+from ..ops.bn_backward import NormSums, masked
 from ..ops.bn_forward import bn_forward
 from ..ops.contract import ConvInput, OutputGrad, Producer, channels_last
 from ..ops.conv_bn_act import conv_bn_act
@@ -17,6 +17,7 @@ from ..ops.conv_input_grad import ProducerGrad
 from ..ops.relu_mask import is_bits
 from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad
 from ..plan import Schedule
+from ..replay import replayed
 from .layer import (
     PARAMETERS,
     Below,
@@ -93,8 +94,8 @@ def _inner_forward(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Sched
 
 
 def _join(
-    main: Branch, projection: Branch | None, residual: Tensor | ZeroPadded | None, parameters: list[ConvBN],
-    spec: ChainSpec, bit_mask: bool,
+    main: Branch, projection: Branch | None, residual: Tensor | ZeroPadded | None,
+    parameters: tuple[ConvBN, ...], spec: ChainSpec, bit_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The block end, in whichever single pass the branches' forms allow."""
     numbers: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -133,18 +134,40 @@ class ConvChain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, *tensors: Tensor | None) -> Tensor:
+        under, training = carried.ends.take(x), any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            return _forward(ctx, x, residual, spec, grouped(tensors))
+            z, saved = replayed(_forward, x, residual, spec, tuple(grouped(tensors)), training, beside=spec.held)
+        if saved is not None:
+            ctx.spec, ctx.backend = spec, backends.current()
+            ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
+            ctx.residual_dtype = None if residual is None else residual.dtype
+            if spec.hands_over and spec.act == "relu" and _reducible(saved.main, z, saved.mask, spec):
+                assert saved.main.y is not None
+                carried.ends.leave(z, Producer(saved.main.y, saved.main.norm, mask=saved.mask))
+            if ctx.needs_input_grad[0] and spec.schedule.statistics and _source(saved) is x:
+                saved = saved._replace(under=under)
+            keep(ctx, saved)
+        return z
 
     @staticmethod
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, dz)
+        spec, saved, sums = ctx.spec, kept(ctx), carried.reduced.take(dz)
+        arriving = OutputGrad(arrived(dz, saved.parameters[0].weight), saved.mask if sums is None else None)
+        dx, reduced, dresidual, grads = replayed(
+            _backward, arriving, sums, spec, saved, ctx.needs_input_grad, ctx.input_dtype, ctx.input_size,
+            ctx.residual_dtype, beside=spec.held,
+        )  # fmt: skip
+        if dx is not None and reduced is not None:
+            carried.reduced.leave(dx, reduced)
+        return (dx, dresidual, None, *(grad for layer_grads in grads for grad in layer_grads))
 
 
-def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: list[ConvBN]) -> Tensor:
-    given, under = x, carried.ends.take(x)
+def _forward(
+    x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: tuple[ConvBN, ...], training: bool
+) -> tuple[Tensor, Kept | None]:
+    """z and, if it is to be differentiated, what its backward pass needs."""
     x = channels_last(x)
     shortcut: Tensor | ZeroPadded | None = None if residual is None else channels_last(residual)
     source = u = ConvInput(x.to(spec.dtype))
@@ -157,7 +180,6 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
         shortcut = x
     elif spec.shortcut == "zero_pad":
         shortcut = ZeroPadded(x, parameters[last].weight.shape[0], spec.zero_pad_stride)
-    training = any(ctx.needs_input_grad)
     rectified = training and spec.act == "relu"
     bit_mask = rectified and spec.schedule.bit_masks
     projection = None
@@ -173,24 +195,11 @@ def _forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, para
             projection = measure(source, parameters[-1], spec.projection, spec.schedule)
         main = measure(u, parameters[last], spec.layers[last], spec.schedule)
         z, mask = _join(main, projection, shortcut, parameters, spec, bit_mask)
-    if training:
-        if rectified and mask is None:
-            mask = z
-        ctx.spec, ctx.backend = spec, backends.current()
-        ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        if spec.hands_over and rectified and _reducible(main, z, mask, spec):
-            assert main.y is not None
-            carried.ends.leave(z, Producer(main.y, main.norm, mask=mask))
-        takes = ctx.needs_input_grad[0] and spec.schedule.statistics and source.tensor is given
-        keep(
-            ctx,
-            Kept(
-                tuple(inner), main, projection, mask, tuple(layer.parameters for layer in parameters),
-                under if takes else None,
-            ),
-        )  # fmt: skip
-    return z
+    if not training:
+        return z, None
+    if rectified and mask is None:
+        mask = z
+    return z, Kept(tuple(inner), main, projection, mask, tuple(layer.parameters for layer in parameters), None)
 
 
 def _reducible(main: Branch, z: Tensor, mask: Tensor | None, spec: ChainSpec) -> bool:
@@ -199,9 +208,9 @@ def _reducible(main: Branch, z: Tensor, mask: Tensor | None, spec: ChainSpec) ->
     return written and is_bits(mask) and spec.schedule.statistics and spec.layers[-1].norm.batch_stats
 
 
-def _needs(ctx: Any, spec: ChainSpec) -> tuple[list[Needs], bool]:
+def _needs(asked_of: tuple[bool, ...], spec: ChainSpec) -> tuple[list[Needs], bool]:
     """Per layer (the projection last) what is asked for; a layer's source is needed if anything below it is."""
-    needed_x, _, _, *flat = ctx.needs_input_grad
+    needed_x, _, _, *flat = asked_of
     asked = [flat[i : i + PARAMETERS] for i in range(0, len(flat), PARAMETERS)]
     below, needs = needed_x, []
     for layer in asked[: len(spec.layers)]:
@@ -212,13 +221,22 @@ def _needs(ctx: Any, spec: ChainSpec) -> tuple[list[Needs], bool]:
     return needs, needed_x
 
 
-def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-    spec: ChainSpec = ctx.spec
-    saved: Kept = kept(ctx)
-    needs, needed_x = _needs(ctx, spec)
+class Gradients(NamedTuple):
+    """What `ConvChain` gives back; ``reduced``: the sums of dx, where it is behind the ReLU of the block below."""
+
+    dx: Tensor | None
+    reduced: NormSums | None
+    dresidual: Tensor | None
+    layers: tuple[LayerGrads, ...]
+
+
+def _backward(
+    arriving: OutputGrad, sums: NormSums | None, spec: ChainSpec, saved: Kept, asked_of: tuple[bool, ...],
+    input_dtype: torch.dtype, input_size: tuple[int, ...], residual_dtype: torch.dtype | None,
+) -> Gradients:  # fmt: skip
+    """From the gradient at z, and its sums where the block behind made them."""
+    needs, needed_x = _needs(asked_of, spec)
     schedule, last = spec.schedule, len(spec.layers) - 1
-    sums = carried.reduced.take(dz)
-    arriving = OutputGrad(arrived(dz, saved.parameters[0].weight), saved.mask if sums is None else None)
     if saved.mask is not None and not schedule.bit_masks:
         arriving = OutputGrad(masked(arriving), scratch=True)
     g = arriving._replace(g=in_dtype(arriving.g, spec.dtype), scratch=False)
@@ -231,11 +249,11 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
             layer, projection = saved.parameters[-1], spec.projection
             below = Below(compact=samples(layer, projection))
             grads[-1], dx = branch_backward(g, saved.projection, layer, projection, schedule, needs[-1], below)
-            at_input = shortcut_grad(dx, ctx.input_size, layer, projection)
+            at_input = shortcut_grad(dx, input_size, layer, projection)
     elif spec.shortcut == "identity":
         at_input = arriving
     elif spec.shortcut == "zero_pad" and needed_x:
-        at_input = ZeroPaddedGrad(arriving, ctx.input_size, spec.zero_pad_stride)
+        at_input = ZeroPaddedGrad(arriving, input_size, spec.zero_pad_stride)
 
     du: SourceGrad = None if sums is None else ProducerGrad(g.g, sums)
     branch, out = saved.main, None
@@ -258,23 +276,23 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         if i > 0:
             branch, out = saved.inner[i - 1]
 
-    dx = None
+    dx = reduced = None
     if needed_x and isinstance(du, ProducerGrad):
-        dx = du.g.to(ctx.input_dtype)
-        carried.reduced.leave(dx, du.sums)
+        dx, reduced = du.g.to(input_dtype), du.sums
     elif needed_x and isinstance(du, Tensor):
-        dx = du.to(ctx.input_dtype)
-    dresidual = None
-    if ctx.needs_input_grad[1]:
-        dresidual = masked(arriving).to(ctx.residual_dtype)
-    flat = [grad for layer_grads in grads for grad in layer_grads]
-    return (dx, dresidual, None, *flat)
+        dx = du.to(input_dtype)
+    dresidual = masked(arriving).to(residual_dtype) if asked_of[1] else None
+    return Gradients(dx, reduced, dresidual, tuple(grads))
+
+
+def _source(saved: Kept) -> Tensor:
+    """What the chain's first convolution consumed."""
+    return (saved.inner[0].branch if saved.inner else saved.main).source.tensor
 
 
 def _under(saved: Kept) -> Producer | None:
     """The end of the block below, with this chain's input as its output."""
-    first = saved.inner[0].branch if saved.inner else saved.main
-    return None if saved.under is None else saved.under._replace(out=first.source.tensor)
+    return None if saved.under is None else saved.under._replace(out=_source(saved))
 
 
 def _behind_relu(du: Tensor, out: Tensor | None, branch: Branch) -> OutputGrad:

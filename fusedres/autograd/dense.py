@@ -17,7 +17,7 @@ A slice's pixels are C_total apart, which kernels and the library take (`pitch_o
 buffer, and a layer's last convolution writes into it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ from ..ops.conv_input_grad import ProducerGrad, at_producer, sent_to_features
 from ..ops.features import FeatureGrads, put_features
 from ..ops.rows import empty_rows
 from ..plan import Schedule
+from ..replay import replayed
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
     PARAMETERS,
@@ -59,7 +60,7 @@ from .layer import (
     normaliser_of,
 )
 from .saved import differentiable_once, keep, kept, on_forward_backend
-from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
+from .spec import ConvBN, LayerSpec, NormSpec, NormTensors, held_by
 
 NORM = len(NormTensors._fields)
 ELSEWHERE: Any = None
@@ -84,7 +85,13 @@ class DenseSpec:
 
     layers: tuple[DenseLayerSpec, ...]
     schedule: Schedule
-    partials: Partials | None = None
+    partials: Partials | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        """As of `ChainSpec`."""
+        rounded = (weight for layer in self.layers for weight in held_by(layer.layers, None))
+        return (*rounded, *(self.partials or ()))
 
 
 class DenseTensors(NamedTuple):
@@ -117,8 +124,16 @@ class Dense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: DenseSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        layers, training = tuple(_by_layer(tensors, spec)), any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, partials = _forward(ctx, x, spec, _by_layer(tensors, spec))
+            z, partials, saved = replayed(_forward, x, spec, layers, training, beside=spec.held)
+        if saved is not None:
+            ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
+            ctx.channels = x.shape[1]
+            ctx.norm_dtypes = tuple(
+                tuple(None if t is None else t.dtype for t in (layer.norm.gamma, layer.norm.beta)) for layer in layers
+            )
+            keep(ctx, saved)
         if partials is None:
             return z, None, None, None
         ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
@@ -129,7 +144,11 @@ class Dense(torch.autograd.Function):
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
-        return _backward(ctx, dz)
+        dx, grads = replayed(
+            _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.channels, ctx.norm_dtypes,
+            beside=ctx.spec.held,
+        )  # fmt: skip
+        return (dx, None, *grads)
 
 
 def _by_layer(tensors: tuple[Any, ...], spec: DenseSpec) -> list[DenseTensors]:
@@ -162,8 +181,9 @@ class _Measured:
 
 
 def _forward(
-    ctx: Any, x: Tensor, spec: DenseSpec, layers: list[DenseTensors]
-) -> tuple[Tensor, Partials | None]:  # fmt: skip
+    x: Tensor, spec: DenseSpec, layers: tuple[DenseTensors, ...], training: bool
+) -> tuple[Tensor, Partials | None, Kept | None]:
+    """The features, their statistics, and what their backward pass needs if they are to be differentiated."""
     n, channels, h, w = x.shape
     total = channels + sum(layer.convs[-1].weight.shape[0] for layer in layers)
     features = empty_rows(x, size=(n, total, h, w))
@@ -181,14 +201,10 @@ def _forward(
             measured.put(partials, channels)
         saved.append(step)
         channels = end
-    if any(ctx.needs_input_grad):
-        ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
-        ctx.channels = x.shape[1]
-        ctx.norm_dtypes = [
-            tuple(None if t is None else t.dtype for t in (layer.norm.gamma, layer.norm.beta)) for layer in layers
-        ]
-        keep(ctx, Kept(features, None if measured is None else measured.mean[0], tuple(saved)))
-    return features, None if measured is None else measured.of(total)
+    of_all = None if measured is None else measured.of(total)
+    if not training:
+        return features, of_all, None
+    return features, of_all, Kept(features, None if measured is None else measured.mean[0], tuple(saved))
 
 
 def _layer_forward(
@@ -213,11 +229,13 @@ def _layer_forward(
     return of_y, KeptLayer(norm, rectified, tuple(inner), last, tuple(conv.parameters for conv in tensors.convs))
 
 
-def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-    spec: DenseSpec = ctx.spec
-    saved: Kept = kept(ctx)
+def _backward(
+    dz: Tensor, spec: DenseSpec, saved: Kept, asked_of: tuple[bool, ...], channels: int,
+    norm_dtypes: tuple[tuple[torch.dtype | None, ...], ...],
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The gradients of x, of ``channels`` channels, and of every tensor of the layers."""
     features, mean = saved.features, saved.mean
-    needed_x, flat = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+    needed_x, flat = asked_of[0], asked_of[2:]
     asked = _by_layer(flat, spec)
     # What layers send to the features: the first to send adds it to dz, the others to its sum in place.
     sent = channels_last(dz)
@@ -251,7 +269,7 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         if at_source is not None:
             sums, sent = at_source.sums, into
             for j, grad in enumerate((sums.sum_gy, sums.sum_g)):
-                head[j] = grad.to(ctx.norm_dtypes[i][j]) if wanted.norm[j] else None
+                head[j] = grad.to(norm_dtypes[i][j]) if wanted.norm[j] else None
             if layer_spec.norm.batch_stats:
                 total_q[:first] += sums.q
                 total_r[:first] += sums.r
@@ -259,8 +277,8 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         end = first
     dx = None
     if needed_x:
-        dx = arrived(0, ctx.channels).g
-    return (dx, None, *(grad for layer_grads in reversed(grads) for grad in layer_grads))
+        dx = arrived(0, channels).g
+    return dx, tuple(grad for layer_grads in reversed(grads) for grad in layer_grads)
 
 
 def _needs(asked: DenseTensors, below: bool) -> list[Needs]:

@@ -8,7 +8,7 @@ read the arriving gradient and what they consumed, the latter masks and sums for
 x is dx = p * g + q * (x - mean) + r + dz, one pass (reads 12, writes 4).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import ProducerGrad, at_producer, joined
 from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad, written
 from ..plan import Schedule
+from ..replay import replayed
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
     PARAMETERS,
@@ -45,7 +46,7 @@ from .layer import (
     shortcut_grad,
 )
 from .saved import differentiable_once, keep, kept, on_forward_backend
-from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
+from .spec import ConvBN, LayerSpec, NormSpec, NormTensors, held_by
 
 NORM = len(NormTensors._fields)
 BARE = NormSpec(batch_stats=False)
@@ -76,8 +77,13 @@ class PreActSpec:
     shortcut: str = "identity"
     projection: LayerSpec | None = None
     zero_pad_stride: tuple[int, int] = (1, 1)
-    partials: Partials | None = None
+    partials: Partials | None = field(default=None, compare=False, repr=False)
     measured: bool = False
+
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        """As of `ChainSpec`."""
+        return (*held_by(self.layers, self.projection), *(self.partials or ()))
 
 
 class Kept(NamedTuple):
@@ -102,8 +108,16 @@ class PreAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: PreActSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        norm, convs = NormTensors(*tensors[:NORM]), tuple(grouped(tensors[NORM:]))
+        training = any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, partials = _forward(ctx, x, spec, NormTensors(*tensors[:NORM]), grouped(tensors[NORM:]))
+            z, partials, saved = replayed(_forward, x, spec, norm, convs, training, beside=spec.held)
+        if saved is not None:
+            ctx.backend, ctx.size, ctx.input_dtype = backends.current(), tuple(x.shape), x.dtype
+            ctx.norm_dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (norm.gamma, norm.beta))
+            # The statistics of x were of use in the forward pass alone.
+            ctx.spec = replace(spec, partials=None)
+            keep(ctx, saved)
         if partials is None:
             return z, None, None, None
         ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
@@ -114,7 +128,11 @@ class PreAct(torch.autograd.Function):
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
-        return _backward(ctx, dz)
+        dx, head, grads = replayed(
+            _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.size, ctx.input_dtype, ctx.norm_dtypes,
+            beside=ctx.spec.held,
+        )  # fmt: skip
+        return (dx, None, *head, *(grad for layer_grads in grads for grad in layer_grads))
 
 
 def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvInput, Normaliser]:
@@ -137,7 +155,7 @@ def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvI
 
 
 def _end(
-    x: Tensor, source: ConvInput, last: ConvInput, spec: PreActSpec, parameters: list[ConvBN]
+    x: Tensor, source: ConvInput, last: ConvInput, spec: PreActSpec, parameters: tuple[ConvBN, ...]
 ) -> tuple[Tensor, Partials | None]:
     """The last convolution and the sum, in one pass where the schedule has epilogues."""
     residual: Tensor | ZeroPadded | None = None
@@ -162,8 +180,9 @@ def _end(
 
 
 def _forward(
-    ctx: Any, x: Tensor, spec: PreActSpec, tensors: NormTensors, parameters: list[ConvBN]
-) -> tuple[Tensor, Partials | None]:
+    x: Tensor, spec: PreActSpec, tensors: NormTensors, parameters: tuple[ConvBN, ...], training: bool
+) -> tuple[Tensor, Partials | None, Kept | None]:
+    """z, its statistics, and what its backward pass needs if it is to be differentiated."""
     x = channels_last(x)
     source, norm = (ConvInput(x.to(spec.dtype)), None) if spec.norm is None else _activated(x, spec, tensors)
     u, inner = source, []
@@ -171,28 +190,25 @@ def _forward(
         u, step = _inner_forward(u, layer, layer_spec, spec.schedule)
         inner.append(step)
     z, partials = _end(x, source, u, spec, parameters)
-    if any(ctx.needs_input_grad):
-        ctx.backend, ctx.size, ctx.input_dtype = backends.current(), tuple(x.shape), x.dtype
-        ctx.norm_dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (tensors.gamma, tensors.beta))
-        raw = None if norm is None else x
-        learnt = tuple(layer.parameters for layer in parameters)
-        keep(ctx, Kept(raw, norm, tensors.gamma, source, tuple(inner), u, learnt))
-        # The statistics of x were of use in the forward pass alone.
-        ctx.spec = replace(spec, partials=None)
-    return z, partials
+    if not training:
+        return z, partials, None
+    learnt = tuple(layer.parameters for layer in parameters)
+    return z, partials, Kept(None if norm is None else x, norm, tensors.gamma, source, tuple(inner), u, learnt)
 
 
-def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-    spec: PreActSpec = ctx.spec
-    saved: Kept = kept(ctx)
-    needed_x, flat = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+def _backward(
+    dz: Tensor, spec: PreActSpec, saved: Kept, asked_of: tuple[bool, ...], size: tuple[int, ...],
+    input_dtype: torch.dtype, norm_dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[LayerGrads, ...]]:  # fmt: skip
+    """The gradients of x, of the first batch norm's tensors and of every convolution's."""
+    needed_x, flat = asked_of[0], asked_of[2:]
     asked = [flat[i : i + PARAMETERS] for i in range(NORM, len(flat), PARAMETERS)]
     count = len(spec.layers)
     at_source = needed_x or any(flat[:2])
     needs, below = [], at_source
-    for layer in asked[:count]:
-        needs.append(needs_of(layer, below))
-        below = below or any(layer)
+    for of_layer in asked[:count]:
+        needs.append(needs_of(of_layer, below))
+        below = below or any(of_layer)
 
     dz = channels_last(dz)
     g = OutputGrad(dz.to(spec.dtype))
@@ -204,11 +220,11 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         below_it = Below(compact=samples(layer, projection))
         dweight, du = convolution_backward(g, saved.source, layer, projection, wanted, below_it)
         grads[-1] = _weight_alone(dweight, layer)
-        at_input = shortcut_grad(du, ctx.size, layer, projection)
+        at_input = shortcut_grad(du, size, layer, projection)
     elif spec.shortcut == "identity":
         at_input = OutputGrad(dz)
     elif spec.shortcut == "zero_pad" and needed_x:
-        at_input = ZeroPaddedGrad(OutputGrad(dz), ctx.size, spec.zero_pad_stride)
+        at_input = ZeroPaddedGrad(OutputGrad(dz), size, spec.zero_pad_stride)
 
     # A projection took what the first convolution consumed, the other shortcuts took x.
     with_first = at_input if at_source and (spec.norm is None or spec.projection is not None) else None
@@ -219,11 +235,10 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         shortcut = at_input if needed_x and spec.projection is None else None
         dx, dgamma, dbeta = _at_x(du, saved, spec, shortcut)
         for i, grad in enumerate((dgamma, dbeta)):
-            head[i] = grad.to(ctx.norm_dtypes[i]) if flat[i] else None
+            head[i] = grad.to(norm_dtypes[i]) if flat[i] else None
     elif du is None and needed_x and at_input is not None:
         dx = added(at_input)
-    out = dx.to(ctx.input_dtype) if needed_x and dx is not None else None
-    return (out, None, *head, *(grad for layer_grads in grads for grad in layer_grads))
+    return dx.to(input_dtype) if needed_x and dx is not None else None, tuple(head), tuple(grads)
 
 
 def _weight_alone(dweight: Tensor | None, layer: ConvBN) -> LayerGrads:

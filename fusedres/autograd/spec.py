@@ -1,5 +1,6 @@
 """What a fused pattern is told besides its tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -88,6 +89,12 @@ class LayerSpec:
         return layer.weight.to(dtype)
 
 
+def held_by(layers: Sequence[LayerSpec], projection: LayerSpec | None) -> tuple[Tensor | None, ...]:
+    """The rounded weights that layers bring along."""
+    every = layers if projection is None else (*layers, projection)
+    return tuple(layer.rounded for layer in every)
+
+
 @dataclass(frozen=True)
 class ChainSpec:
     """A chain conv-BN-ReLU-...-conv-BN and what joins it at its end.
@@ -114,6 +121,11 @@ class ChainSpec:
     zero_pad_stride: tuple[int, int] = (1, 1)
     hands_over: bool = False
 
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        """The tensors that it brings along and is not compared by."""
+        return held_by(self.layers, self.projection)
+
 
 @dataclass(frozen=True)
 class StemSpec:
@@ -123,3 +135,8 @@ class StemSpec:
     pool: PoolGeometry
     schedule: Schedule
     dtype: torch.dtype
+
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        """As of `ChainSpec`."""
+        return (self.layer.rounded,)

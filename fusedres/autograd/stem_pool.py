@@ -15,6 +15,7 @@ from ..autocast import no_autocast
 from ..ops.contract import ConvInput, OutputGrad, channels_last
 from ..ops.stem_contractions import early_weight_grad, output_contraction, pooled_contraction
 from ..ops.stem_pool import stem_pool, stem_pool_backward
+from ..replay import replayed
 from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure, needs_of
 from .saved import differentiable_once, keep, kept, on_forward_backend
 from .spec import ConvBN, StemSpec
@@ -45,47 +46,60 @@ class StemPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: StemSpec, *tensors: Tensor | None) -> Tensor:
+        needed_x, training = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            return _forward(ctx, x, spec, grouped(tensors)[0])
+            z, saved, size = replayed(_forward, x, spec, grouped(tensors)[0], needed_x, training, beside=spec.held)
+        if saved is not None:
+            ctx.spec, ctx.backend, ctx.input_dtype, ctx.size = spec, backends.current(), x.dtype, size
+            keep(ctx, saved)
+        return z
 
     @staticmethod
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, dz)
+        spec = ctx.spec
+        dx, grads = replayed(
+            _backward, dz, spec, kept(ctx), ctx.size, ctx.input_dtype, ctx.needs_input_grad,
+            beside=spec.held,
+        )  # fmt: skip
+        return (dx, None, *grads)
 
 
-def _forward(ctx: Any, x: Tensor, spec: StemSpec, layer: ConvBN) -> Tensor:
+def _forward(
+    x: Tensor, spec: StemSpec, layer: ConvBN, needed_x: bool, training: bool
+) -> tuple[Tensor, Kept | None, tuple[int, ...]]:
+    """z, what its backward pass needs if it is to be differentiated, and the size of the convolution's output."""
     u = ConvInput(channels_last(x).to(spec.dtype))
     branch = measure(u, layer, spec.layer, spec.schedule)
-    assert branch.y is not None
+    y = branch.y
+    assert y is not None
     compact = spec.schedule.bit_masks
-    z, index = stem_pool(branch.y, branch.norm.scale, branch.norm.shift, spec.pool, compact=compact)
-    if any(ctx.needs_input_grad):
-        assert index is not None
-        ctx.spec, ctx.backend, ctx.input_dtype = spec, backends.current(), x.dtype
-        ctx.size = tuple(branch.y.shape)
-        early = None
-        if spec.schedule.moments and not ctx.needs_input_grad[0] and spec.layer.geometry.groups == 1:
-            if spec.layer.norm.batch_stats:
-                window = (layer.weight.shape[2], layer.weight.shape[3])
-                early = Early(*output_contraction(branch.y, branch.norm.mean, u, window, spec.layer.geometry))
-            branch = branch._replace(y=None)
-        keep(ctx, Kept(branch, early, index, None if compact else z, layer.parameters))
-    return z
+    z, index = stem_pool(y, branch.norm.scale, branch.norm.shift, spec.pool, compact=compact)
+    if not training:
+        return z, None, tuple(y.shape)
+    assert index is not None
+    early = None
+    if spec.schedule.moments and not needed_x and spec.layer.geometry.groups == 1:
+        if spec.layer.norm.batch_stats:
+            window = (layer.weight.shape[2], layer.weight.shape[3])
+            early = Early(*output_contraction(y, branch.norm.mean, u, window, spec.layer.geometry))
+        branch = branch._replace(y=None)
+    return z, Kept(branch, early, index, None if compact else z, layer.parameters), tuple(y.shape)
 
 
-def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-    spec: StemSpec = ctx.spec
-    saved: Kept = kept(ctx)
+def _backward(
+    dz: Tensor, spec: StemSpec, saved: Kept, size: tuple[int, ...], input_dtype: torch.dtype,
+    asked_of: tuple[bool, ...],
+) -> tuple[Tensor | None, LayerGrads]:  # fmt: skip
     branch, layer = saved.branch, saved.parameters
-    needed = needs_of(ctx.needs_input_grad[2:], ctx.needs_input_grad[0])
+    needed = needs_of(asked_of[2:], asked_of[0])
     arriving = OutputGrad(dz.to(spec.dtype), saved.mask)
-    if branch.y is not None:
-        g = OutputGrad(stem_pool_backward(arriving, saved.maxima, ctx.size, spec.pool))
-        grads, dx = branch_backward(g, branch, layer, spec.layer, spec.schedule, needed)
-        return (dx.to(ctx.input_dtype) if isinstance(dx, Tensor) else None, None, *grads)
-    return (None, None, *_backward_without_y(arriving, saved, ctx.size, spec, needed))
+    if branch.y is None:
+        return None, _backward_without_y(arriving, saved, size, spec, needed)
+    g = OutputGrad(stem_pool_backward(arriving, saved.maxima, size, spec.pool))
+    grads, dx = branch_backward(g, branch, layer, spec.layer, spec.schedule, needed)
+    return dx.to(input_dtype) if isinstance(dx, Tensor) else None, grads
 
 
 def _backward_without_y(

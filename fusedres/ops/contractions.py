@@ -11,6 +11,7 @@ from ..launch import multiplies_in_tf32, target_of
 from ..offline import Target
 from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise, narrow_waves, wide
 from ..plan.tiles import alignment
+from ..replay import lasting
 from .contract import ConvInput, Geometry, channels_last
 from .rows import in_rows, pitch_of, storable
 
@@ -129,7 +130,7 @@ def columns_apart(operand: Tensor, target: Target) -> bool:
 @functools.cache
 def _ones(device: torch.device) -> Tensor:
     """All bits of an int32 set, on a device for good."""
-    return torch.full((1,), -1, dtype=torch.int32, device=device)
+    return lasting(torch.full((1,), -1, dtype=torch.int32, device=device))
 
 
 def bytes_in_windows(x: Tensor, size: tuple[int, ...], window: tuple[int, int], geometry: Geometry) -> int:

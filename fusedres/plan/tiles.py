@@ -142,16 +142,25 @@ _pinned: list[RowTile] = []
 # Lists of tiles have no more of them.
 MOST_TILES = 4
 _places: list[int] = []
+_by_hand = 0
 
 
 @contextmanager
 def on_top(stack: list[AnyTile], value: AnyTile) -> Iterator[None]:
     """``value`` is the last of a stack inside the ``with`` block."""
+    global _by_hand
     stack.append(value)
+    _by_hand += 1
     try:
         yield
     finally:
         stack.pop()
+        _by_hand -= 1
+
+
+def chosen_by_hand() -> bool:
+    """Whether some tile is not the plan's choice now."""
+    return _by_hand > 0
 
 
 def listed(place: int) -> AbstractContextManager[None]:

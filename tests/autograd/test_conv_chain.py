@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusedres import replay
 from fusedres.autograd import ConvChain
 from fusedres.backends import backend
 from fusedres.ops.contract import Geometry
@@ -153,7 +154,7 @@ def calls(monkeypatch):
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(op, "reference", counted)
-    with backend("reference"):
+    with backend("reference"), replay.off():
         yield counts
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
+from fusedres import replay
 from fusedres.backends import backend
 from fusedres.nn import blocks, plain
 from fusedres.plan import AUTO
@@ -159,7 +160,8 @@ def test_each_feature_map_is_measured_once(schedule, monkeypatch):
     )
     fusedres.fuse(randomised(model).double(), schedule=schedule)
     twin = plain_copy(model)
-    assert_twins(model, twin, tensor(3, 6, 6, 8))
+    with replay.off():
+        assert_twins(model, twin, tensor(3, 6, 6, 8))
     assert seen == [6, 9], "the first block's input, and what the pooling put out"
 
 

@@ -1,0 +1,326 @@
+"""A pass over tensors, noted once for operands of a kind and done again without the Python that decided it.
+
+Which launches and library calls a fused pass makes, on what and in which order, depends on shapes, dtypes and constants
+alone: no pass looks at values. Deciding it (checks, tiles, arguments by name) takes a CPU longer than a GPU takes for a
+small layer. So the second pass over operands of a kind is noted, as a list of calls with numbered places for tensors,
+and every later one goes through that list.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import backends, launch
+from .offline import ALIGNMENT
+from .plan import tiles
+
+T = TypeVar("T")
+
+# Networks have tens of kinds; a program that changes its shapes without end must not keep them all.
+MOST_NOTES = 2048
+
+
+def replayed(function: Callable[..., T], *operands: Any, beside: Sequence[Tensor | None] = ()) -> T:
+    """``function(*operands)``, by going through the notes of an earlier call where there are some.
+
+    Args:
+        function: decides by shapes, strides, dtypes, devices and constants alone, calls nothing but ops and PyTorch,
+            and gives nested tuples of tensors and constants. It may write into its operands.
+        operands: nested tuples of tensors and of constants that can be hashed.
+        beside: tensors that constants among the operands hold without being compared by them.
+
+    Returns:
+        What the function gives.
+    """
+    if not _possible():
+        return function(*operands)
+    kind = _kind((*operands, *beside))
+    if kind is None:
+        return function(*operands)
+    parts, tensors = kind
+    key = (function, backends.current(), torch.backends.cudnn.allow_tf32, parts)
+    known = _notes.get(key, UNSEEN)
+    if isinstance(known, Notes):
+        return cast(T, known.play(tensors))
+    if known is SEEN:
+        result, _notes[key] = _noted(function, operands, tensors)
+        return result
+    if known is UNSEEN:
+        _notes[key] = SEEN
+        if len(_notes) > MOST_NOTES:
+            _notes.popitem(last=False)
+    return function(*operands)
+
+
+_lasting: dict[int, Tensor] = {}
+
+
+def lasting(tensor: Tensor) -> Tensor:
+    """``tensor``, which no pass writes to, kept for good: passes may use it though it is no operand of theirs."""
+    _lasting[id(tensor)] = tensor
+    return tensor
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Go through every pass as it is written inside the ``with`` block."""
+    global _off
+    _off += 1
+    try:
+        yield
+    finally:
+        _off -= 1
+
+
+_off = 0
+
+UNSEEN, SEEN, NEVER = "unseen", "seen", "never"
+_notes: OrderedDict[tuple[Any, ...], Notes | str] = OrderedDict()
+
+
+def _possible() -> bool:
+    """Whether nobody follows what this call does, or has a say in how."""
+    return not (
+        _off
+        or launch.recording()
+        or tiles.chosen_by_hand()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.compiler.is_compiling()
+    )
+
+
+def _kind(operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """Everything that a call depends on besides values, and its tensors, each once; None: not all of them are plain."""
+    parts: list[Any] = []
+    tensors: list[Tensor] = []
+    places: dict[int, int] = {}
+
+    def take(operand: tuple[Any, ...]) -> None:
+        for part in operand:
+            of = part.__class__
+            if of is nn.Parameter or of is Tensor:
+                place = places.setdefault(id(part), len(tensors))
+                if place == len(tensors):
+                    tensors.append(part)
+                    parts.extend((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT))
+                else:
+                    parts.append(_Place(place))
+            elif isinstance(part, tuple):
+                parts.extend((of, len(part)))
+                take(part)
+            else:
+                parts.extend((of, part))  # 1, 1.0 and True are equal
+
+    take(operands)
+    plain = not any(isinstance(part, Tensor) for part in parts)
+    return (tuple(parts), tensors) if plain and tensors and not tensors[0].is_meta else None
+
+
+class _Place(int):
+    """Stands where a tensor stood."""
+
+
+class _Step(NamedTuple):
+    """``call(*values)`` with tensors put at ``inputs`` (place among the values, number of the tensor).
+
+    ``output`` is the number of the tensor it makes, of each of several, or None; ``dead`` are those of no more use.
+    """
+
+    call: Callable[..., Any]
+    values: list[Any]
+    inputs: list[tuple[int, int]]
+    output: int | tuple[int | None, ...] | None
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The steps of a pass, and what it gives with `_Place` for tensors."""
+
+    steps: list[_Step]
+    made: int
+    result: Any
+    device: torch.device
+
+    def play(self, operands: list[Tensor]) -> Any:
+        """Go through the steps on operands of the kind that was noted."""
+        tensors: list[Any] = operands + [None] * self.made
+        with _on(self.device):
+            for call, values, inputs, output, dead in self.steps:
+                arguments = values.copy()
+                for place, number in inputs:
+                    arguments[place] = tensors[number]
+                made = call(*arguments)
+                if isinstance(output, int):
+                    tensors[output] = made
+                elif output is not None:
+                    for one_of, one in zip(output, made, strict=True):
+                        if one_of is not None:
+                            tensors[one_of] = one
+                for number in dead:
+                    tensors[number] = None
+        return _filled(self.result, tensors)
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _noted(function: Callable[..., T], operands: tuple[Any, ...], tensors: list[Tensor]) -> tuple[T, Notes | str]:
+    """What the function gives, and its notes, or ``NEVER`` where it does something that can not be noted."""
+    writer = _Writer(tensors)
+    with launch.following(writer), writer:
+        result = function(*operands)
+    return result, writer.notes(result)
+
+
+class _Writer(TorchDispatchMode):
+    """Notes library calls, which come through the dispatcher, and launches, of which `launch` tells."""
+
+    def __init__(self, operands: list[Tensor]) -> None:
+        super().__init__()
+        self._operands = operands
+        self._steps: list[_Step] = []
+        # By identity; a tensor that is gone leaves its own to another.
+        self._numbers: dict[int, tuple[int, weakref.ref[Tensor]]] = {}
+        self._count = 0
+        self._complete = True
+        self._apart = False
+        for tensor in operands:
+            self._give_number(tensor)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Note nothing inside the ``with`` block."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
+    def launched(self, start: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        """A kernel was launched, as ``start(*arguments)`` does again."""
+        self._add(start, self._with_places(tuple(arguments)), None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # What is asked of dtypes alone comes this way too, and is decided already.
+        if not self._apart and (isinstance(result, (Tensor, tuple, list)) or _holds_tensor((args, kwargs))):
+            self._note(func, self._with_places(args), self._with_places(kwargs), result)
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        output = self._output(result)
+        if func is torch.ops.aten.empty.memory_format:
+            # The most frequent call by far, and by this name half as long.
+            self._add(functools.partial(torch.empty, *args, **_given(kwargs)), (), output)
+        elif any(_places(part) for part in (kwargs, *args) if not isinstance(part, _Place)):
+            places = _places((args, kwargs))
+
+            def assembled(*tensors: Tensor) -> Any:
+                by_number = dict(zip(places, tensors, strict=True))
+                return func(*_filled(args, by_number), **_filled(kwargs, by_number))
+
+            self._add(assembled, tuple(places), output)
+        else:
+            self._add(functools.partial(func, **kwargs) if kwargs else func, args, output)
+
+    def _add(self, call: Callable[..., Any], values: Sequence[Any], output: Any) -> None:
+        inputs = [(i, int(value)) for i, value in enumerate(values) if isinstance(value, _Place)]
+        self._steps.append(_Step(call, [None if isinstance(v, _Place) else v for v in values], inputs, output, ()))
+
+    def _give_number(self, tensor: Tensor) -> int:
+        number, self._count = self._count, self._count + 1
+        self._numbers[id(tensor)] = number, weakref.ref(tensor)
+        return number
+
+    def _number_of(self, tensor: Tensor) -> int | None:
+        number, known = self._numbers.get(id(tensor), (None, lambda: None))
+        return number if known() is tensor else None
+
+    def _output(self, result: Any) -> int | tuple[int | None, ...] | None:
+        """The numbers of new tensors; what was there before, as calls in place give, has one."""
+        if isinstance(result, (tuple, list)):
+            return tuple(self._output(one) for one in result)  # type: ignore[misc]
+        if isinstance(result, Tensor):
+            return self._give_number(result) if self._number_of(result) is None else None
+        self._complete &= result is None  # a value: what follows may depend on it
+        return None
+
+    def _with_places(self, part: Any) -> Any:
+        """The same with `_Place` for tensors."""
+        if isinstance(part, Tensor):
+            number = self._number_of(part)
+            if number is not None:
+                return _Place(number)
+            self._complete &= id(part) in _lasting
+            return part
+        if isinstance(part, (tuple, list)):
+            return _like(part, [self._with_places(inner) for inner in part])
+        if isinstance(part, dict):
+            return {name: self._with_places(inner) for name, inner in part.items()}
+        return part
+
+    def notes(self, result: Any) -> Notes | str:
+        """What was noted; ``result`` is what the function gave."""
+        result = self._with_places(result)
+        if not self._complete:
+            return NEVER
+        operands = len(self._operands)
+        last = dict.fromkeys(range(self._count), -1)
+        for at, step in enumerate(self._steps):
+            made = step.output if isinstance(step.output, tuple) else (step.output,)
+            last.update((number, at) for number in made if number is not None)
+            last.update((number, at) for _, number in step.inputs)
+        dead: dict[int, list[int]] = {}
+        for number in set(range(operands, self._count)).difference(_places(result)):
+            dead.setdefault(last[number], []).append(number)
+        steps = [step._replace(dead=tuple(dead.get(at, ()))) for at, step in enumerate(self._steps)]
+        return Notes(steps, self._count - operands, result, self._operands[0].device)
+
+
+def _holds_tensor(part: Any) -> bool:
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, (tuple, list)) else ()
+    return isinstance(part, Tensor) or any(_holds_tensor(one) for one in inner)
+
+
+def _given(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _places(part: Any) -> list[_Place]:
+    """Every `_Place` in nested containers, each once."""
+    if isinstance(part, _Place):
+        return [part]
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, (tuple, list)) else ()
+    return list(dict.fromkeys(place for one in inner for place in _places(one)))
+
+
+def _filled(part: Any, tensors: Any) -> Any:
+    """The same with tensors, by their numbers, for `_Place`."""
+    if isinstance(part, _Place):
+        return tensors[part]
+    if isinstance(part, (tuple, list)):
+        return _like(part, [_filled(inner, tensors) for inner in part])
+    if isinstance(part, dict):
+        return {name: _filled(inner, tensors) for name, inner in part.items()}
+    return part
+
+
+def _like(container: Any, parts: list[Any]) -> Any:
+    """A list, tuple or named tuple of other parts."""
+    return type(container)(*parts) if hasattr(container, "_fields") else type(container)(parts)
