@@ -104,8 +104,10 @@ def _kind(operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | N
     parts: list[Any] = []
     tensors: list[Tensor] = []
     places: dict[int, int] = {}
+    plain = True
 
     def take(operand: tuple[Any, ...]) -> None:
+        nonlocal plain
         for part in operand:
             of = part.__class__
             if of is nn.Parameter or of is Tensor:
@@ -119,10 +121,10 @@ def _kind(operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | N
                 parts.extend((of, len(part)))
                 take(part)
             else:
+                plain &= not isinstance(part, Tensor)
                 parts.extend((of, part))  # 1, 1.0 and True are equal
 
     take(operands)
-    plain = not any(isinstance(part, Tensor) for part in parts)
     return (tuple(parts), tensors) if plain and tensors and not tensors[0].is_meta else None
 
 

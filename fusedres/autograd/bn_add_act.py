@@ -15,8 +15,10 @@ from ..ops.contract import Normaliser, OutputGrad, Partials, channels_last
 from ..replay import replayed
 from .layer import normaliser_of
 from .layouts import arrived, in_dtype
-from .saved import differentiable_once, keep, kept, on_forward_backend
+from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
 from .spec import NormSpec, NormTensors
+
+FIELDS = len(NormTensors._fields)
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,9 @@ class BNAddAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, *tensors: Tensor | None) -> Tensor:
-        fields = len(NormTensors._fields)
-        norms, training = (NormTensors(*tensors[:fields]), NormTensors(*tensors[fields:])), any(ctx.needs_input_grad)
+        training = any(ctx.needs_input_grad)
         with no_autocast(y.device.type):
-            z, saved = replayed(_forward, y, residual, spec, norms, training, beside=spec.partials or ())
+            z, saved = replayed(_forward, y, residual, spec, tensors, training, beside=spec.partials or ())
         if saved is not None:
             ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
             ctx.residual_dtype = None if residual is None else residual.dtype
@@ -75,10 +76,10 @@ def _measured(y: Tensor, tensors: NormTensors, spec: NormSpec, partials: Partial
 
 
 def _forward(
-    y: Tensor, residual: Tensor | None, spec: BNAddActSpec, norms: tuple[NormTensors, NormTensors], training: bool
-) -> tuple[Tensor, Kept | None]:
-    """z and, if it is to be differentiated, what its backward pass needs."""
-    main, other = norms
+    y: Tensor, residual: Tensor | None, spec: BNAddActSpec, tensors: tuple[Tensor | None, ...], training: bool
+) -> tuple[Tensor, Packed | None]:
+    """z, and the `Kept` if there is a backward pass."""
+    main, other = NormTensors(*tensors[:FIELDS]), NormTensors(*tensors[FIELDS:])
     y = channels_last(y)
     norm = _measured(y, main, spec.norm, spec.partials)
     residual_norm = None
@@ -95,23 +96,24 @@ def _forward(
     if not training:
         return z, None
     raw_residual = residual if residual_norm is not None else None
-    return z, Kept(y, norm, raw_residual, residual_norm, mask, (main.gamma, other.gamma))
+    return z, packed(Kept(y, norm, raw_residual, residual_norm, mask, (main.gamma, other.gamma)))
 
 
 def _backward(
-    dz: Tensor, spec: BNAddActSpec, saved: Kept, asked_of: tuple[bool, ...], residual_dtype: torch.dtype | None
+    dz: Tensor, spec: BNAddActSpec, pack: Packed, asked_of: tuple[bool, ...], residual_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """The gradients of y, of the residual and of the batch norms' tensors."""
+    saved: Kept = unpacked(pack)
     g = OutputGrad(dz, saved.mask)
 
     def through(y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None) -> tuple[Tensor, list[Any]]:
         typed = g._replace(g=in_dtype(g.g, y.dtype))
         dy, dgamma, dbeta = bn_backward(typed, y, norm, gamma, batch_stats=norm_spec.batch_stats)
-        return dy, [dgamma, dbeta, *[None] * (len(NormTensors._fields) - 2)]
+        return dy, [dgamma, dbeta, *[None] * (FIELDS - 2)]
 
     dy, grads = through(saved.y, saved.norm, spec.norm, saved.gammas[0])
     dresidual: Tensor | None = None
-    residual_grads: list[Any] = [None] * len(NormTensors._fields)
+    residual_grads: list[Any] = [None] * FIELDS
     if saved.residual is not None and saved.residual_norm is not None and spec.residual_norm is not None:
         dresidual, residual_grads = through(saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1])
     elif asked_of[1]:

@@ -36,7 +36,7 @@ from .layer import (
     shortcut_grad,
 )
 from .layouts import arrived, in_dtype
-from .saved import differentiable_once, keep, kept, on_forward_backend
+from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
 from .spec import ChainSpec, ConvBN, LayerSpec
 
 
@@ -60,6 +60,15 @@ class Kept(NamedTuple):
     mask: Tensor | None
     parameters: tuple[ConvBN, ...]
     under: Producer | None
+
+
+class Passed(NamedTuple):
+    """What a forward pass gives: z; for a backward pass, if there is one, the `Kept`; and the end of the chain, where
+    the block behind it can make the sums of the gradient that arrives there."""
+
+    z: Tensor
+    saved: Packed | None = None
+    end: Producer | None = None
 
 
 def _in_one_op(spec: LayerSpec, schedule: Schedule) -> bool:
@@ -134,40 +143,44 @@ class ConvChain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, *tensors: Tensor | None) -> Tensor:
-        under, training = carried.ends.take(x), any(ctx.needs_input_grad)
+        under, needed_x, training = carried.ends.take(x), ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, saved = replayed(_forward, x, residual, spec, tuple(grouped(tensors)), training, beside=spec.held)
+            z, saved, end = replayed(
+                _forward, x, residual, spec, tensors, under if needed_x else None, training, beside=spec.held
+            )
         if saved is not None:
             ctx.spec, ctx.backend = spec, backends.current()
             ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
             ctx.residual_dtype = None if residual is None else residual.dtype
-            if spec.hands_over and spec.act == "relu" and _reducible(saved.main, z, saved.mask, spec):
-                assert saved.main.y is not None
-                carried.ends.leave(z, Producer(saved.main.y, saved.main.norm, mask=saved.mask))
-            if ctx.needs_input_grad[0] and spec.schedule.statistics and _source(saved) is x:
-                saved = saved._replace(under=under)
             keep(ctx, saved)
+        if end is not None:
+            carried.ends.leave(z, end)
         return z
 
     @staticmethod
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        spec, saved, sums = ctx.spec, kept(ctx), carried.reduced.take(dz)
-        arriving = OutputGrad(arrived(dz, saved.parameters[0].weight), saved.mask if sums is None else None)
+        sums, saved = carried.reduced.take(dz), kept(ctx)
         dx, reduced, dresidual, grads = replayed(
-            _backward, arriving, sums, spec, saved, ctx.needs_input_grad, ctx.input_dtype, ctx.input_size,
-            ctx.residual_dtype, beside=spec.held,
+            _backward, arrived(dz, lambda: _first_weight(saved)), sums, ctx.spec, saved, ctx.needs_input_grad,
+            ctx.input_dtype, ctx.input_size, ctx.residual_dtype, beside=ctx.spec.held,
         )  # fmt: skip
         if dx is not None and reduced is not None:
             carried.reduced.leave(dx, reduced)
-        return (dx, dresidual, None, *(grad for layer_grads in grads for grad in layer_grads))
+        return (dx, dresidual, None, *grads)
+
+
+def _first_weight(saved: Packed) -> Tensor:
+    whole: Kept = unpacked(saved)
+    return whole.parameters[0].weight
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, spec: ChainSpec, parameters: tuple[ConvBN, ...], training: bool
-) -> tuple[Tensor, Kept | None]:
-    """z and, if it is to be differentiated, what its backward pass needs."""
+    x: Tensor, residual: Tensor | None, spec: ChainSpec, tensors: tuple[Tensor | None, ...], under: Producer | None,
+    training: bool,
+) -> Passed:  # fmt: skip
+    given, parameters = x, tuple(grouped(tensors))
     x = channels_last(x)
     shortcut: Tensor | ZeroPadded | None = None if residual is None else channels_last(residual)
     source = u = ConvInput(x.to(spec.dtype))
@@ -196,10 +209,17 @@ def _forward(
         main = measure(u, parameters[last], spec.layers[last], spec.schedule)
         z, mask = _join(main, projection, shortcut, parameters, spec, bit_mask)
     if not training:
-        return z, None
+        return Passed(z)
     if rectified and mask is None:
         mask = z
-    return z, Kept(tuple(inner), main, projection, mask, tuple(layer.parameters for layer in parameters), None)
+    if not (spec.schedule.statistics and source.tensor is given):
+        under = None
+    learnt = tuple(layer.parameters for layer in parameters)
+    saved = packed(Kept(tuple(inner), main, projection, mask, learnt, under))
+    if not (spec.hands_over and rectified and _reducible(main, z, mask, spec)):
+        return Passed(z, saved)
+    assert main.y is not None
+    return Passed(z, saved, Producer(main.y, main.norm, mask=mask))
 
 
 def _reducible(main: Branch, z: Tensor, mask: Tensor | None, spec: ChainSpec) -> bool:
@@ -227,14 +247,16 @@ class Gradients(NamedTuple):
     dx: Tensor | None
     reduced: NormSums | None
     dresidual: Tensor | None
-    layers: tuple[LayerGrads, ...]
+    tensors: tuple[Tensor | None, ...]
 
 
 def _backward(
-    arriving: OutputGrad, sums: NormSums | None, spec: ChainSpec, saved: Kept, asked_of: tuple[bool, ...],
+    dz: Tensor, sums: NormSums | None, spec: ChainSpec, pack: Packed, asked_of: tuple[bool, ...],
     input_dtype: torch.dtype, input_size: tuple[int, ...], residual_dtype: torch.dtype | None,
 ) -> Gradients:  # fmt: skip
     """From the gradient at z, and its sums where the block behind made them."""
+    saved: Kept = unpacked(pack)
+    arriving = OutputGrad(dz, saved.mask if sums is None else None)
     needs, needed_x = _needs(asked_of, spec)
     schedule, last = spec.schedule, len(spec.layers) - 1
     if saved.mask is not None and not schedule.bit_masks:
@@ -282,17 +304,13 @@ def _backward(
     elif needed_x and isinstance(du, Tensor):
         dx = du.to(input_dtype)
     dresidual = masked(arriving).to(residual_dtype) if asked_of[1] else None
-    return Gradients(dx, reduced, dresidual, tuple(grads))
-
-
-def _source(saved: Kept) -> Tensor:
-    """What the chain's first convolution consumed."""
-    return (saved.inner[0].branch if saved.inner else saved.main).source.tensor
+    return Gradients(dx, reduced, dresidual, tuple(grad for layer_grads in grads for grad in layer_grads))
 
 
 def _under(saved: Kept) -> Producer | None:
     """The end of the block below, with this chain's input as its output."""
-    return None if saved.under is None else saved.under._replace(out=_source(saved))
+    first = saved.inner[0].branch if saved.inner else saved.main
+    return None if saved.under is None else saved.under._replace(out=first.source.tensor)
 
 
 def _behind_relu(du: Tensor, out: Tensor | None, branch: Branch) -> OutputGrad:

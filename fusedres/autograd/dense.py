@@ -59,7 +59,7 @@ from .layer import (
     needs_of,
     normaliser_of,
 )
-from .saved import differentiable_once, keep, kept, on_forward_backend
+from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors, held_by
 
 NORM = len(NormTensors._fields)
@@ -124,14 +124,15 @@ class Dense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: DenseSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        layers, training = tuple(_by_layer(tensors, spec)), any(ctx.needs_input_grad)
+        training = any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, partials, saved = replayed(_forward, x, spec, layers, training, beside=spec.held)
+            z, partials, saved = replayed(_forward, x, spec, tensors, training, beside=spec.held)
         if saved is not None:
             ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
             ctx.channels = x.shape[1]
             ctx.norm_dtypes = tuple(
-                tuple(None if t is None else t.dtype for t in (layer.norm.gamma, layer.norm.beta)) for layer in layers
+                tuple(None if t is None else t.dtype for t in (layer.norm.gamma, layer.norm.beta))
+                for layer in _by_layer(tensors, spec)
             )
             keep(ctx, saved)
         if partials is None:
@@ -181,9 +182,10 @@ class _Measured:
 
 
 def _forward(
-    x: Tensor, spec: DenseSpec, layers: tuple[DenseTensors, ...], training: bool
-) -> tuple[Tensor, Partials | None, Kept | None]:
-    """The features, their statistics, and what their backward pass needs if they are to be differentiated."""
+    x: Tensor, spec: DenseSpec, tensors: tuple[Tensor | None, ...], training: bool
+) -> tuple[Tensor, Partials | None, Packed | None]:
+    """The features, their statistics, and the `Kept` if there is a backward pass."""
+    layers = _by_layer(tensors, spec)
     n, channels, h, w = x.shape
     total = channels + sum(layer.convs[-1].weight.shape[0] for layer in layers)
     features = empty_rows(x, size=(n, total, h, w))
@@ -193,10 +195,10 @@ def _forward(
         measured = _Measured(features)
         measured.put(bn_statistics(x) if spec.partials is None else spec.partials, 0)
     saved = []
-    for tensors, layer_spec in zip(layers, spec.layers, strict=True):
-        end = channels + tensors.convs[-1].weight.shape[0]
+    for layer, layer_spec in zip(layers, spec.layers, strict=True):
+        end = channels + layer.convs[-1].weight.shape[0]
         out = features[:, channels:end]
-        partials, step = _layer_forward(features[:, :channels], out, tensors, layer_spec, spec, measured)
+        partials, step = _layer_forward(features[:, :channels], out, layer, layer_spec, spec, measured)
         if measured is not None and partials is not None:
             measured.put(partials, channels)
         saved.append(step)
@@ -204,7 +206,8 @@ def _forward(
     of_all = None if measured is None else measured.of(total)
     if not training:
         return features, of_all, None
-    return features, of_all, Kept(features, None if measured is None else measured.mean[0], tuple(saved))
+    mean = None if measured is None else measured.mean[0]
+    return features, of_all, packed(Kept(features, mean, tuple(saved)))
 
 
 def _layer_forward(
@@ -230,10 +233,11 @@ def _layer_forward(
 
 
 def _backward(
-    dz: Tensor, spec: DenseSpec, saved: Kept, asked_of: tuple[bool, ...], channels: int,
+    dz: Tensor, spec: DenseSpec, pack: Packed, asked_of: tuple[bool, ...], channels: int,
     norm_dtypes: tuple[tuple[torch.dtype | None, ...], ...],
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
     """The gradients of x, of ``channels`` channels, and of every tensor of the layers."""
+    saved: Kept = unpacked(pack)
     features, mean = saved.features, saved.mean
     needed_x, flat = asked_of[0], asked_of[2:]
     asked = _by_layer(flat, spec)

@@ -1,5 +1,7 @@
 """The layout in which gradients arrive: read as they are where kernels can, put in order once where not."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -12,14 +14,17 @@ _reordered: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """First weight of a layer or block -> the strides of a gradient that had to be copied for it."""
 
 
-def arrived(dz: Tensor, weight: Tensor | None = None) -> Tensor:
-    """``dz`` (N, K, P, Q) channels_last, or as pooling expanded it where kernels read that; ``weight``: its block's."""
+def arrived(dz: Tensor, weight: Callable[[], Tensor] | None = None) -> Tensor:
+    """``dz`` (N, K, P, Q) channels_last, or as pooling expanded it where kernels read that.
+
+    ``weight`` gives the first weight of its block, if that is to be told of a copy.
+    """
     if is_pooled(dz) and wants_kernels(dz):
         return dz
     ordered = channels_last(dz)
     # Expanded gradients have no layout to keep.
     if weight is not None and ordered is not dz and not is_pooled(dz):
-        _reordered[weight] = dz.stride()
+        _reordered[weight()] = dz.stride()
     return ordered
 
 

@@ -45,7 +45,7 @@ from .layer import (
     samples,
     shortcut_grad,
 )
-from .saved import differentiable_once, keep, kept, on_forward_backend
+from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors, held_by
 
 NORM = len(NormTensors._fields)
@@ -108,13 +108,12 @@ class PreAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spec: PreActSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        norm, convs = NormTensors(*tensors[:NORM]), tuple(grouped(tensors[NORM:]))
         training = any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, partials, saved = replayed(_forward, x, spec, norm, convs, training, beside=spec.held)
+            z, partials, saved = replayed(_forward, x, spec, tensors, training, beside=spec.held)
         if saved is not None:
             ctx.backend, ctx.size, ctx.input_dtype = backends.current(), tuple(x.shape), x.dtype
-            ctx.norm_dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (norm.gamma, norm.beta))
+            ctx.norm_dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors[:2])
             # The statistics of x were of use in the forward pass alone.
             ctx.spec = replace(spec, partials=None)
             keep(ctx, saved)
@@ -132,7 +131,7 @@ class PreAct(torch.autograd.Function):
             _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.size, ctx.input_dtype, ctx.norm_dtypes,
             beside=ctx.spec.held,
         )  # fmt: skip
-        return (dx, None, *head, *(grad for layer_grads in grads for grad in layer_grads))
+        return (dx, None, *head, *grads)
 
 
 def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvInput, Normaliser]:
@@ -180,11 +179,12 @@ def _end(
 
 
 def _forward(
-    x: Tensor, spec: PreActSpec, tensors: NormTensors, parameters: tuple[ConvBN, ...], training: bool
-) -> tuple[Tensor, Partials | None, Kept | None]:
-    """z, its statistics, and what its backward pass needs if it is to be differentiated."""
+    x: Tensor, spec: PreActSpec, tensors: tuple[Tensor | None, ...], training: bool
+) -> tuple[Tensor, Partials | None, Packed | None]:
+    """z, its statistics, and the `Kept` if there is a backward pass."""
+    first, parameters = NormTensors(*tensors[:NORM]), tuple(grouped(tensors[NORM:]))
     x = channels_last(x)
-    source, norm = (ConvInput(x.to(spec.dtype)), None) if spec.norm is None else _activated(x, spec, tensors)
+    source, norm = (ConvInput(x.to(spec.dtype)), None) if spec.norm is None else _activated(x, spec, first)
     u, inner = source, []
     for layer, layer_spec in zip(parameters, spec.layers[:-1], strict=False):
         u, step = _inner_forward(u, layer, layer_spec, spec.schedule)
@@ -193,14 +193,16 @@ def _forward(
     if not training:
         return z, partials, None
     learnt = tuple(layer.parameters for layer in parameters)
-    return z, partials, Kept(None if norm is None else x, norm, tensors.gamma, source, tuple(inner), u, learnt)
+    saved = Kept(None if norm is None else x, norm, first.gamma, source, tuple(inner), u, learnt)
+    return z, partials, packed(saved)
 
 
 def _backward(
-    dz: Tensor, spec: PreActSpec, saved: Kept, asked_of: tuple[bool, ...], size: tuple[int, ...],
+    dz: Tensor, spec: PreActSpec, pack: Packed, asked_of: tuple[bool, ...], size: tuple[int, ...],
     input_dtype: torch.dtype, norm_dtypes: tuple[torch.dtype | None, ...],
-) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[LayerGrads, ...]]:  # fmt: skip
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:  # fmt: skip
     """The gradients of x, of the first batch norm's tensors and of every convolution's."""
+    saved: Kept = unpacked(pack)
     needed_x, flat = asked_of[0], asked_of[2:]
     asked = [flat[i : i + PARAMETERS] for i in range(NORM, len(flat), PARAMETERS)]
     count = len(spec.layers)
@@ -238,7 +240,8 @@ def _backward(
             head[i] = grad.to(norm_dtypes[i]) if flat[i] else None
     elif du is None and needed_x and at_input is not None:
         dx = added(at_input)
-    return dx.to(input_dtype) if needed_x and dx is not None else None, tuple(head), tuple(grads)
+    out = dx.to(input_dtype) if needed_x and dx is not None else None
+    return out, tuple(head), tuple(grad for layer_grads in grads for grad in layer_grads)
 
 
 def _weight_alone(dweight: Tensor | None, layer: ConvBN) -> LayerGrads:

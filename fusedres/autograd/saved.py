@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +12,53 @@ from ..autocast import no_autocast
 from ..writes import count_backward
 
 
-def keep(ctx: Any, structure: Any) -> None:
-    """Save every tensor of a nested tuple through ``ctx.save_for_backward``, so that saved-tensor hooks see it."""
+class Packed(NamedTuple):
+    """Nested tuples of tensors and constants, as what they are made of and a flat tuple of the tensors."""
+
+    structure: "Structure"
+    tensors: tuple[Tensor, ...]
+
+
+class Structure:
+    """Nested tuples with a `_Slot` wherever a tensor stood; hashed once, for it comes with every pass."""
+
+    def __init__(self, nested: Any) -> None:
+        self.nested = nested
+        self._typed = _typed(nested)
+        self._hash = hash(self._typed)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self._typed == other._typed)
+
+
+def _typed(part: Any) -> tuple[Any, ...]:
+    """What tells a named tuple from a tuple, and a place from a number."""
+    return (type(part), *(map(_typed, part) if isinstance(part, tuple) else (part,)))
+
+
+def packed(nested: Any) -> Packed:
+    """Tensors of nested tuples apart from their structure."""
     tensors: list[Tensor] = []
-    ctx.structure = _detach(structure, tensors)
-    ctx.save_for_backward(*tensors)
+    return Packed(Structure(_detach(nested, tensors)), tuple(tensors))
 
 
-def kept(ctx: Any) -> Any:
-    """The nested tuple given to `keep`."""
-    return _attach(ctx.structure, ctx.saved_tensors)
+def unpacked(pack: Packed) -> Any:
+    """The nested tuples given to `packed`."""
+    return _attach(pack.structure.nested, pack.tensors)
+
+
+def keep(ctx: Any, pack: Packed) -> None:
+    """Save every tensor through ``ctx.save_for_backward``, so that saved-tensor hooks see it."""
+    ctx.structure = pack.structure
+    ctx.save_for_backward(*pack.tensors)
+
+
+def kept(ctx: Any) -> Packed:
+    """What was given to `keep`."""
+    return Packed(ctx.structure, ctx.saved_tensors)
 
 
 class _Slot(int):

@@ -17,7 +17,7 @@ from ..ops.stem_contractions import early_weight_grad, output_contraction, poole
 from ..ops.stem_pool import stem_pool, stem_pool_backward
 from ..replay import replayed
 from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure, needs_of
-from .saved import differentiable_once, keep, kept, on_forward_backend
+from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
 from .spec import ConvBN, StemSpec
 
 
@@ -48,7 +48,7 @@ class StemPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: StemSpec, *tensors: Tensor | None) -> Tensor:
         needed_x, training = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, saved, size = replayed(_forward, x, spec, grouped(tensors)[0], needed_x, training, beside=spec.held)
+            z, saved, size = replayed(_forward, x, spec, tensors, needed_x, training, beside=spec.held)
         if saved is not None:
             ctx.spec, ctx.backend, ctx.input_dtype, ctx.size = spec, backends.current(), x.dtype, size
             keep(ctx, saved)
@@ -67,9 +67,10 @@ class StemPool(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, spec: StemSpec, layer: ConvBN, needed_x: bool, training: bool
-) -> tuple[Tensor, Kept | None, tuple[int, ...]]:
-    """z, what its backward pass needs if it is to be differentiated, and the size of the convolution's output."""
+    x: Tensor, spec: StemSpec, tensors: tuple[Tensor | None, ...], needed_x: bool, training: bool
+) -> tuple[Tensor, Packed | None, tuple[int, ...]]:
+    """z, the `Kept` if there is a backward pass, and the size of the convolution's output."""
+    (layer,) = grouped(tensors)
     u = ConvInput(channels_last(x).to(spec.dtype))
     branch = measure(u, layer, spec.layer, spec.schedule)
     y = branch.y
@@ -85,13 +86,15 @@ def _forward(
             window = (layer.weight.shape[2], layer.weight.shape[3])
             early = Early(*output_contraction(y, branch.norm.mean, u, window, spec.layer.geometry))
         branch = branch._replace(y=None)
-    return z, Kept(branch, early, index, None if compact else z, layer.parameters), tuple(y.shape)
+    saved = Kept(branch, early, index, None if compact else z, layer.parameters)
+    return z, packed(saved), tuple(y.shape)
 
 
 def _backward(
-    dz: Tensor, spec: StemSpec, saved: Kept, size: tuple[int, ...], input_dtype: torch.dtype,
+    dz: Tensor, spec: StemSpec, pack: Packed, size: tuple[int, ...], input_dtype: torch.dtype,
     asked_of: tuple[bool, ...],
 ) -> tuple[Tensor | None, LayerGrads]:  # fmt: skip
+    saved: Kept = unpacked(pack)
     branch, layer = saved.branch, saved.parameters
     needed = needs_of(asked_of[2:], asked_of[0])
     arriving = OutputGrad(dz.to(spec.dtype), saved.mask)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.autograd.saved import differentiable_once, keep, kept, no_autocast, on_forward_backend
+from fusedres.autograd.saved import (
+    differentiable_once,
+    keep,
+    kept,
+    no_autocast,
+    on_forward_backend,
+    packed,
+    unpacked,
+)
 from fusedres.backends import backend, current
 
 
@@ -23,14 +31,14 @@ class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, nest):
         ctx.backend = current()
-        keep(ctx, (Pair(x, 7), (nest, Pair(None, x + 1)), "text"))
+        keep(ctx, packed((Pair(x, 7), (nest, Pair(None, x + 1)), "text")))
         return x * x
 
     @staticmethod
     @differentiable_once
     @on_forward_backend
     def backward(ctx, dz):
-        Square.seen = kept(ctx), current(), torch.is_autocast_enabled("cpu")
+        Square.seen = unpacked(kept(ctx)), current(), torch.is_autocast_enabled("cpu")
         (pair, _, _) = Square.seen[0]
         return 2 * pair.left * dz, None
 
@@ -47,17 +55,28 @@ def test_nest_comes_back_as_it_was():
     assert torch.equal(inner.right, x + 1)
 
 
+def test_structures_are_equal_where_constants_and_places_are():
+    def structure(*nested):
+        return packed(nested).structure
+
+    x, y = torch.randn(2), torch.randn(2)
+    same = structure(Pair(x, 7), y), structure(Pair(y, 7), x)
+    assert same[0] == same[1] and hash(same[0]) == hash(same[1])
+    for other in (structure(Pair(x, 8), y), structure((x, 7), y), structure(Pair(x, y), 7)):
+        assert other != same[0]
+
+
 def test_saved_tensor_hooks_see_every_tensor():
     x = torch.randn(3, requires_grad=True)
-    packed, unpacked = [], []
+    saved, restored = [], []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: packed.append(t.clone()) or t, lambda t: unpacked.append(t) or t * 2
+        lambda t: saved.append(t.clone()) or t, lambda t: restored.append(t) or t * 2
     ):
         z = Square.apply(x, ())
-    assert len(packed) == 2
-    assert torch.equal(packed[1], x + 1)
+    assert len(saved) == 2
+    assert torch.equal(saved[1], x + 1)
     z.sum().backward()
-    assert len(unpacked) == 2
+    assert len(restored) == 2
     assert torch.equal(x.grad, 4 * x.detach()), "what the hook gave back was not used"
 
 
