@@ -54,6 +54,13 @@ def backend(name: str) -> Iterator[None]:
         fusedres.vgpu.Unavailable: kernels can not be executed on this machine; the message says what to install.
     """
     _check(name)
+    with resumed(name):
+        yield
+
+
+@contextmanager
+def resumed(name: str) -> Iterator[None]:
+    """A backend that was chosen before, inside the ``with`` block."""
     previous = current()
     _chosen.name = name
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from .plan import tiles
 
 T = TypeVar("T")
 
-# Networks have tens of kinds; a program that changes its shapes without end must not keep them all.
+# Networks have tens of kinds; a program that changes its shapes or numbers without end must not keep them all.
 MOST_NOTES = 2048
 
 
@@ -49,17 +48,31 @@ def replayed(function: Callable[..., T], *operands: Any, beside: Sequence[Tensor
         return function(*operands)
     parts, tensors = kind
     key = (function, backends.current(), torch.backends.cudnn.allow_tf32, parts)
-    known = _notes.get(key, UNSEEN)
-    if isinstance(known, Notes):
-        return cast(T, known.play(tensors))
-    if known is SEEN:
-        result, _notes[key] = _noted(function, operands, tensors)
-        return result
-    if known is UNSEEN:
-        _notes[key] = SEEN
-        if len(_notes) > MOST_NOTES:
-            _notes.popitem(last=False)
-    return function(*operands)
+    notes = _notes.get(key, MISSING)
+    if isinstance(notes, Notes):
+        return cast(T, notes.play(tensors))
+    if notes is None:
+        return function(*operands)
+    if key not in _seen:
+        _remember(_seen, key, None)
+        return function(*operands)
+    result, notes = _noted(function, operands, tensors)
+    _seen.pop(key, None)
+    _remember(_notes, key, notes)
+    return result
+
+
+MISSING: Any = object()
+# Kinds seen once, apart from those that came again, of which there are few.
+_seen: dict[tuple[Any, ...], None] = {}
+# None: of what can not be noted.
+_notes: dict[tuple[Any, ...], Notes | None] = {}
+
+
+def _remember(store: dict[tuple[Any, ...], T], key: tuple[Any, ...], value: T) -> None:
+    store[key] = value
+    if len(store) > MOST_NOTES:
+        store.pop(next(iter(store)), None)
 
 
 _lasting: dict[int, Tensor] = {}
@@ -83,9 +96,6 @@ def off() -> Iterator[None]:
 
 
 _off = 0
-
-UNSEEN, SEEN, NEVER = "unseen", "seen", "never"
-_notes: OrderedDict[tuple[Any, ...], Notes | str] = OrderedDict()
 
 
 def _possible() -> bool:
@@ -181,8 +191,8 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
-def _noted(function: Callable[..., T], operands: tuple[Any, ...], tensors: list[Tensor]) -> tuple[T, Notes | str]:
-    """What the function gives, and its notes, or ``NEVER`` where it does something that can not be noted."""
+def _noted(function: Callable[..., T], operands: tuple[Any, ...], tensors: list[Tensor]) -> tuple[T, Notes | None]:
+    """What the function gives, and its notes; None where it does something that can not be noted."""
     writer = _Writer(tensors)
     with launch.following(writer), writer:
         result = function(*operands)
@@ -257,7 +267,10 @@ class _Writer(TorchDispatchMode):
     def _output(self, result: Any) -> int | tuple[int | None, ...] | None:
         """The numbers of new tensors; what was there before, as calls in place give, has one."""
         if isinstance(result, (tuple, list)):
-            return tuple(self._output(one) for one in result)  # type: ignore[misc]
+            return tuple(map(self._single_output, result))
+        return self._single_output(result)
+
+    def _single_output(self, result: Any) -> int | None:
         if isinstance(result, Tensor):
             return self._give_number(result) if self._number_of(result) is None else None
         self._complete &= result is None  # a value: what follows may depend on it
@@ -277,11 +290,11 @@ class _Writer(TorchDispatchMode):
             return {name: self._with_places(inner) for name, inner in part.items()}
         return part
 
-    def notes(self, result: Any) -> Notes | str:
+    def notes(self, result: Any) -> Notes | None:
         """What was noted; ``result`` is what the function gave."""
         result = self._with_places(result)
         if not self._complete:
-            return NEVER
+            return None
         operands = len(self._operands)
         last = dict.fromkeys(range(self._count), -1)
         for at, step in enumerate(self._steps):

@@ -189,7 +189,7 @@ def test_tensors_that_are_not_plain_are_not_noted(x):
     counted = counting(lambda x: x + 1)
     for _ in range(TIMES):
         assert type(replayed(counted, x)) is type(x)
-    assert counted.calls == TIMES and not replay._notes
+    assert counted.calls == TIMES and not replay._notes and not replay._seen
 
 
 def test_parameters_are_plain_tensors():
@@ -245,8 +245,18 @@ def test_notes_are_of_one_backend():
 
 def test_notes_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(replay, "MOST_NOTES", 3)
+    counted = counting(torch.neg)
+    for _ in range(2):
+        replayed(counted, torch.ones(20))
     for i in range(10):
-        replayed(torch.neg, torch.ones(i + 1))
+        replayed(counted, torch.ones(i + 1))
+    assert len(replay._seen) == 3
+    calls = counted.calls
+    replayed(counted, torch.ones(20))
+    assert counted.calls == calls, "what came once drove out what came twice"
+    for i in range(10):
+        for _ in range(2):
+            replayed(counted, torch.ones(30 + i))
     assert len(replay._notes) == 3
 
 

@@ -121,7 +121,7 @@ def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         count_backward()
-        with backends.backend(ctx.backend), no_autocast(grads[0].device.type):
+        with backends.resumed(ctx.backend), no_autocast(grads[0].device.type):
             return backward(ctx, *grads)
 
     return run
