@@ -3,8 +3,8 @@
     python -m fusedres.bench.host_time --model resnet50 --schedule moments
 
 Kernels are decided on, given their arguments, and not started: what remains is Python and PyTorch's own calls, on one
-thread. What Triton and the driver take for a launch, about 10 us each, comes on top of it. Every pass is gone through
-at first, and then replayed (`fusedres.replay`).
+thread, two images small so that these compute next to nothing. What Triton and the driver take for a launch comes on
+top of it. Passes are gone through at first, and then replayed (`fusedres.replay`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from torch.nn import functional as F
 
 import fusedres
 from fusedres import replay
+from fusedres.explain.models import source
 
 __all__ = ["HostTime", "host_time"]
-
-PLACES = 10  # classes, as few as keep the last layer from showing
 
 
 class HostTime(NamedTuple):
@@ -81,26 +80,23 @@ def host_time(model: nn.Module, x: torch.Tensor, *, steps: int = 20, target: str
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedres.bench.host_time", description=__doc__)
-    parser.add_argument("--model", default="resnet50", help="a torchvision model (default: %(default)s)")
+    parser.add_argument("--model", default="resnet50", help="as `fusedres explain` takes it (default: %(default)s)")
     parser.add_argument("--schedule", default="auto", help="schedule of the fused model")
     parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
-    parser.add_argument("--px", type=int, default=64, help="height and width of the two images")
+    parser.add_argument("--px", type=int, help="height and width of the two images (default: the model's, at most 64)")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args(arguments)
-    if min(options.px, options.steps) < 1:
-        parser.error("--px and --steps must be at least 1")
-
-    import torchvision
-
     try:
-        model = torchvision.models.get_model(options.model, num_classes=PLACES)
+        chosen = source(options.model)
     except ValueError as error:
         parser.error(str(error))
+    px = options.px or min(chosen.size[1], 64)
+    if px < 1 or options.steps < 1:
+        parser.error("--px and --steps must be at least 1")
     torch.set_num_threads(1)
-    model = fusedres.fuse(
-        model.to(memory_format=torch.channels_last).train(not options.infer), schedule=options.schedule
-    )
-    x = torch.randn(2, 3, options.px, options.px).to(memory_format=torch.channels_last)
+    model = chosen.build().to(memory_format=torch.channels_last).train(not options.infer)
+    fusedres.fuse(model, schedule=options.schedule)
+    x = torch.randn(2, 3, px, px).to(memory_format=torch.channels_last)
     with replay.off():
         through = host_time(model, x, steps=options.steps)
     played = host_time(model, x, steps=options.steps)

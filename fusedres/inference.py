@@ -41,7 +41,7 @@ def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | Z
         packed = _packed_layer(u, layer)
         if packed is not None:
             return onednn.conv_act(u, packed, written(residual), act)
-    return conv_bn_act(contraction_of(u, layer), residual=residual, act=act)[0]
+    return conv_bn_act(Contraction(ConvInput(u), *folded_layer(layer, u.dtype)), residual=residual, act=act)[0]
 
 
 def infer_chain(
@@ -56,8 +56,8 @@ def infer_chain(
 ) -> Tensor:
     """A chain from running statistics; the arguments of `run_chain` and the dtype of the contractions."""
     if wants_kernels(x):
-        folded = tuple(_folded_layer(layer, dtype) for layer in layers)
-        second = None if projection is None else _folded_layer(projection, dtype)
+        folded = tuple(folded_layer(layer, dtype) for layer in layers)
+        second = None if projection is None else folded_layer(projection, dtype)
         return replayed(_chain_of_kernels, x, dtype, folded, second, shortcut, residual, zero_pad_stride, act)
     x = channels_last(x)
     source = u = x.to(dtype)
@@ -74,7 +74,7 @@ def infer_chain(
 
 
 class Folded(NamedTuple):
-    """A layer of running statistics: its weight in the dtype of the contraction, and what multiplies and joins it."""
+    """A layer of running statistics, as `Contraction` takes it: its weight in the contraction's dtype, its numbers."""
 
     weight: Tensor
     geometry: Geometry
@@ -104,7 +104,7 @@ def infer_stem(x: Tensor, layer: "Layer", pool: PoolGeometry) -> Tensor:
     """maxpool(relu(bn(conv(x)))) from running statistics; ``x`` in the dtype of the contraction."""
     if not wants_kernels(x):
         return max_pool2d(infer_layer(x, layer, "relu"), *pool)
-    return replayed(_stem_of_kernels, x, _folded_layer(layer, x.dtype), pool)
+    return replayed(_stem_of_kernels, x, folded_layer(layer, x.dtype), pool)
 
 
 def _stem_of_kernels(x: Tensor, layer: Folded, pool: PoolGeometry) -> Tensor:
@@ -112,12 +112,8 @@ def _stem_of_kernels(x: Tensor, layer: Folded, pool: PoolGeometry) -> Tensor:
     return stem_pool(y, layer.scale, layer.shift, pool, indices=False)[0]
 
 
-def contraction_of(u: Tensor, layer: "Layer") -> Contraction:
-    """A layer of running statistics as the operand of `conv_bn_act`."""
-    return Contraction(ConvInput(u), *_folded_layer(layer, u.dtype))
-
-
-def _folded_layer(layer: "Layer", dtype: torch.dtype) -> Folded:
+def folded_layer(layer: "Layer", dtype: torch.dtype) -> Folded:
+    """A layer with its batch norm folded, once as long as its tensors are not written to."""
     weight, scale, shift = _once(layer, dtype, lambda: _folding(layer, dtype))
     return Folded(layer.tensors.weight if weight is None else weight, layer.geometry, scale, shift)
 
@@ -156,7 +152,7 @@ def _packed_layer(u: Tensor, layer: "Layer") -> onednn.PackedConv | None:
         return None
 
     def packed() -> onednn.PackedConv:
-        weight, geometry, scale, shift = _folded_layer(layer, u.dtype)
+        weight, geometry, scale, shift = folded_layer(layer, u.dtype)
         folded = onednn.fold(weight.detach(), scale)
         return onednn.pack(onednn.PackedConv(folded, shift, geometry), tuple(u.shape))
 

@@ -14,14 +14,15 @@ from .autograd.preact import PreActSpec
 from .autograd.spec import NormSpec, NormTensors
 from .carried import statistics
 from .chain import Layer, Size, check_joins, check_norm, checked_size, is_differentiated, layer_spec
-from .inference import contraction_of, infer_layer
+from .inference import Folded, folded_layer, infer_layer
 from .launch import wants_kernels
 from .ops.bn_act import bn_act
 from .ops.bn_finalize import check_norm_vectors
-from .ops.contract import ConvInput, Partials, channels_last, check_activation
+from .ops.contract import ConvInput, Geometry, Partials, channels_last, check_activation
 from .ops.conv_bn_act import Contraction, conv_bn_act
 from .ops.zero_pad_shortcut import ZeroPadded, zero_pad_size
 from .plan import AUTO, Schedule, chain_schedule
+from .replay import replayed
 
 
 class Norm(NamedTuple):
@@ -137,26 +138,50 @@ def partials_of(x: Tensor, norm: Norm | None) -> Partials | None:
     return statistics.take(x) if norm is not None and norm.spec.batch_stats else None
 
 
+class Bare(NamedTuple):
+    """A convolution without a batch norm behind it, as `Contraction` takes it."""
+
+    weight: Tensor
+    geometry: Geometry
+
+
+def bare(layer: Layer) -> Bare:
+    """Of a layer, its convolution."""
+    return Bare(layer.tensors.weight, layer.geometry)
+
+
+def as_kernels_take(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype) -> tuple[Layer | Folded, ...]:
+    """Layers whose batch norm is applied, folded where kernels run on ``x``."""
+    return tuple(folded_layer(layer, dtype) if wants_kernels(x) else layer for layer in layers)
+
+
 def _infer(
     x: Tensor, dtype: torch.dtype, norm: Norm | None, layers: Sequence[Layer], projection: Layer | None,
     shortcut: str, zero_pad_stride: tuple[int, int],
 ) -> Tensor:  # fmt: skip
+    inner, second = as_kernels_take(layers[:-1], x, dtype), None if projection is None else bare(projection)
+    operands = (x, dtype, norm, inner, bare(layers[-1]), second, shortcut, zero_pad_stride)
+    return replayed(_inferred, *operands) if wants_kernels(x) else _inferred(*operands)
+
+
+def _inferred(
+    x: Tensor, dtype: torch.dtype, norm: Norm | None, inner: tuple[Layer | Folded, ...], last: Bare,
+    projection: Bare | None, shortcut: str, zero_pad_stride: tuple[int, int],
+) -> Tensor:  # fmt: skip
     x = channels_last(x)
-    source = ConvInput(x.to(dtype))
-    if norm is not None:
-        source = evaluated(x, dtype, norm)
+    source = ConvInput(x.to(dtype)) if norm is None else evaluated(x, dtype, norm)
     u = source
-    for layer in layers[:-1]:
+    for layer in inner:
         u = ConvInput(activated_by(u, layer))
     residual: Tensor | ZeroPadded | None = None
     if shortcut == "identity":
         residual = x
     elif shortcut == "zero_pad":
-        residual = ZeroPadded(x, layers[-1].tensors.weight.shape[0], zero_pad_stride)
+        residual = ZeroPadded(x, last.weight.shape[0], zero_pad_stride)
     second = None
     if projection is not None:
-        second = Contraction(source, projection.tensors.weight.to(dtype), projection.geometry)
-    main = Contraction(u, layers[-1].tensors.weight.to(dtype), layers[-1].geometry)
+        second = Contraction(source, projection.weight.to(dtype), projection.geometry)
+    main = Contraction(u, last.weight.to(dtype), last.geometry)
     return conv_bn_act(main, residual=residual, second=second, act=None)[0]
 
 
@@ -168,8 +193,8 @@ def evaluated(x: Tensor, dtype: torch.dtype, norm: Norm) -> ConvInput:
     return ConvInput(bn_act(x, numbers.scale, numbers.shift)[0].to(dtype))
 
 
-def activated_by(u: ConvInput, layer: Layer) -> Tensor:
+def activated_by(u: ConvInput, layer: Layer | Folded) -> Tensor:
     """relu(bn(conv(u))) from running statistics."""
-    if u.scale is None:
-        return infer_layer(u.tensor, layer, "relu")
-    return conv_bn_act(contraction_of(u.tensor, layer)._replace(u=u))[0]
+    if isinstance(layer, Folded):
+        return conv_bn_act(Contraction(u, *layer))[0]
+    return infer_layer(u.tensor, layer, "relu")
