@@ -9,7 +9,7 @@ import triton.language as tl
 from .bn_statistics import store_tile_statistics
 from .contraction import SIZES, contract, in_rows, tile_of
 from .relu_mask import packed, word_pointers
-from .rows import row_of
+from .rows import load_in_fours, row_of
 from .zero_pad_shortcut import load_zero_padded
 
 SHORTCUT_SIZES = (
@@ -125,11 +125,17 @@ def conv_bn_act_kernel(
     o = o_row[:, None] * (groups * K) + o_out[None, :]
     m = m_row[:, None] & m_out[None, :]
     if residual_ptr is not None:
-        if RESIDUAL_FIRST is None:
+        if residual_ptr.dtype.element_ty != w_ptr.dtype.element_ty and RESIDUAL_FIRST is None:
+            first_k = i_k % tl.cdiv(GROUPS_PER_TILE * K, BLOCK_K) * BLOCK_K
+            residual = load_in_fours(
+                residual_ptr + first * (groups * K), o_row, i_group * K + first_k, groups * K, m_row,
+                tl.minimum((i_group + GROUPS_PER_TILE) * K, groups * K), BLOCK_PIXELS, BLOCK_K,
+            )  # fmt: skip
+        elif RESIDUAL_FIRST is None:
             residual = tl.load(residual_ptr + first * (groups * K) + o, mask=m, other=0.0).to(tl.float32)
         else:
             residual = load_zero_padded(
-                residual_ptr, o_pixel // (P * Q), o_pixel // Q % P, o_pixel % Q, m_row, tl.where(m_out, o_out, -1),
+                residual_ptr, o_pixel // (P * Q), o_pixel // Q % P, o_pixel % Q, m_row, o_out,
                 residual_C, residual_H, residual_W, residual_stride_h, residual_stride_w, RESIDUAL_FIRST,
                 RESIDUAL_MULTIPLE,
             )  # fmt: skip

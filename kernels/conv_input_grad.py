@@ -11,7 +11,7 @@ gradient, or the producer's ReLU with the two sums that its batch norm needs.
 import triton
 import triton.language as tl
 
-from .contraction import SIZES, contract, kept, of_channels, tile_of, widened
+from .contraction import SIZES, contract, in_rows, kept, of_channels, tile_of, widened
 from .relu_mask import load_masked_rows, load_open, unpacked, word_pointers
 from .rows import row_of
 from .zero_pad_shortcut import load_zero_padded_grad
@@ -260,6 +260,7 @@ def conv_input_grad_kernel(
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides the input channels
     EVEN_DEPTH: tl.constexpr,  # whether BLOCK_K divides C
     PAIRS: tl.constexpr,  # see `widened`
+    APART: tl.constexpr,  # see `in_rows`
     TF32: tl.constexpr,
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
@@ -360,13 +361,14 @@ def conv_input_grad_kernel(
         g = tl.where(open_, acc, 0.0)
         if onto_ptr is not None:
             onto = tl.load(onto_ptr + o, mask=m, other=0.0).to(tl.float32)
-            tl.store(out_ptr + o, (onto + g * scale[None, :]).to(out_ptr.dtype.element_ty), mask=m)
+            out = (onto + g * scale[None, :]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + o, in_rows(out, APART, BLOCK_PIXELS, BLOCK_C), mask=m)
         else:
-            g = g.to(out_ptr.dtype.element_ty)
+            g = in_rows(g.to(out_ptr.dtype.element_ty), APART, BLOCK_PIXELS, BLOCK_C)
             tl.store(out_ptr + o, g, mask=m)
         g = tl.where(m, g.to(tl.float32), 0.0)
         o_part = i_tile.to(tl.int64) * (groups * C) + o_out
         tl.store(part_g_ptr + o_part, tl.sum(g, axis=0), mask=m_c)
         tl.store(part_gd_ptr + o_part, tl.sum(g * (wide_y - mean[None, :]), axis=0), mask=m_c)
     else:
-        tl.store(out_ptr + o, acc.to(out_ptr.dtype.element_ty), mask=m)
+        tl.store(out_ptr + o, in_rows(acc.to(out_ptr.dtype.element_ty), APART, BLOCK_PIXELS, BLOCK_C), mask=m)

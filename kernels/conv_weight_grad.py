@@ -7,7 +7,7 @@ its producer. Each part of the pixels has a workspace of its own; a second kerne
 import triton
 import triton.language as tl
 
-from .contraction import SIZES, formed, kept, of_channels, widened
+from .contraction import SIZES, formed, in_rows, kept, of_channels, widened
 from .relu_mask import load_masked
 from .rows import row_of
 from .stem_pool import unpooled
@@ -65,6 +65,7 @@ def conv_weight_grad_kernel(
     SUM_U: tl.constexpr,  # whether the sum of u's windows is wanted too; of a single group
     TF32: tl.constexpr,
     PAIRS: tl.constexpr,  # see `widened`
+    APART: tl.constexpr,  # see `in_rows`
     C_MULTIPLE: tl.constexpr,  # powers of two that divide C and x_row, and K
     K_MULTIPLE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -215,7 +216,8 @@ def conv_weight_grad_kernel(
         o = (tap_r * S + tap_s) * C + in_group
         tl.store(out_ptr + o_dw[:, None] + o, acc, mask=m)
     else:
-        tl.store(out_ptr + o_dw[:, None] + ((tap_r * S + tap_s) * C + o_e)[None, :], acc, mask=m)
+        o = (tap_r * S + tap_s) * C + o_e
+        tl.store(out_ptr + o_dw[:, None] + o[None, :], in_rows(acc, APART, BLOCK_K, BLOCK_C), mask=m)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -87,13 +87,12 @@ def window_arguments(
 
 
 def contracted(
-    u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, joined: bool = False,
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, joined: int = 0,
     y_row: int | None = None,
 ) -> Contracted:  # fmt: skip
     """The convolution as both kernels are told of it.
 
-    ``second``: whether a projection follows; ``joined``: whether anything else is joined to the outputs; ``y_row``: the
-    pitch of the output.
+    ``second``: whether a projection follows; ``joined``: as of `ConvShape`; ``y_row``: the pitch of the output.
     """
     x, weight = in_rows(u.tensor), channels_last(weight)
     n, _, h, w = x.shape

@@ -127,7 +127,7 @@ def _conv_bn_act_triton(
         residual_scale, residual_shift, second = second.scale, second.shift, None
     from ..kernels.conv_bn_act import conv_bn_act_kernel
 
-    joined = residual is not None or bit_mask
+    joined = int(bit_mask) if residual is None else residual.dtype.itemsize
     conv = contracted(main.u, main.weight, main.geometry, second=second is not None, joined=joined)
     if bit_mask and conv.shape.groups > 1 and conv.tile.groups_per_tile * conv.shape.k % word_channels(conv.size[1]):
         return NotImplemented

@@ -22,7 +22,7 @@ from .contract import (
     check_activation,
     statistics_dtype,
 )
-from .contractions import bytes_in_windows, in_pairs, shape_of, window_arguments
+from .contractions import bytes_in_windows, columns_apart, in_pairs, shape_of, window_arguments
 from .conv_forward import formed
 from .op import Op
 from .rows import in_rows, pitch_of, storable
@@ -134,6 +134,7 @@ def _launched(
             "pixels_per_part": tile.per_part(steps), "GROUPS_PER_TILE": tile.groups_per_tile,
             "SUM_DY": sum_dy, "SUM_U": sum_u, "PADDED": geometry.padding != (0, 0),
             "SAME": geometry.stride == (1, 1) and size == x.shape[2:], "PAIRS": in_pairs(x, target_of(x)),
+            "APART": columns_apart(x, target_of(x)),
             "EVEN_PIXELS": run % tile.block_pixels == 0, "EVEN_K": k % tile.block_k == 0,
             "EVEN_C": tile.whole_columns(shape),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,

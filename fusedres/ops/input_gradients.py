@@ -11,7 +11,7 @@ from ..launch import launch, target_of
 from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
 from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
 from .contract import ConvInput, Geometry, OutputGrad, Producer, channels_last, pixels
-from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, in_pairs, window_arguments
+from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, columns_apart, in_pairs, window_arguments
 from .features import FeatureGrads
 from .relu_mask import gradient, is_bits, is_pooled, laid_out
 from .rows import empty_rows, in_rows, pitch_of, storable, word_channels
@@ -86,7 +86,7 @@ def launch_input_grad(
 
     n, c, h, w = size
     shape = gradient_shape(dy, weight, size, geometry, second=matrices is not None)._replace(
-        joined=features is not None
+        joined=0 if features is None else features.into.element_size()
     )
     stride, padding, dilation, groups = geometry
     target = target_of(weight)
@@ -144,6 +144,7 @@ def launch_input_grad(
             "EVEN_K": whole and per_tile % tile.block_c == 0,
             "EVEN_C": whole and packed * shape.k % tile.block_k == 0,
             "EVEN_DEPTH": matrices is not None and c % tile.block_c == 0, "PAIRS": in_pairs(weight, target),
+            "APART": columns_apart(weight, target),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_k, "BLOCK_K": tile.block_c,
         },
         reads=(*GRADIENT, *beside), writes=tuple(written), partial=partial, flops=_flops(dy, weight, x, matrices),

@@ -27,7 +27,7 @@ class ConvShape(NamedTuple):
 
     ``flat``: depth runs along the rows of the window. ``prologue``: the left operand is formed on load, of so many
     tensors (``operands``). ``second``: a projection is contracted after the convolution, whose outputs wait in
-    registers. ``joined``: a shortcut or a mask is joined to the outputs, or a gradient is added to those of features.
+    registers. ``joined``: bytes of a value that is joined to the outputs (of a shortcut, a mask, features' gradient).
     ``gradient``: of the input; ``c`` are the channels of the convolution's output and ``k`` those of its input then.
     """
 
@@ -41,7 +41,7 @@ class ConvShape(NamedTuple):
     flat: bool = False
     prologue: bool = False
     second: bool = False
-    joined: bool = False
+    joined: int = 0
     operands: int = 1
     gradient: bool = False
 
@@ -136,9 +136,10 @@ def _tile(size: tuple[int, int], block_c: int, packed: int, shape: ConvShape, ta
     # and a prologue where operands pass through registers.
     outputs = size[0] * size[1]
     crowded = size[0] == 128 and (shape.flat or shape.second or (shape.prologue and not wide(target)))
-    crowded = crowded or ((shape.gradient or (shape.joined and tensor_memory(target))) and outputs >= 128 * 64)
+    crowded = crowded or ((shape.gradient or (shape.joined > 0 and tensor_memory(target))) and outputs >= 128 * 64)
     tile = ConvTile(*size, block_c, 8 if outputs >= 128 * 128 or crowded else 4, 2, packed)
-    if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and shape.itemsize == 2 and target.arch == 80:
+    narrow = shape.itemsize == 2 and shape.joined <= 2
+    if crowded and outputs == 128 * 128 and shape.r == shape.s == 1 and narrow and target.arch == 80:
         # Eight warps would stand 2 x 4 and form the operand four times over. With a shorter step four have room, by
         # the compiler for sm_80; those for sm_86, sm_89 and sm_120 spill.
         tile = replace(tile, num_warps=4, block_c=min(block_c, 32))

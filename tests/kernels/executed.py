@@ -134,23 +134,21 @@ def check_traffic(launch: Launch, target: str) -> None:
     ):
         assert abs(counted - declared) <= 0.02 * declared, f"{launch.name}: {declared} bytes declared, {counted} moved"
     left_out = PER_CHANNEL
-    if target == "gfx1100" and launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
-        # The compiler may write gradients as the matrix units leave them, without gathering rows in shared memory.
-        left_out = left_out | {"out_ptr", "onto_ptr"}
     constants = dict(launch.specialisation.constants)
     few = target == "gfx1100" and launch.name == "conv_bn_act_kernel" and constants["BLOCK_C"] == NARROWEST
     if few and constants["C_MULTIPLE"] < 8:
         # It does not read along the six bytes that a tap of a formed image's weights has.
         left_out = left_out | {"w_ptr"}
     types = dict(launch.specialisation.signature)
-    for name in ("residual_ptr", "add_ptr"):
-        if launch.name.startswith("conv_") and types.get(name, "constexpr") not in ("constexpr", types.get("w_ptr")):
-            # Wider than the operands, and read as many channels at a time as these have in 16 bytes.
-            left_out = left_out | {name}
-    for name, first in (("residual_ptr", "RESIDUAL_FIRST"), ("add_ptr", "ADD_FIRST")):
-        if constants.get(first) is not None:
-            # Some channels of a row or every other row, which begin and end inside of sectors.
-            left_out = left_out | {name}
+    if launch.name.startswith("conv_") and types.get("add_ptr", "constexpr") not in ("constexpr", types.get("w_ptr")):
+        # Wider than the operands, and read as many channels at a time as these have in 16 bytes.
+        left_out = left_out | {"add_ptr"}
+    if (constants.get("RESIDUAL_FIRST") or 0) % 8:
+        # A thread's neighbouring channels begin elsewhere in the shortcut, which is read by fewer at a time.
+        left_out = left_out | {"residual_ptr"}
+    if (constants.get("ADD_FIRST") or 0) % 16:
+        # Some channels of a row, which begin and end inside of sectors.
+        left_out = left_out | {"add_ptr"}
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
         left_out = left_out | MASKS
         check_masks(launch)
