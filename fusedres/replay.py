@@ -29,21 +29,34 @@ T = TypeVar("T")
 MOST_NOTES = 2048
 
 
-def replayed(function: Callable[..., T], *operands: Any, beside: Sequence[Tensor | None] = ()) -> T:
+class Holding:
+    """A constant that holds tensors, which it is not compared by."""
+
+    @property
+    def compared(self) -> tuple[Any, ...]:
+        """What it is compared by; no tensor is among it, for it is kept for long."""
+        raise NotImplementedError
+
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        """Its tensors."""
+        raise NotImplementedError
+
+
+def replayed(function: Callable[..., T], *operands: Any) -> T:
     """``function(*operands)``, by going through the notes of an earlier call where there are some.
 
     Args:
         function: decides by shapes, strides, dtypes, devices and constants alone, calls nothing but ops and PyTorch,
             and gives nested tuples of tensors and constants. It may write into its operands.
-        operands: nested tuples of tensors and of constants that can be hashed.
-        beside: tensors that constants among the operands hold without being compared by them.
+        operands: nested tuples of tensors and of constants that can be hashed, `Holding` where they hold tensors.
 
     Returns:
         What the function gives.
     """
     if not _possible():
         return function(*operands)
-    kind = _kind((*operands, *beside))
+    kind = _kind(operands)
     if kind is None:
         return function(*operands)
     parts, tensors = kind
@@ -113,29 +126,32 @@ def _kind(operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | N
     """Everything that a call depends on besides values, and its tensors, each once; None: not all of them are plain."""
     parts: list[Any] = []
     tensors: list[Tensor] = []
-    places: dict[int, int] = {}
-    plain = True
-
-    def take(operand: tuple[Any, ...]) -> None:
-        nonlocal plain
-        for part in operand:
-            of = part.__class__
-            if of is nn.Parameter or of is Tensor:
-                place = places.setdefault(id(part), len(tensors))
-                if place == len(tensors):
-                    tensors.append(part)
-                    parts.extend((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT))
-                else:
-                    parts.append(_Place(place))
-            elif isinstance(part, tuple):
-                parts.extend((of, len(part)))
-                take(part)
-            else:
-                plain &= not isinstance(part, Tensor)
-                parts.extend((of, part))  # 1, 1.0 and True are equal
-
-    take(operands)
+    plain = _take(operands, parts, tensors, {})
     return (tuple(parts), tensors) if plain and tensors and not tensors[0].is_meta else None
+
+
+# Not a function inside the other: one that calls itself there is part of a cycle, which would keep tensors alive.
+def _take(operands: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], places: dict[int, int]) -> bool:
+    plain = True
+    for part in operands:
+        of = part.__class__
+        if of is nn.Parameter or of is Tensor:
+            place = places.setdefault(id(part), len(tensors))
+            if place == len(tensors):
+                tensors.append(part)
+                parts.extend((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT))
+            else:
+                parts.append(_Place(place))
+        elif isinstance(part, tuple):
+            parts.extend((of, len(part)))
+            plain &= _take(part, parts, tensors, places)
+        elif isinstance(part, Holding):
+            parts.extend((of, part.compared))
+            plain &= _take(part.held, parts, tensors, places)
+        else:
+            plain &= not isinstance(part, Tensor)
+            parts.extend((of, part))  # 1, 1.0 and True are equal
+    return plain
 
 
 class _Place(int):

@@ -126,7 +126,7 @@ def conv_bn_act_kernel(
     m = m_row[:, None] & m_out[None, :]
     if residual_ptr is not None:
         BITS: tl.constexpr = residual_ptr.dtype.element_ty.primitive_bitwidth
-        if BITS > w_ptr.dtype.element_ty.primitive_bitwidth and RESIDUAL_FIRST is None:
+        if w_ptr.dtype.element_ty.primitive_bitwidth < BITS and RESIDUAL_FIRST is None:
             first_k = i_k % tl.cdiv(GROUPS_PER_TILE * K, BLOCK_K) * BLOCK_K
             residual = load_in_fours(
                 residual_ptr + first * (groups * K), o_row, i_group * K + first_k, groups * K, m_row,

@@ -1,7 +1,9 @@
 """fusedres.replay: passes done again without going through them, and when they are not."""
 
+import dataclasses
 import functools
 import gc
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import ClassVar
@@ -12,10 +14,18 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres import replay
+from fusedres import rounded as rounding
+from fusedres.autograd.bn_add_act import BNAddActSpec
+from fusedres.autograd.dense import DenseLayerSpec, DenseSpec
+from fusedres.autograd.preact import PreActSpec
+from fusedres.autograd.spec import ChainSpec, LayerSpec, NormSpec, StemSpec
 from fusedres.launch import launch
 from fusedres.offline import ALIGNMENT
+from fusedres.ops.contract import Geometry, Partials, PoolGeometry
+from fusedres.plan import SCHEDULES
 from fusedres.plan.tiles import listed
-from fusedres.replay import Notes, lasting, replayed
+from fusedres.replay import Holding, Notes, lasting, replayed
+from fusedres.rounded import rounded
 from tests.nn.twins import plain_copy, randomised
 from tests.small_kernels import copy_kernel, triton
 from tests.vgpu_support import needs_vgpu
@@ -130,27 +140,103 @@ def test_a_tensor_given_twice_is_another_kind_than_two():
     assert difference.calls == 4
 
 
-def test_what_is_held_out_of_sight_is_told_of():
-    class Holder:
-        """Holders are all equal."""
+class Holder(Holding):
+    """Holders are all equal."""
 
-        def __init__(self, tensor):
-            self.tensor = tensor
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
-        def __eq__(self, other):
-            return isinstance(other, Holder)
+    @property
+    def compared(self):
+        return ()
 
-        def __hash__(self):
-            return 0
+    @property
+    def held(self):
+        return (self.tensor,)
 
+
+def test_what_constants_hold_is_an_operand():
     @counting
     def added(x, holder):
         return x + holder.tensor
 
     for i in range(TIMES):
         holder = Holder(torch.full((3,), float(i)))
-        assert torch.equal(replayed(added, torch.ones(3), holder, beside=(holder.tensor,)), torch.full((3,), 1.0 + i))
+        assert torch.equal(replayed(added, torch.ones(3), holder), torch.full((3,), 1.0 + i))
     assert added.calls == 2
+
+
+@pytest.fixture
+def no_collector():
+    """What is kept alive by a cycle stays so, as it may for long."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_no_tensor_outlives_its_call(no_collector):
+    seen = []
+
+    def watched(tensor):
+        seen.append(weakref.ref(tensor))
+        return tensor
+
+    def function(x, holder):
+        y = watched(x + holder.tensor)
+        return torch.cat([y, watched(y * 2)])
+
+    for _ in range(TIMES):
+        result = replayed(function, watched(torch.ones(3)), Holder(watched(torch.ones(3))))
+        watched(result)
+        del result
+    assert len(seen) == 3 * TIMES + 2 * 2
+    assert [ref() for ref in seen] == [None] * len(seen)
+
+
+LAYER = LayerSpec(Geometry(), NormSpec())
+OTHER_LAYER = LayerSpec(Geometry(), NormSpec(), moments=True)
+PARTIALS = Partials(torch.ones(1), torch.ones(1, 2), torch.ones(1, 2))
+SPECS = [
+    ChainSpec((LAYER,), SCHEDULES["stats"], torch.float32),
+    StemSpec(LAYER, PoolGeometry(), SCHEDULES["stats"], torch.float32),
+    PreActSpec(NormSpec(), (LAYER,), SCHEDULES["stats"], torch.float32),
+    DenseSpec((DenseLayerSpec(NormSpec(), (LAYER,)),), SCHEDULES["stats"]),
+    BNAddActSpec(NormSpec()),
+]
+OTHERS = {
+    "layers": (LAYER, LAYER), "layer": OTHER_LAYER, "schedule": SCHEDULES["moments"], "dtype": torch.bfloat16,
+    "projection": LAYER, "shortcut": "zero_pad", "act": None, "zero_pad_stride": (2, 2), "hands_over": True,
+    "pool": PoolGeometry((2, 2)), "norm": NormSpec(eps=1.0), "residual_norm": NormSpec(), "measured": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
+def test_specs_are_compared_by_everything_but_tensors(spec):
+    for field in dataclasses.fields(spec):
+        if field.compare:
+            other = OTHERS[field.name]
+            if isinstance(spec, DenseSpec) and field.name == "layers":
+                other = (DenseLayerSpec(NormSpec(), (OTHER_LAYER,)),)
+            changed = dataclasses.replace(spec, **{field.name: other})
+            assert changed.compared != spec.compared, field.name
+            hash(changed.compared)
+        else:
+            assert set(dataclasses.replace(spec, **{field.name: PARTIALS}).held) >= set(PARTIALS)
+
+
+def test_the_rounded_weights_of_a_step_are_not_kept(monkeypatch, no_collector):
+    made = []
+    monkeypatch.setattr("fusedres.chain.rounded", lambda *given: (made.append(rounded(*given)), made[-1])[1])
+    model = block()
+    for _ in range(TIMES):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 16, 5, 5)).sum().backward()
+    assert len(noted()) == 2 and len(made) == 4 * TIMES
+    seen = [weakref.ref(weight) for weight in made]
+    made.clear()
+    rounding._groups.clear()
+    assert [ref() for ref in seen] == [None] * len(seen)
 
 
 FOREIGN = torch.tensor([2.0])

@@ -12,7 +12,7 @@ from ..ops.bn_act import bn_act
 from ..ops.bn_backward import bn_backward, masked
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import Normaliser, OutputGrad, Partials, channels_last
-from ..replay import replayed
+from ..replay import Holding, replayed
 from .layer import normaliser_of
 from .layouts import arrived, in_dtype
 from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
@@ -22,13 +22,21 @@ FIELDS = len(NormTensors._fields)
 
 
 @dataclass(frozen=True)
-class BNAddActSpec:
+class BNAddActSpec(Holding):
     """``residual_norm`` is None where the residual joins as it is; ``partials`` are y's where they were measured."""
 
     norm: NormSpec
     residual_norm: NormSpec | None = None
     act: str | None = "relu"
     partials: Partials | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def compared(self) -> tuple[Any, ...]:
+        return self.norm, self.residual_norm, self.act
+
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        return tuple(self.partials or ())
 
 
 class Kept(NamedTuple):
@@ -51,7 +59,7 @@ class BNAddAct(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, residual: Tensor | None, spec: BNAddActSpec, *tensors: Tensor | None) -> Tensor:
         training = any(ctx.needs_input_grad)
         with no_autocast(y.device.type):
-            z, saved = replayed(_forward, y, residual, spec, tensors, training, beside=spec.partials or ())
+            z, saved = replayed(_forward, y, residual, spec, tensors, training)
         if saved is not None:
             ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
             ctx.residual_dtype = None if residual is None else residual.dtype

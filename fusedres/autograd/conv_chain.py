@@ -145,9 +145,7 @@ class ConvChain(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, spec: ChainSpec, *tensors: Tensor | None) -> Tensor:
         under, needed_x, training = carried.ends.take(x), ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, saved, end = replayed(
-                _forward, x, residual, spec, tensors, under if needed_x else None, training, beside=spec.held
-            )
+            z, saved, end = replayed(_forward, x, residual, spec, tensors, under if needed_x else None, training)
         if saved is not None:
             ctx.spec, ctx.backend = spec, backends.current()
             ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
@@ -164,7 +162,7 @@ class ConvChain(torch.autograd.Function):
         sums, saved = carried.reduced.take(dz), kept(ctx)
         dx, reduced, dresidual, grads = replayed(
             _backward, arrived(dz, lambda: _first_weight(saved)), sums, ctx.spec, saved, ctx.needs_input_grad,
-            ctx.input_dtype, ctx.input_size, ctx.residual_dtype, beside=ctx.spec.held,
+            ctx.input_dtype, ctx.input_size, ctx.residual_dtype,
         )  # fmt: skip
         if dx is not None and reduced is not None:
             carried.reduced.leave(dx, reduced)

@@ -44,7 +44,7 @@ from ..ops.conv_input_grad import ProducerGrad, at_producer, sent_to_features
 from ..ops.features import FeatureGrads, put_features
 from ..ops.rows import empty_rows
 from ..plan import Schedule
-from ..replay import replayed
+from ..replay import Holding, replayed
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
     PARAMETERS,
@@ -60,7 +60,7 @@ from .layer import (
     normaliser_of,
 )
 from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
-from .spec import ConvBN, LayerSpec, NormSpec, NormTensors, held_by
+from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
 NORM = len(NormTensors._fields)
 ELSEWHERE: Any = None
@@ -80,7 +80,7 @@ class DenseLayerSpec:
 
 
 @dataclass(frozen=True)
-class DenseSpec:
+class DenseSpec(Holding):
     """``partials`` are the statistics of x, where its producer measured it."""
 
     layers: tuple[DenseLayerSpec, ...]
@@ -88,9 +88,13 @@ class DenseSpec:
     partials: Partials | None = field(default=None, compare=False, repr=False)
 
     @property
+    def compared(self) -> tuple[Any, ...]:
+        layers = tuple((layer.norm, tuple(conv.compared for conv in layer.layers)) for layer in self.layers)
+        return layers, self.schedule
+
+    @property
     def held(self) -> tuple[Tensor | None, ...]:
-        """As of `ChainSpec`."""
-        rounded = (weight for layer in self.layers for weight in held_by(layer.layers, None))
+        rounded = (conv.rounded for layer in self.layers for conv in layer.layers)
         return (*rounded, *(self.partials or ()))
 
 
@@ -126,7 +130,7 @@ class Dense(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: DenseSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         training = any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, partials, saved = replayed(_forward, x, spec, tensors, training, beside=spec.held)
+            z, partials, saved = replayed(_forward, x, spec, tensors, training)
         if saved is not None:
             ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
             ctx.channels = x.shape[1]
@@ -145,10 +149,7 @@ class Dense(torch.autograd.Function):
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
-        dx, grads = replayed(
-            _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.channels, ctx.norm_dtypes,
-            beside=ctx.spec.held,
-        )  # fmt: skip
+        dx, grads = replayed(_backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.channels, ctx.norm_dtypes)
         return (dx, None, *grads)
 
 

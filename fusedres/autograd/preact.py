@@ -27,7 +27,7 @@ from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import ProducerGrad, at_producer, joined
 from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad, written
 from ..plan import Schedule
-from ..replay import replayed
+from ..replay import Holding, replayed
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
     PARAMETERS,
@@ -46,7 +46,7 @@ from .layer import (
     shortcut_grad,
 )
 from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
-from .spec import ConvBN, LayerSpec, NormSpec, NormTensors, held_by
+from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
 NORM = len(NormTensors._fields)
 BARE = NormSpec(batch_stats=False)
@@ -54,7 +54,7 @@ BARE = NormSpec(batch_stats=False)
 
 
 @dataclass(frozen=True)
-class PreActSpec:
+class PreActSpec(Holding):
     """[bn-ReLU] conv-bn-ReLU-...-conv and what joins it.
 
     Attributes:
@@ -81,9 +81,21 @@ class PreActSpec:
     measured: bool = False
 
     @property
+    def every(self) -> tuple[LayerSpec, ...]:
+        """The layers, the projection behind them."""
+        return self.layers if self.projection is None else (*self.layers, self.projection)
+
+    @property
+    def compared(self) -> tuple[Any, ...]:
+        layers = tuple(layer.compared for layer in self.every)
+        return (
+            self.norm, len(self.layers), layers, self.schedule, self.dtype, self.shortcut, self.zero_pad_stride,
+            self.measured,
+        )  # fmt: skip
+
+    @property
     def held(self) -> tuple[Tensor | None, ...]:
-        """As of `ChainSpec`."""
-        return (*held_by(self.layers, self.projection), *(self.partials or ()))
+        return (*(layer.rounded for layer in self.every), *(self.partials or ()))
 
 
 class Kept(NamedTuple):
@@ -110,7 +122,7 @@ class PreAct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: PreActSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         training = any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, partials, saved = replayed(_forward, x, spec, tensors, training, beside=spec.held)
+            z, partials, saved = replayed(_forward, x, spec, tensors, training)
         if saved is not None:
             ctx.backend, ctx.size, ctx.input_dtype = backends.current(), tuple(x.shape), x.dtype
             ctx.norm_dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors[:2])
@@ -128,8 +140,7 @@ class PreAct(torch.autograd.Function):
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
         dx, head, grads = replayed(
-            _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.size, ctx.input_dtype, ctx.norm_dtypes,
-            beside=ctx.spec.held,
+            _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.size, ctx.input_dtype, ctx.norm_dtypes
         )  # fmt: skip
         return (dx, None, *head, *grads)
 

@@ -1,14 +1,14 @@
 """What a fused pattern is told besides its tensors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.contract import Geometry, PoolGeometry
 from ..plan import Schedule
+from ..replay import Holding
 
 
 class NormTensors(NamedTuple):
@@ -82,6 +82,11 @@ class LayerSpec:
     moments: bool = False
     rounded: Tensor | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def compared(self) -> tuple[Any, ...]:
+        """All of it but the copy."""
+        return self.geometry, self.norm, self.moments
+
     def weight(self, layer: ConvBN, dtype: torch.dtype) -> Tensor:
         """The weight of ``layer`` in a dtype of contractions."""
         if self.rounded is not None and self.rounded.dtype == dtype:
@@ -89,14 +94,8 @@ class LayerSpec:
         return layer.weight.to(dtype)
 
 
-def held_by(layers: Sequence[LayerSpec], projection: LayerSpec | None) -> tuple[Tensor | None, ...]:
-    """The rounded weights that layers bring along."""
-    every = layers if projection is None else (*layers, projection)
-    return tuple(layer.rounded for layer in every)
-
-
 @dataclass(frozen=True)
-class ChainSpec:
+class ChainSpec(Holding):
     """A chain conv-BN-ReLU-...-conv-BN and what joins it at its end.
 
     Attributes:
@@ -122,13 +121,25 @@ class ChainSpec:
     hands_over: bool = False
 
     @property
+    def every(self) -> tuple[LayerSpec, ...]:
+        """The layers, the projection behind them."""
+        return self.layers if self.projection is None else (*self.layers, self.projection)
+
+    @property
+    def compared(self) -> tuple[Any, ...]:
+        layers = tuple(layer.compared for layer in self.every)
+        return (
+            len(self.layers), layers, self.schedule, self.dtype, self.shortcut, self.act, self.zero_pad_stride,
+            self.hands_over,
+        )  # fmt: skip
+
+    @property
     def held(self) -> tuple[Tensor | None, ...]:
-        """The tensors that it brings along and is not compared by."""
-        return held_by(self.layers, self.projection)
+        return tuple(layer.rounded for layer in self.every)
 
 
 @dataclass(frozen=True)
-class StemSpec:
+class StemSpec(Holding):
     """conv-BN-ReLU-max-pool."""
 
     layer: LayerSpec
@@ -137,6 +148,9 @@ class StemSpec:
     dtype: torch.dtype
 
     @property
+    def compared(self) -> tuple[Any, ...]:
+        return self.layer.compared, self.pool, self.schedule, self.dtype
+
+    @property
     def held(self) -> tuple[Tensor | None, ...]:
-        """As of `ChainSpec`."""
         return (self.layer.rounded,)

@@ -48,7 +48,7 @@ class StemPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, spec: StemSpec, *tensors: Tensor | None) -> Tensor:
         needed_x, training = ctx.needs_input_grad[0], any(ctx.needs_input_grad)
         with no_autocast(x.device.type):
-            z, saved, size = replayed(_forward, x, spec, tensors, needed_x, training, beside=spec.held)
+            z, saved, size = replayed(_forward, x, spec, tensors, needed_x, training)
         if saved is not None:
             ctx.spec, ctx.backend, ctx.input_dtype, ctx.size = spec, backends.current(), x.dtype, size
             keep(ctx, saved)
@@ -61,7 +61,6 @@ class StemPool(torch.autograd.Function):
         spec = ctx.spec
         dx, grads = replayed(
             _backward, dz, spec, kept(ctx), ctx.size, ctx.input_dtype, ctx.needs_input_grad,
-            beside=spec.held,
         )  # fmt: skip
         return (dx, None, *grads)
 
