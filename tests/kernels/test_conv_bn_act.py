@@ -172,11 +172,12 @@ def test_every_tile(case: str, target: str, dtype: torch.dtype) -> None:
             check(target, conv, dtype, "projection", prologue=True)
 
 
+@pytest.mark.parametrize("case", ["3x3", "tails of pixels, K and C", "groups of 4"])
 @pytest.mark.parametrize("target", TESTED)
-def test_a_wide_shortcut_promotes_the_sum(target: str) -> None:
-    conv = CASES["3x3"]
-    operands = Operands(conv, torch.bfloat16, "none", prologue=False)
-    operands.residual = activation((1, 64, 7, 9), torch.float32)
+def test_a_wide_shortcut_promotes_the_sum(case: str, target: str) -> None:
+    conv = CASES[case]
+    operands = Operands(conv, torch.bfloat16, "plain", prologue=False)
+    operands.residual = activation(tuple(operands.residual.shape), torch.float32)
     (z, *_), _ = executed(target, lambda: conv_bn_act(operands.main, residual=operands.residual))
     assert z.dtype == torch.float32
     assert_as_accurate(z, operands.computed(torch.bfloat16).float(), operands.computed(torch.float64), None, conv.depth)
