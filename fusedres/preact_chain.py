@@ -152,7 +152,7 @@ def bare(layer: Layer) -> Bare:
 
 def as_kernels_take(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype) -> tuple[Layer | Folded, ...]:
     """Layers whose batch norm is applied, folded where kernels run on ``x``."""
-    return tuple(folded_layer(layer, dtype) if wants_kernels(x) else layer for layer in layers)
+    return tuple(folded_layer(layer, dtype) for layer in layers) if wants_kernels(x) else tuple(layers)
 
 
 def _infer(

@@ -141,7 +141,7 @@ def _take(operands: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], pl
                 tensors.append(part)
                 parts.extend((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT))
             else:
-                parts.append(_Place(place))
+                parts.append(Place(place))
         elif isinstance(part, tuple):
             parts.extend((of, len(part)))
             plain &= _take(part, parts, tensors, places)
@@ -154,8 +154,24 @@ def _take(operands: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], pl
     return plain
 
 
-class _Place(int):
-    """Stands where a tensor stood."""
+class Place(int):
+    """Stands where a tensor stood, in nested containers: its number."""
+
+
+def filled(part: Any, tensors: Any) -> Any:
+    """The same with tensors, by their numbers, for `Place`."""
+    if isinstance(part, Place):
+        return tensors[part]
+    if isinstance(part, (tuple, list)):
+        return like(part, [filled(inner, tensors) for inner in part])
+    if isinstance(part, dict):
+        return {name: filled(inner, tensors) for name, inner in part.items()}
+    return part
+
+
+def like(container: Any, parts: list[Any]) -> Any:
+    """A list, tuple or named tuple of other parts."""
+    return type(container)(*parts) if hasattr(container, "_fields") else type(container)(parts)
 
 
 class _Step(NamedTuple):
@@ -173,7 +189,7 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Notes:
-    """The steps of a pass, and what it gives with `_Place` for tensors."""
+    """The steps of a pass, and what it gives with `Place` for tensors."""
 
     steps: list[_Step]
     made: int
@@ -197,7 +213,7 @@ class Notes:
                             tensors[one_of] = one
                 for number in dead:
                     tensors[number] = None
-        return _filled(self.result, tensors)
+        return filled(self.result, tensors)
 
 
 def _on(device: torch.device) -> Any:
@@ -247,7 +263,10 @@ class _Writer(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         # What is asked of dtypes alone comes this way too, and is decided already.
-        if not self._apart and (isinstance(result, (Tensor, tuple, list)) or _holds_tensor((args, kwargs))):
+        if not self._apart and (
+            isinstance(result, (Tensor, tuple, list))
+            or any(isinstance(leaf, Tensor) for leaf in _leaves((args, kwargs)))
+        ):
             self._note(func, self._with_places(args), self._with_places(kwargs), result)
         return result
 
@@ -258,20 +277,20 @@ class _Writer(TorchDispatchMode):
         if func is torch.ops.aten.empty.memory_format:
             # The most frequent call by far, and by this name half as long.
             self._add(functools.partial(torch.empty, *args, **_given(kwargs)), (), output)
-        elif any(_places(part) for part in (kwargs, *args) if not isinstance(part, _Place)):
+        elif any(_places(part) for part in (kwargs, *args) if not isinstance(part, Place)):
             places = _places((args, kwargs))
 
             def assembled(*tensors: Tensor) -> Any:
                 by_number = dict(zip(places, tensors, strict=True))
-                return func(*_filled(args, by_number), **_filled(kwargs, by_number))
+                return func(*filled(args, by_number), **filled(kwargs, by_number))
 
             self._add(assembled, tuple(places), output)
         else:
             self._add(functools.partial(func, **kwargs) if kwargs else func, args, output)
 
     def _add(self, call: Callable[..., Any], values: Sequence[Any], output: Any) -> None:
-        inputs = [(i, int(value)) for i, value in enumerate(values) if isinstance(value, _Place)]
-        self._steps.append(_Step(call, [None if isinstance(v, _Place) else v for v in values], inputs, output, ()))
+        inputs = [(i, int(value)) for i, value in enumerate(values) if isinstance(value, Place)]
+        self._steps.append(_Step(call, [None if isinstance(v, Place) else v for v in values], inputs, output, ()))
 
     def _give_number(self, tensor: Tensor) -> int:
         number, self._count = self._count, self._count + 1
@@ -295,15 +314,15 @@ class _Writer(TorchDispatchMode):
         return None
 
     def _with_places(self, part: Any) -> Any:
-        """The same with `_Place` for tensors."""
+        """The same with `Place` for tensors."""
         if isinstance(part, Tensor):
             number = self._number_of(part)
             if number is not None:
-                return _Place(number)
+                return Place(number)
             self._complete &= id(part) in _lasting
             return part
         if isinstance(part, (tuple, list)):
-            return _like(part, [self._with_places(inner) for inner in part])
+            return like(part, [self._with_places(inner) for inner in part])
         if isinstance(part, dict):
             return {name: self._with_places(inner) for name, inner in part.items()}
         return part
@@ -326,34 +345,19 @@ class _Writer(TorchDispatchMode):
         return Notes(steps, self._count - operands, result, self._operands[0].device)
 
 
-def _holds_tensor(part: Any) -> bool:
-    inner = part.values() if isinstance(part, dict) else part if isinstance(part, (tuple, list)) else ()
-    return isinstance(part, Tensor) or any(_holds_tensor(one) for one in inner)
+def _leaves(part: Any) -> Iterator[Any]:
+    """What nested containers hold."""
+    if isinstance(part, (tuple, list, dict)):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _leaves(inner)
+    else:
+        yield part
+
+
+def _places(part: Any) -> list[Place]:
+    """Every `Place` in nested containers, each once."""
+    return list(dict.fromkeys(leaf for leaf in _leaves(part) if isinstance(leaf, Place)))
 
 
 def _given(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
-
-
-def _places(part: Any) -> list[_Place]:
-    """Every `_Place` in nested containers, each once."""
-    if isinstance(part, _Place):
-        return [part]
-    inner = part.values() if isinstance(part, dict) else part if isinstance(part, (tuple, list)) else ()
-    return list(dict.fromkeys(place for one in inner for place in _places(one)))
-
-
-def _filled(part: Any, tensors: Any) -> Any:
-    """The same with tensors, by their numbers, for `_Place`."""
-    if isinstance(part, _Place):
-        return tensors[part]
-    if isinstance(part, (tuple, list)):
-        return _like(part, [_filled(inner, tensors) for inner in part])
-    if isinstance(part, dict):
-        return {name: _filled(inner, tensors) for name, inner in part.items()}
-    return part
-
-
-def _like(container: Any, parts: list[Any]) -> Any:
-    """A list, tuple or named tuple of other parts."""
-    return type(container)(*parts) if hasattr(container, "_fields") else type(container)(parts)

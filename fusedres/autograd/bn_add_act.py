@@ -13,12 +13,10 @@ from ..ops.bn_backward import bn_backward, masked
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import Normaliser, OutputGrad, Partials, channels_last
 from ..replay import Holding, replayed
-from .layer import normaliser_of
+from .layer import NORM, normaliser_of
 from .layouts import arrived, in_dtype
 from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
 from .spec import NormSpec, NormTensors
-
-FIELDS = len(NormTensors._fields)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _forward(
     y: Tensor, residual: Tensor | None, spec: BNAddActSpec, tensors: tuple[Tensor | None, ...], training: bool
 ) -> tuple[Tensor, Packed | None]:
     """z, and the `Kept` if there is a backward pass."""
-    main, other = NormTensors(*tensors[:FIELDS]), NormTensors(*tensors[FIELDS:])
+    main, other = NormTensors(*tensors[:NORM]), NormTensors(*tensors[NORM:])
     y = channels_last(y)
     norm = _measured(y, main, spec.norm, spec.partials)
     residual_norm = None
@@ -117,11 +115,11 @@ def _backward(
     def through(y: Tensor, norm: Normaliser, norm_spec: NormSpec, gamma: Tensor | None) -> tuple[Tensor, list[Any]]:
         typed = g._replace(g=in_dtype(g.g, y.dtype))
         dy, dgamma, dbeta = bn_backward(typed, y, norm, gamma, batch_stats=norm_spec.batch_stats)
-        return dy, [dgamma, dbeta, *[None] * (FIELDS - 2)]
+        return dy, [dgamma, dbeta, *[None] * (NORM - 2)]
 
     dy, grads = through(saved.y, saved.norm, spec.norm, saved.gammas[0])
     dresidual: Tensor | None = None
-    residual_grads: list[Any] = [None] * FIELDS
+    residual_grads: list[Any] = [None] * NORM
     if saved.residual is not None and saved.residual_norm is not None and spec.residual_norm is not None:
         dresidual, residual_grads = through(saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1])
     elif asked_of[1]:

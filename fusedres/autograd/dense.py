@@ -47,6 +47,7 @@ from ..plan import Schedule
 from ..replay import Holding, replayed
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
+    NORM,
     PARAMETERS,
     Below,
     LayerGrads,
@@ -62,7 +63,6 @@ from .layer import (
 from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
-NORM = len(NormTensors._fields)
 ELSEWHERE: Any = None
 """Stands for a tensor that is kept under another name."""
 
@@ -133,11 +133,7 @@ class Dense(torch.autograd.Function):
             z, partials, saved = replayed(_forward, x, spec, tensors, training)
         if saved is not None:
             ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
-            ctx.channels = x.shape[1]
-            ctx.norm_dtypes = tuple(
-                tuple(None if t is None else t.dtype for t in (layer.norm.gamma, layer.norm.beta))
-                for layer in _by_layer(tensors, spec)
-            )
+            ctx.channels, ctx.dtypes = x.shape[1], tuple(None if t is None else t.dtype for t in tensors)
             keep(ctx, saved)
         if partials is None:
             return z, None, None, None
@@ -149,7 +145,7 @@ class Dense(torch.autograd.Function):
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
-        dx, grads = replayed(_backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.channels, ctx.norm_dtypes)
+        dx, grads = replayed(_backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.channels, ctx.dtypes)
         return (dx, None, *grads)
 
 
@@ -235,13 +231,13 @@ def _layer_forward(
 
 def _backward(
     dz: Tensor, spec: DenseSpec, pack: Packed, asked_of: tuple[bool, ...], channels: int,
-    norm_dtypes: tuple[tuple[torch.dtype | None, ...], ...],
+    dtypes: tuple[torch.dtype | None, ...],
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
     """The gradients of x, of ``channels`` channels, and of every tensor of the layers."""
     saved: Kept = unpacked(pack)
     features, mean = saved.features, saved.mean
     needed_x, flat = asked_of[0], asked_of[2:]
-    asked = _by_layer(flat, spec)
+    asked, dtypes_of = _by_layer(flat, spec), _by_layer(dtypes, spec)
     # What layers send to the features: the first to send adds it to dz, the others to its sum in place.
     sent = channels_last(dz)
     into = empty_rows(sent)
@@ -274,7 +270,7 @@ def _backward(
         if at_source is not None:
             sums, sent = at_source.sums, into
             for j, grad in enumerate((sums.sum_gy, sums.sum_g)):
-                head[j] = grad.to(norm_dtypes[i][j]) if wanted.norm[j] else None
+                head[j] = grad.to(dtypes_of[i].norm[j]) if wanted.norm[j] else None
             if layer_spec.norm.batch_stats:
                 total_q[:first] += sums.q
                 total_r[:first] += sums.r

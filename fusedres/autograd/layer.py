@@ -37,6 +37,7 @@ from ..plan import Schedule
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
 PARAMETERS = len(ConvBN._fields)
+NORM = len(NormTensors._fields)
 
 
 class Branch(NamedTuple):

@@ -27,9 +27,10 @@ from ..ops.conv_forward import conv_forward
 from ..ops.conv_input_grad import ProducerGrad, at_producer, joined
 from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad, written
 from ..plan import Schedule
-from ..replay import Holding, replayed
+from ..replay import replayed
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
+    NORM,
     PARAMETERS,
     Below,
     LayerGrads,
@@ -46,15 +47,14 @@ from .layer import (
     shortcut_grad,
 )
 from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
-from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
+from .spec import ConvBN, Layered, LayerSpec, NormSpec, NormTensors
 
-NORM = len(NormTensors._fields)
 BARE = NormSpec(batch_stats=False)
 """Of a convolution without a batch norm behind it."""
 
 
 @dataclass(frozen=True)
-class PreActSpec(Holding):
+class PreActSpec(Layered):
     """[bn-ReLU] conv-bn-ReLU-...-conv and what joins it.
 
     Attributes:
@@ -81,21 +81,15 @@ class PreActSpec(Holding):
     measured: bool = False
 
     @property
-    def every(self) -> tuple[LayerSpec, ...]:
-        """The layers, the projection behind them."""
-        return self.layers if self.projection is None else (*self.layers, self.projection)
-
-    @property
     def compared(self) -> tuple[Any, ...]:
-        layers = tuple(layer.compared for layer in self.every)
         return (
-            self.norm, len(self.layers), layers, self.schedule, self.dtype, self.shortcut, self.zero_pad_stride,
+            self.norm, self.compared_layers, self.schedule, self.dtype, self.shortcut, self.zero_pad_stride,
             self.measured,
         )  # fmt: skip
 
     @property
     def held(self) -> tuple[Tensor | None, ...]:
-        return (*(layer.rounded for layer in self.every), *(self.partials or ()))
+        return (*super().held, *(self.partials or ()))
 
 
 class Kept(NamedTuple):

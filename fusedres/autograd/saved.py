@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
+from ..replay import Place, filled, like
 from ..writes import count_backward
 
 
@@ -20,7 +21,7 @@ class Packed(NamedTuple):
 
 
 class Structure:
-    """Nested tuples with a `_Slot` wherever a tensor stood; hashed once, for it comes with every pass."""
+    """Nested tuples with a `Place` wherever a tensor stood; hashed once, for it comes with every pass."""
 
     def __init__(self, nested: Any) -> None:
         self.nested = nested
@@ -47,7 +48,7 @@ def packed(nested: Any) -> Packed:
 
 def unpacked(pack: Packed) -> Any:
     """The nested tuples given to `packed`."""
-    return _attach(pack.structure.nested, pack.tensors)
+    return filled(pack.structure.nested, pack.tensors)
 
 
 def keep(ctx: Any, pack: Packed) -> None:
@@ -61,29 +62,11 @@ def kept(ctx: Any) -> Packed:
     return Packed(ctx.structure, ctx.saved_tensors)
 
 
-class _Slot(int):
-    """Stands where a tensor stood: its place among the saved ones."""
-
-
-def _rebuild(structure: tuple[Any, ...], parts: list[Any]) -> Any:
-    return type(structure)(*parts) if hasattr(structure, "_fields") else tuple(parts)
-
-
-def _detach(structure: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(structure, Tensor):
-        tensors.append(structure)
-        return _Slot(len(tensors) - 1)
-    if isinstance(structure, tuple):
-        return _rebuild(structure, [_detach(part, tensors) for part in structure])
-    return structure
-
-
-def _attach(structure: Any, tensors: tuple[Tensor, ...]) -> Any:
-    if isinstance(structure, _Slot):
-        return tensors[structure]
-    if isinstance(structure, tuple):
-        return _rebuild(structure, [_attach(part, tensors) for part in structure])
-    return structure
+def _detach(nested: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(nested, Tensor):
+        tensors.append(nested)
+        return Place(len(tensors) - 1)
+    return like(nested, [_detach(part, tensors) for part in nested]) if isinstance(nested, tuple) else nested
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -94,8 +94,25 @@ class LayerSpec:
         return layer.weight.to(dtype)
 
 
+class Layered(Holding):
+    """Of layers and, perhaps, the projection of a shortcut."""
+
+    layers: tuple[LayerSpec, ...]
+    projection: LayerSpec | None
+
+    @property
+    def compared_layers(self) -> tuple[Any, ...]:
+        """What the layers and the projection are compared by."""
+        return tuple(layer.compared for layer in self.layers), self.projection and self.projection.compared
+
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        every = self.layers if self.projection is None else (*self.layers, self.projection)
+        return tuple(layer.rounded for layer in every)
+
+
 @dataclass(frozen=True)
-class ChainSpec(Holding):
+class ChainSpec(Layered):
     """A chain conv-BN-ReLU-...-conv-BN and what joins it at its end.
 
     Attributes:
@@ -121,21 +138,11 @@ class ChainSpec(Holding):
     hands_over: bool = False
 
     @property
-    def every(self) -> tuple[LayerSpec, ...]:
-        """The layers, the projection behind them."""
-        return self.layers if self.projection is None else (*self.layers, self.projection)
-
-    @property
     def compared(self) -> tuple[Any, ...]:
-        layers = tuple(layer.compared for layer in self.every)
         return (
-            len(self.layers), layers, self.schedule, self.dtype, self.shortcut, self.act, self.zero_pad_stride,
+            self.compared_layers, self.schedule, self.dtype, self.shortcut, self.act, self.zero_pad_stride,
             self.hands_over,
         )  # fmt: skip
-
-    @property
-    def held(self) -> tuple[Tensor | None, ...]:
-        return tuple(layer.rounded for layer in self.every)
 
 
 @dataclass(frozen=True)

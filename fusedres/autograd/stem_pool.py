@@ -58,10 +58,7 @@ class StemPool(torch.autograd.Function):
     @differentiable_once
     @on_forward_backend
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        spec = ctx.spec
-        dx, grads = replayed(
-            _backward, dz, spec, kept(ctx), ctx.size, ctx.input_dtype, ctx.needs_input_grad,
-        )  # fmt: skip
+        dx, grads = replayed(_backward, dz, ctx.spec, kept(ctx), ctx.size, ctx.input_dtype, ctx.needs_input_grad)
         return (dx, None, *grads)
 
 
