@@ -126,8 +126,8 @@ class Follower(Protocol):
     def apart(self) -> AbstractContextManager[None]:
         """Surrounds a launch."""
 
-    def launched(self, start: Callable[..., object], arguments: Sequence[Any]) -> None:
-        """``start(*arguments)`` launches once more what has been launched."""
+    def launched(self, start: Callable[..., object], arguments: Sequence[Any], *, on_gpu: bool) -> None:
+        """``start(*arguments)`` launches once more what has been launched; ``on_gpu`` it may be told the ``stream``."""
 
 
 _following = threading.local()
@@ -223,7 +223,7 @@ def launch(
         if follower is not None:
             # A binary takes a kernel's arguments by position, and does not look at them again.
             start = binary[(*grid, 1, 1)[:3]]
-            follower.launched(start, [arguments[name] for name in kernel.arg_names])
+            follower.launched(start, [arguments[name] for name in kernel.arg_names], on_gpu=True)
     elif not tensor.is_meta:
         fresh = [name for name in writes if name not in reads]
         with nullcontext() if follower is None else follower.apart():
@@ -234,7 +234,7 @@ def launch(
             def start(*values: Any) -> None:
                 _execute(kernel, grid, dict(zip(names, values, strict=True)), fresh, options)
 
-            follower.launched(start, list(arguments.values()))
+            follower.launched(start, list(arguments.values()), on_gpu=False)
     if _traces:
         read, written = (
             {name: moved.get(name, _bytes(arguments[name])) for name in names if arguments[name] is not None}

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -130,6 +130,9 @@ def _kind(operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | N
     return (tuple(parts), tensors) if plain and tensors and not tensors[0].is_meta else None
 
 
+SIMPLE = {type(None), bool, int, float, str, torch.dtype}
+
+
 # Not a function inside the other: one that calls itself there is part of a cycle, which would keep tensors alive.
 def _take(operands: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], places: dict[int, int]) -> bool:
     plain = True
@@ -139,18 +142,20 @@ def _take(operands: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], pl
             place = places.setdefault(id(part), len(tensors))
             if place == len(tensors):
                 tensors.append(part)
-                parts.extend((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT))
+                parts.append((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT))
             else:
-                parts.append(Place(place))
+                parts.append(place)
+        elif of in SIMPLE:
+            parts.append((of, part))  # 1, 1.0 and True are equal
         elif isinstance(part, tuple):
-            parts.extend((of, len(part)))
+            parts.append((of, len(part)))
             plain &= _take(part, parts, tensors, places)
         elif isinstance(part, Holding):
-            parts.extend((of, part.compared))
+            parts.append((of, part.compared))
             plain &= _take(part.held, parts, tensors, places)
         else:
             plain &= not isinstance(part, Tensor)
-            parts.extend((of, part))  # 1, 1.0 and True are equal
+            parts.append((of, part))
     return plain
 
 
@@ -158,69 +163,123 @@ class Place(int):
     """Stands where a tensor stood, in nested containers: its number."""
 
 
-def filled(part: Any, tensors: Any) -> Any:
-    """The same with tensors, by their numbers, for `Place`."""
-    if isinstance(part, Place):
-        return tensors[part]
-    if isinstance(part, (tuple, list)):
-        return like(part, [filled(inner, tensors) for inner in part])
-    if isinstance(part, dict):
-        return {name: filled(inner, tensors) for name, inner in part.items()}
-    return part
-
-
 def like(container: Any, parts: list[Any]) -> Any:
     """A list, tuple or named tuple of other parts."""
     return type(container)(*parts) if hasattr(container, "_fields") else type(container)(parts)
 
 
+# Stands for the stream that is current where a pass is gone through: Triton would ask for it at each launch.
+STREAM: Any = object()
+
+
+def _current_stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
 class _Step(NamedTuple):
-    """``call(*values)`` with tensors put at ``inputs`` (place among the values, number of the tensor).
+    """``call(*args, **kwargs)`` with `Place` for tensors, also inside of containers.
 
     ``output`` is the number of the tensor it makes, of each of several, or None; ``dead`` are those of no more use.
     """
 
     call: Callable[..., Any]
-    values: list[Any]
-    inputs: list[tuple[int, int]]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     output: int | tuple[int | None, ...] | None
-    dead: tuple[int, ...]
+    dead: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> list[Place]:
+        """The tensors that it takes."""
+        return _places((self.args, self.kwargs))
+
+    @property
+    def outputs(self) -> list[int]:
+        """The tensors that it makes."""
+        made = self.output if isinstance(self.output, tuple) else (self.output,)
+        return [number for number in made if number is not None]
 
 
 @dataclass(frozen=True)
 class Notes:
-    """The steps of a pass, and what it gives with `Place` for tensors."""
+    """The steps of a pass, and what it gives with `Place` for tensors, of which the first are its operands."""
 
-    steps: list[_Step]
-    made: int
+    operands: int
+    steps: Sequence[_Step]
     result: Any
     device: torch.device
 
-    def play(self, operands: list[Tensor]) -> Any:
-        """Go through the steps on operands of the kind that was noted."""
-        tensors: list[Any] = operands + [None] * self.made
-        with _on(self.device):
-            for call, values, inputs, output, dead in self.steps:
-                arguments = values.copy()
-                for place, number in inputs:
-                    arguments[place] = tensors[number]
-                made = call(*arguments)
-                if isinstance(output, int):
-                    tensors[output] = made
-                elif output is not None:
-                    for one_of, one in zip(output, made, strict=True):
-                        if one_of is not None:
-                            tensors[one_of] = one
-                for number in dead:
-                    tensors[number] = None
-        return filled(self.result, tensors)
+    @functools.cached_property
+    def play(self) -> Callable[[list[Tensor]], Any]:
+        """Goes through the steps on operands of the kind that was noted: a function of nothing but their calls."""
+        written = _Written()
+        lines = [f"{_variables(range(self.operands))} = operands"]
+        if any(value is STREAM for step in self.steps for value in step.kwargs.values()):
+            lines.append(f"stream = {written.constant(_current_stream)}()")
+        for step in self.steps:
+            arguments = [*map(written.expression, step.args)]
+            arguments += [f"{name}={written.expression(value)}" for name, value in step.kwargs.items()]
+            call = f"{written.constant(step.call)}({', '.join(arguments)})"
+            target = "" if step.output is None else f"{_variables(step.output)} = "
+            lines.append(target + call)
+            lines.extend(f"del {variable}" for variable in map(_variables, step.dead))
+            if "_" in target:
+                lines.append("del _")
+        lines.append(f"return {written.expression(self.result)}")
+        source = "def play(operands):\n" + "".join(f"    {line}\n" for line in lines)
+        exec(compile(source, "<notes of a pass>", "exec"), written.names)
+        play: Callable[[list[Tensor]], Any] = written.names["play"]
+        if self.device.type != "cuda":
+            return play
+
+        def on_device(operands: list[Tensor]) -> Any:
+            # Triton launches on the current device.
+            if torch.cuda.current_device() == self.device.index:
+                return play(operands)
+            with torch.cuda.device(self.device):
+                return play(operands)
+
+        return on_device
 
 
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
+def _variables(numbers: int | Iterable[int | None] | None) -> str:
+    """The variable of a tensor, or those of several; None stands for what is not new."""
+    if numbers is None:
+        return "_"
+    return f"t{int(numbers)}" if isinstance(numbers, int) else f"({''.join(f'{_variables(one)},' for one in numbers)})"
+
+
+class _Written:
+    """Python expressions for the values of notes; what has none of its own gets a name."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {}
+
+    def constant(self, value: Any) -> str:
+        """A name for a value."""
+        return next((name for name, known in self.names.items() if known is value), None) or self._new(value)
+
+    def _new(self, value: Any) -> str:
+        name = f"c{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def expression(self, part: Any) -> str:
+        """What makes a value, of the variables of tensors where there are some in it."""
+        if isinstance(part, Place):
+            return _variables(part)
+        if part is STREAM:
+            return "stream"
+        if part is None or part.__class__ in (bool, int):
+            return repr(part)
+        if not _places(part):
+            return self.constant(part)
+        if isinstance(part, dict):
+            return "{" + ", ".join(f"{name!r}: {self.expression(inner)}" for name, inner in part.items()) + "}"
+        inside = "".join(f"{self.expression(inner)}, " for inner in part)
+        if part.__class__ is list:
+            return f"[{inside}]"
+        return f"({inside})" if part.__class__ is tuple else f"{self.constant(part.__class__)}({inside})"
 
 
 def _noted(function: Callable[..., T], operands: tuple[Any, ...], tensors: list[Tensor]) -> tuple[T, Notes | None]:
@@ -231,6 +290,15 @@ def _noted(function: Callable[..., T], operands: tuple[Any, ...], tensors: list[
     return result, writer.notes(result)
 
 
+class _View(NamedTuple):
+    """A tensor that lies in the memory of another, ``root``: from ``offset`` on, or (None) where that one begins."""
+
+    root: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int | None
+
+
 class _Writer(TorchDispatchMode):
     """Notes library calls, which come through the dispatcher, and launches, of which `launch` tells."""
 
@@ -238,11 +306,15 @@ class _Writer(TorchDispatchMode):
         super().__init__()
         self._operands = operands
         self._steps: list[_Step] = []
+        self._views: dict[int, _View] = {}
         # By identity; a tensor that is gone leaves its own to another.
         self._numbers: dict[int, tuple[int, weakref.ref[Tensor]]] = {}
         self._count = 0
         self._complete = True
         self._apart = False
+        # dtype, and where in its memory it begins: of operands not known the next time.
+        self._begins: dict[int, tuple[torch.dtype, int]] = {}
+        self._memories = {tensor.untyped_storage().data_ptr() for tensor in operands}
         for tensor in operands:
             self._give_number(tensor)
 
@@ -255,9 +327,10 @@ class _Writer(TorchDispatchMode):
         finally:
             self._apart = False
 
-    def launched(self, start: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    def launched(self, start: Callable[..., Any], arguments: Sequence[Any], *, on_gpu: bool) -> None:
         """A kernel was launched, as ``start(*arguments)`` does again."""
-        self._add(start, self._with_places(tuple(arguments)), None)
+        kwargs = {"stream": STREAM} if on_gpu else {}
+        self._steps.append(_Step(start, self._with_places(tuple(arguments)), kwargs, None))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -272,29 +345,42 @@ class _Writer(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         output = self._output(result)
-        # Counted from where the operand's memory begins, which its kind does not tell.
-        self._complete &= func is not torch.ops.aten.as_strided.default
-        if func is torch.ops.aten.empty.memory_format:
-            # The most frequent call by far, and by this name half as long.
-            self._add(functools.partial(torch.empty, *args, **_given(kwargs)), (), output)
-        elif any(_places(part) for part in (kwargs, *args) if not isinstance(part, Place)):
-            places = _places((args, kwargs))
+        self._complete &= torch.Tag.inplace_view not in func.tags
+        if func is torch.ops.aten.unbind.int:
+            # By this name, and the next, half as long as by the operator.
+            self._steps.append(_Step(torch.unbind, args, kwargs, output))
+        elif func is torch.ops.aten.empty.memory_format:
+            of = {"dtype": result.dtype, "device": result.device}
+            self._steps.append(_Step(torch.empty_strided, (tuple(result.shape), result.stride()), of, output))
+        elif not (func.is_view and self._lies_in(func, args[0], result, output)):
+            # Counted from where the operand's memory begins, which its kind does not tell.
+            self._complete &= func is not torch.ops.aten.as_strided.default
+            self._steps.append(_Step(func, args, kwargs, output))
 
-            def assembled(*tensors: Tensor) -> Any:
-                by_number = dict(zip(places, tensors, strict=True))
-                return func(*filled(args, by_number), **filled(kwargs, by_number))
-
-            self._add(assembled, tuple(places), output)
-        else:
-            self._add(functools.partial(func, **kwargs) if kwargs else func, args, output)
-
-    def _add(self, call: Callable[..., Any], values: Sequence[Any], output: Any) -> None:
-        inputs = [(i, int(value)) for i, value in enumerate(values) if isinstance(value, Place)]
-        self._steps.append(_Step(call, [None if isinstance(v, Place) else v for v in values], inputs, output, ()))
+    def _lies_in(self, func: Any, whole: Any, result: Any, output: Any) -> bool:
+        """Whether a view is known by where it lies in a tensor that is at hand: it is made when something uses it."""
+        if not isinstance(whole, Place):
+            return False
+        root = self._views[whole].root if whole in self._views else int(whole)
+        dtype, begin = self._begins[root]
+        views = {}
+        tensors, numbers = ((result,), (output,)) if isinstance(result, Tensor) else (result, output)
+        for tensor, number in zip(tensors, numbers, strict=True):
+            offset: int | None = int(tensor.storage_offset())
+            if tensor.untyped_storage().data_ptr() in self._memories:
+                if offset != begin or func is torch.ops.aten.as_strided.default:
+                    return False
+                offset = None
+            if number is None or tensor.dtype != dtype or tensor.is_neg():
+                return False
+            views[number] = _View(root, tuple(tensor.shape), tensor.stride(), offset)
+        self._views.update(views)
+        return True
 
     def _give_number(self, tensor: Tensor) -> int:
         number, self._count = self._count, self._count + 1
         self._numbers[id(tensor)] = number, weakref.ref(tensor)
+        self._begins[number] = tensor.dtype, int(tensor.storage_offset())
         return number
 
     def _number_of(self, tensor: Tensor) -> int | None:
@@ -333,16 +419,22 @@ class _Writer(TorchDispatchMode):
         if not self._complete:
             return None
         operands = len(self._operands)
-        last = dict.fromkeys(range(self._count), -1)
-        for at, step in enumerate(self._steps):
-            made = step.output if isinstance(step.output, tuple) else (step.output,)
-            last.update((number, at) for number in made if number is not None)
-            last.update((number, at) for _, number in step.inputs)
+        steps: list[_Step] = []
+        at_hand = set(range(operands))
+        for step in (*self._steps, None):
+            for place in _places(result) if step is None else step.inputs:
+                if place in self._views and place not in at_hand:
+                    root, *where = self._views[place]
+                    steps.append(_Step(torch.as_strided, (Place(root), *where), {}, int(place)))
+                at_hand.add(int(place))
+            if step is not None:
+                steps.append(step)
+        last = {number: at for at, step in enumerate(steps) for number in (*step.outputs, *step.inputs)}
         dead: dict[int, list[int]] = {}
-        for number in set(range(operands, self._count)).difference(_places(result)):
-            dead.setdefault(last[number], []).append(number)
-        steps = [step._replace(dead=tuple(dead.get(at, ()))) for at, step in enumerate(self._steps)]
-        return Notes(steps, self._count - operands, result, self._operands[0].device)
+        for number in last.keys() - set(range(operands)) - set(_places(result)):
+            dead.setdefault(last[number], []).append(int(number))
+        steps = [step._replace(dead=tuple(sorted(dead.get(at, ())))) for at, step in enumerate(steps)]
+        return Notes(operands, steps, result, self._operands[0].device)
 
 
 def _leaves(part: Any) -> Iterator[Any]:
@@ -357,7 +449,3 @@ def _leaves(part: Any) -> Iterator[Any]:
 def _places(part: Any) -> list[Place]:
     """Every `Place` in nested containers, each once."""
     return list(dict.fromkeys(leaf for leaf in _leaves(part) if isinstance(leaf, Place)))
-
-
-def _given(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if value is not None}

@@ -359,11 +359,58 @@ def test_a_tensor_is_let_go_after_its_last_use():
     (notes,) = noted()
     alive, most = set(), 0
     for step in notes.steps:
-        assert all(number == 0 or number in alive for _, number in step.inputs)
-        alive.add(step.output)
+        assert all(place == 0 or place in alive for place in step.inputs)
+        alive.update(step.outputs)
         most = max(most, len(alive))
         alive.difference_update(step.dead)
     assert most == 2 and len(alive) == 2  # what is given
+
+
+def views(x):
+    """Of an operand and of what is new; behind its beginning and not; of several at once; written to; given."""
+    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    behind = x[:, 1:]
+    y = torch.zeros(2, 6)
+    first, second = y
+    left, _, right = second.split([1, 2, 3])
+    left.add_(1)
+    right.view(3, 1).unsqueeze(0).copy_(rows[:3, :1])
+    first.copy_(behind.flatten()[:6])
+    return rows.t(), behind, y.view(3, 4)[1], first[:0], y.expand(2, 2, 6)
+
+
+def test_views_are_those_of_the_operands_at_hand():
+    counted = counting(views)
+    for i in range(TIMES):
+        images = torch.randn(TIMES, 4, 3, 5).to(memory_format=torch.channels_last)
+        x = images[i : i + 1]
+        assert x.storage_offset() == 60 * i and x.data_ptr() % ALIGNMENT == 0
+        assert_same(replayed(counted, x), views(x))
+    assert counted.calls == 2
+
+
+def test_views_that_nothing_uses_are_not_made():
+    def function(x):
+        return torch.zeros(x.shape).view(-1).unsqueeze(0)[0].view(x.shape).unbind()
+
+    for _ in range(TIMES):
+        assert_same(replayed(function, X), function(X))
+    (notes,) = noted()
+    assert [step.call for step in notes.steps] == [torch.ops.aten.zeros.default, torch.as_strided, torch.unbind]
+
+
+def test_what_a_call_does_not_give_is_not_kept():
+    def function(x):
+        y = x * 2
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            y, y, y.new_ones(4, 4, 1, 1), [4], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+        )
+        assert dx is None
+        return dw
+
+    for _ in range(TIMES):
+        assert_same(replayed(function, X), function(X))
+    assert len(noted()) == 1
 
 
 # --- fused blocks ---
@@ -480,6 +527,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr("fusedres.launch._device_target", lambda index: fusedres.offline.TARGETS["sm_90"])
     Launcher.started.clear()
     yield

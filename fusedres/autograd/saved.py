@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import no_autocast
-from ..replay import Place, filled, like
+from ..replay import Place, like
 from ..writes import count_backward
 
 
@@ -48,7 +48,7 @@ def packed(nested: Any) -> Packed:
 
 def unpacked(pack: Packed) -> Any:
     """The nested tuples given to `packed`."""
-    return filled(pack.structure.nested, pack.tensors)
+    return _attach(pack.structure.nested, pack.tensors)
 
 
 def keep(ctx: Any, pack: Packed) -> None:
@@ -67,6 +67,12 @@ def _detach(nested: Any, tensors: list[Tensor]) -> Any:
         tensors.append(nested)
         return Place(len(tensors) - 1)
     return like(nested, [_detach(part, tensors) for part in nested]) if isinstance(nested, tuple) else nested
+
+
+def _attach(part: Any, tensors: tuple[Tensor, ...]) -> Any:
+    if isinstance(part, Place):
+        return tensors[part]
+    return like(part, [_attach(inner, tensors) for inner in part]) if isinstance(part, tuple) else part
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

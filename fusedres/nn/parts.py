@@ -134,8 +134,8 @@ def layer_of(pair: Pair) -> Layer:
     """The tensors and numbers of a live convolution and batch norm, as a call in its present mode uses them."""
     norm = norm_of(pair.bn)
     gamma, beta, running_mean, running_var, _, counted = norm.tensors
-    bias = pair.conv._parameters["bias"]
-    tensors = ConvBN(pair.conv.weight, bias, gamma, beta, running_mean, running_var, counted)  # type: ignore[arg-type]
+    weight, bias = pair.conv._parameters["weight"], pair.conv._parameters["bias"]
+    tensors = ConvBN(weight, bias, gamma, beta, running_mean, running_var, counted)  # type: ignore[arg-type]
     return Layer(tensors, _geometry_of(pair.conv), norm.spec)
 
 
