@@ -161,8 +161,15 @@ def target_of(tensor: Tensor) -> Target:
 
 def multiplies_in_tf32(tensor: Tensor) -> bool:
     """Whether a kernel launched on ``tensor`` may round fp32 factors to TF32, as the library's convolutions do."""
-    allowed = torch.backends.cudnn.allow_tf32 and tensor.dtype == torch.float32
-    return bool(allowed and target_of(tensor).backend == "cuda")
+    return tensor.dtype == torch.float32 and tf32_allowed() and target_of(tensor).backend == "cuda"
+
+
+def tf32_allowed() -> bool:
+    """Whether the library's convolutions may round fp32 factors to TF32."""
+    # What PyTorch had before, `cudnn.allow_tf32`, sets this too, and refuses to be read where this was set by itself.
+    cudnn: Any = torch.backends.cudnn  # whose stubs lack it
+    allowed: bool = cudnn.conv.fp32_precision == "tf32"
+    return allowed
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def replayed(function: Callable[..., T], *operands: Any) -> T:
     if kind is None:
         return function(*operands)
     parts, tensors = kind
-    key = (function, backends.current(), torch.backends.cudnn.allow_tf32, parts)
+    key = (function, backends.current(), launch.tf32_allowed(), parts)
     notes = _notes.get(key, MISSING)
     if isinstance(notes, Notes):
         return cast(T, notes.play(tensors))

@@ -1,12 +1,15 @@
 """fusedres.backends: a choice per thread, restored, and remembered by the backward pass."""
 
 import threading
+from operator import attrgetter
 
 import pytest
 import torch
 
+import fusedres
 from fusedres import functional, record, vgpu
 from fusedres.backends import DEFAULT, backend, current, runs_kernels, runs_native
+from fusedres.launch import multiplies_in_tf32, tf32_allowed
 from fusedres.ops.op import Op
 from tests.comparison import assert_close
 from tests.vgpu_support import needs_vgpu
@@ -105,6 +108,42 @@ def test_kernels_run_where_an_op_has_them_and_the_formula_elsewhere(target, monk
     assert trace.by_kernel() == dict.fromkeys(names, 1)
     with backend("reference"):
         assert_close(z, functional.conv_bn_act(x, weight, ones, zeros, None, None, training=True), 1e-6)
+
+
+TF32 = {
+    "allowed before": (("cudnn", "allow_tf32", True), True),
+    "forbidden before": (("cudnn", "allow_tf32", False), False),
+    "forbidden everywhere": (("", "fp32_precision", "ieee"), False),
+    "allowed everywhere": (("", "fp32_precision", "tf32"), True),
+    "forbidden in cuDNN": (("cudnn", "fp32_precision", "ieee"), False),
+    "forbidden in convolutions": (("cudnn.conv", "fp32_precision", "ieee"), False),
+    "allowed in convolutions alone": (("cudnn.conv", "fp32_precision", "tf32"), True),
+}
+
+
+@pytest.fixture
+def precisions():
+    """Nobody has said anything of precision, and in the end PyTorch's default holds again."""
+    cudnn = torch.backends.cudnn
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "none"
+    yield
+    torch.backends.fp32_precision = cudnn.fp32_precision = "none"
+    cudnn.allow_tf32 = True
+    assert tf32_allowed()
+
+
+@pytest.mark.parametrize(("setting", "allowed"), TF32.values(), ids=TF32)
+def test_tf32_is_used_where_convolutions_may(setting, allowed, precisions):
+    place, name, value = setting
+    setattr(attrgetter(place)(torch.backends) if place else torch.backends, name, value)
+    assert tf32_allowed() is allowed
+    for target in ("sm_90", "gfx1100"):
+        with record(target):
+            assert multiplies_in_tf32(torch.ones(1, device="meta")) is (allowed and target == "sm_90")
+            assert not multiplies_in_tf32(torch.ones(1, device="meta", dtype=torch.bfloat16))
+    model = fusedres.nn.BasicBlock(8, 8)
+    for _ in range(3):
+        model(torch.randn(2, 8, 5, 5)).sum().backward()
 
 
 @needs_vgpu

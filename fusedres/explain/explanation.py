@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..launch import tf32_allowed
 from ..offline import TARGETS
 from ..plan import AUTO, SCHEDULES
 from ..plan.gpus import Gpu, gpu_named
@@ -88,7 +89,7 @@ class Explanation:
     @property
     def rate(self) -> float:
         """Floating-point operations per second of the roofline."""
-        tf32 = torch.backends.cudnn.allow_tf32 and TARGETS[self.gpu.target].backend == "cuda"
+        tf32 = tf32_allowed() and TARGETS[self.gpu.target].backend == "cuda"
         return self.gpu.rate(DTYPES[self.question.dtype], tf32=tf32)
 
     def seconds(self, entries: Iterable[Entry]) -> float:
