@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fusedres.bench import command as bench
+from fusedres.doctor import add_doctor
 from fusedres.explain import command as explain
 from fusedres.offline import Unavailable
 from fusedres.studies.command import add_study
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_parser(commands, names=_names, positive=_positive)
     add_train(commands)
     add_study(commands)
+    add_doctor(commands)
     return parser
 
 

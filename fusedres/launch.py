@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .offline import TARGETS, Binary, Specialisation, Target, compile_options, specialise, target_named
+from .offline import (
+    TARGETS,
+    Binary,
+    Specialisation,
+    Target,
+    compile_options,
+    specialise,
+    target_named,
+    why_no_kernels,
+)
 
 if TYPE_CHECKING:
     from .vgpu import Counters
@@ -147,7 +156,14 @@ def wants_kernels(tensor: Tensor) -> bool:
     """Whether an op called now on ``tensor`` should launch its kernel."""
     if tensor.is_meta:
         return bool(_traces) and backends.current() in ("auto", "triton")
-    return backends.runs_kernels(tensor.device.type)
+    runs = backends.runs_kernels(tensor.device.type)
+    return runs and not (tensor.is_cuda and backends.current() == "auto" and why_not_on(tensor.get_device()))
+
+
+@functools.cache
+def why_not_on(index: int) -> str | None:
+    """Why the backend ``"auto"`` leaves a CUDA or HIP device to the library, or None."""
+    return why_no_kernels(_device_target(index))
 
 
 def target_of(tensor: Tensor) -> Target:
@@ -176,9 +192,11 @@ def tf32_allowed() -> bool:
 def _device_target(index: int) -> Target:
     # Versions of torch differ in which of these their type stubs name.
     properties: Any = torch.cuda.get_device_properties(index)
-    shared = int(properties.shared_memory_per_block_optin)
     if torch.version.hip is not None:
+        shared = int(properties.shared_memory_per_block)
         return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, shared)
+    # More than a block gets unless it asks.
+    shared = int(properties.shared_memory_per_block_optin)
     return Target("cuda", 10 * properties.major + properties.minor, 32, shared)
 
 

@@ -39,6 +39,9 @@ TARGETS = {
     "gfx1100": Target("hip", "gfx1100", 32, 64 * KIB),
 }
 
+# Families of AMD's GPUs whose matrix units kernels are compiled for; of NVIDIA's, tensor cores from this one on.
+_MATRIX_UNITS, _TENSOR_CORES = ("gfx90a", "gfx942", "gfx950", "gfx11"), 80
+
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "u1",
@@ -114,6 +117,18 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
     return TARGETS[name]
+
+
+def why_no_kernels(target: Target) -> str | None:
+    """Why the library's calls are faster than kernels on a GPU, or None."""
+    if triton is None:
+        return "triton is not installed"
+    if target.backend == "hip":
+        if not str(target.arch).startswith(_MATRIX_UNITS):
+            return f"kernels use the matrix units of {', '.join(_MATRIX_UNITS)}, and this is {target.arch}"
+    elif int(target.arch) < _TENSOR_CORES:
+        return f"kernels use tensor cores from sm_{_TENSOR_CORES} on, and this is sm_{target.arch}"
+    return None
 
 
 def specialise(kernel: Any, arguments: Mapping[str, Any]) -> Specialisation:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import backends, launch
 from .offline import ALIGNMENT
+from .ops.contract import Geometry, PoolGeometry
 from .plan import tiles
 
 T = TypeVar("T")
@@ -130,7 +131,8 @@ def _kind(operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | N
     return (tuple(parts), tensors) if plain and tensors and not tensors[0].is_meta else None
 
 
-SIMPLE = {type(None), bool, int, float, str, torch.dtype}
+# Constants of these classes hold no tensors.
+SIMPLE = {type(None), bool, int, float, str, torch.dtype, torch.Size, Geometry, PoolGeometry}
 
 
 # Not a function inside the other: one that calls itself there is part of a cycle, which would keep tensors alive.

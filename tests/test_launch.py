@@ -7,8 +7,8 @@ import torch
 
 import fusedres
 from fusedres import backends
-from fusedres.launch import MAX_GRID, Trace, launch, record, target_of, wants_kernels
-from fusedres.offline import TARGETS
+from fusedres.launch import MAX_GRID, Trace, launch, record, target_of, wants_kernels, why_not_on
+from fusedres.offline import TARGETS, Target
 from tests.small_kernels import copy_kernel, fill_kernel, triton
 from tests.vgpu_support import needs_vgpu
 
@@ -267,6 +267,38 @@ def test_kernels_are_wanted_where_they_run_or_are_recorded(monkeypatch):
                 assert wanted() == expected
         monkeypatch.setattr(backends._chosen, "name", "vgpu:sm_80", raising=False)
         assert wanted() == ["cpu"]
+
+
+class OnGpu:
+    """Stands for a tensor there."""
+
+    is_meta, is_cuda, device = False, True, torch.device("cuda", 0)
+
+    def get_device(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (Target("cuda", 80, 32, 0), None),
+        (Target("cuda", 121, 32, 0), None),
+        (Target("cuda", 75, 32, 0), "tensor cores from sm_80 on, and this is sm_75"),
+        (Target("hip", "gfx942", 64, 0), None),
+        (Target("hip", "gfx1102", 32, 0), None),
+        (Target("hip", "gfx1030", 32, 0), "matrix units of gfx90a, gfx942, gfx950, gfx11, and this is gfx1030"),
+    ],
+)
+def test_a_gpu_without_matrix_units_is_left_to_the_library(target, reason, monkeypatch):
+    monkeypatch.setattr("fusedres.launch._device_target", lambda index: target)
+    monkeypatch.setattr("fusedres.launch.why_not_on", why_not_on.__wrapped__)
+    assert (why_not_on.__wrapped__(0) or "").endswith(reason or "")
+    assert wants_kernels(OnGpu()) == (reason is None)
+    with fusedres.backend("triton"):
+        assert wants_kernels(OnGpu())
+    monkeypatch.setattr("fusedres.offline.triton", None)
+    assert why_not_on.__wrapped__(0) == "triton is not installed"
+    assert not wants_kernels(OnGpu())
 
 
 def test_a_dry_run_is_for_the_target_that_was_asked_for():

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..autograd.layouts import reordered
+from ..launch import why_not_on
 from ..nn.fused import Fused, FusedStem
 from ..nn.parts import NotFusable
 from ..nn.stage import fuse_stages, unfuse_stages
@@ -30,9 +31,12 @@ def _reason(module: Fused) -> str:
 
 
 def _note(module: Fused) -> str:
-    """What the last backward pass had to do that a better layout would have spared, or an empty string."""
+    """What a better GPU, or a better layout in the last backward pass, would have spared, or an empty string."""
     convs: Any = module.fused_convs()
-    strides = reordered(convs[0].weight) if convs else None
+    weight = convs[0].weight if convs else None
+    if weight is not None and weight.is_cuda and why_not_on(weight.get_device()):
+        return f"runs the library's calls: {why_not_on(weight.get_device())}"
+    strides = None if weight is None else reordered(weight)
     if strides is None:
         return ""
     return f"its gradient arrives with strides {strides} and is copied at every step; channels_last would not be"

@@ -1,0 +1,126 @@
+"""`fusedres doctor`: what is here, what runs fused blocks and why, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import backends, vgpu
+from .launch import tf32_allowed, why_not_on
+from .nn.plain import Bottleneck
+from .offline import triton
+from .plan.gpus import device_gpu
+from .swap import fuse, report
+
+__all__ = ["add_doctor", "run"]
+
+# By extra, as pyproject.toml has them.
+EXTRAS = {
+    "models": ("torchvision", "timm"),
+    "cli": ("rich", "matplotlib", "jinja2", "scikit-learn"),
+    "train": ("tensorboard",),
+    "vgpu": ("llvmlite",),
+}
+
+
+def add_doctor(commands: Any) -> None:
+    """Add the command ``doctor`` to the subcommands of a parser."""
+    parser = commands.add_parser(
+        "doctor",
+        help="versions and devices, what runs fused blocks on them and why, and whether it computes what it should",
+        description="Says what is installed and what runs fused blocks on each device, and holds a fused block against "
+        "fp64 there. With MODEL it also says which of its blocks are fused, and why not the others.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="of torchvision, timm or fusedres.models, or path.py:function"
+    )
+    parser.set_defaults(run=lambda options: run(options.model))
+
+
+def run(model: str | None = None) -> int:
+    """Print what there is to say of this machine, and of a model; 1 if something computes what it should not.
+
+    Raises:
+        ValueError: no such model.
+    """
+    built = None
+    if model is not None:
+        from .explain.models import source
+
+        built = source(model).build()
+    for name, found in (*_versions(), *_devices(), *_extras()):
+        print(f"{name:12}{found}")
+    right = True
+    for device in [f"cuda:{index}" for index in range(_gpus())] or ["cpu"]:
+        for dtype in ("fp32", "bf16"):
+            reason = _wrong(device, dtype)
+            right &= reason is None
+            print(
+                f"{'check':12}a fused block on {device} in {dtype}: {reason or 'as near to fp64 as eager PyTorch is'}"
+            )
+    if built is not None:
+        print(report(fuse(built)))
+    return 0 if right else 1
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "fusedres", importlib.metadata.version("fusedres")
+    yield "Python", f"{platform.python_version()}, {platform.system()} on {platform.machine()}"
+    compute = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    yield "torch", f"{torch.__version__}, {compute if torch.version.hip or torch.version.cuda else 'for CPUs'}"
+    yield "triton", str(triton.__version__) if triton else "not installed: no kernels"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    for index in range(_gpus()):
+        reason = why_not_on(index)
+        runs = f"runs the library's calls: {reason}" if reason else f"runs kernels, planned as {device_gpu(index).name}"
+        yield f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {runs}"
+    if not _gpus():
+        yield "GPU", "none that PyTorch sees; the CPU runs the library's calls"
+    yield "TF32", f"{'used' if tf32_allowed() else 'not used'} by fp32 convolutions (torch.backends.cudnn.conv)"
+    targets = ", ".join(f"{backends.VGPU}{target}" for target in vgpu.TARGETS)
+    yield "emulated", vgpu.why_unavailable() or f"backend({targets})"
+
+
+def _extras() -> Iterator[tuple[str, str]]:
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if not _installed(name)]
+        yield f"[{extra}]", f"lacks {', '.join(missing)}: pip install fusedres[{extra}]" if missing else "installed"
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _wrong(device: str, dtype: str) -> str | None:
+    """What is wrong with a fused block on a device, held against fp64 as benchmarks do, or None."""
+    from .bench.cases import ModelCase
+    from .bench.contenders import CONTENDERS
+    from .bench.gate import Gate
+    from .bench.setting import Setting, device_named
+
+    # With a projection: every kind of kernel that training launches but the stem's.
+    case = ModelCase("bottleneck", "block", lambda: Bottleneck(64, 32, stride=2), channels=64, px=12, batch=2)
+    for mode in case.modes:
+        setting = Setting(mode, dtype, case.batch, case.px, device_named(device))
+        try:
+            with setting.arithmetic():
+                reason = Gate(case, setting).judge(CONTENDERS["fused"]).reason
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            return f"{mode}: {reason}"
+    return None
