@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BACKENDS = {
-    "auto": "kernels on CUDA and HIP tensors where the GPU has the matrix units that they use, native elsewhere",
+    "auto": "kernels on CUDA and HIP tensors, if the GPU has the matrix units that they use; native elsewhere",
     "triton": "kernels wherever an op has one; tensors must be on a GPU",
     "native": "one library call (ATen, oneDNN, cuDNN) per op where one computes it, the formula elsewhere",
     "reference": "plain PyTorch, exactly the formula in each op's docstring",

@@ -82,7 +82,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _devices() -> Iterator[tuple[str, str]]:
     for index in range(_gpus()):
         reason = why_not_on(index)
-        runs = f"runs the library's calls: {reason}" if reason else f"runs kernels, planned as {device_gpu(index).name}"
+        runs = f"runs the plain modules: {reason}" if reason else f"runs kernels, planned as {device_gpu(index).name}"
         yield f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {runs}"
     if not _gpus():
         yield "GPU", "none that PyTorch sees; the CPU runs the library's calls"

@@ -156,13 +156,17 @@ def wants_kernels(tensor: Tensor) -> bool:
     """Whether an op called now on ``tensor`` should launch its kernel."""
     if tensor.is_meta:
         return bool(_traces) and backends.current() in ("auto", "triton")
-    runs = backends.runs_kernels(tensor.device.type)
-    return runs and not (tensor.is_cuda and backends.current() == "auto" and why_not_on(tensor.get_device()))
+    return backends.runs_kernels(tensor.device.type) and not left_to_library(tensor)
+
+
+def left_to_library(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU that the backend ``"auto"`` runs no kernels on."""
+    return tensor.is_cuda and backends.current() == "auto" and why_not_on(tensor.get_device()) is not None
 
 
 @functools.cache
 def why_not_on(index: int) -> str | None:
-    """Why the backend ``"auto"`` leaves a CUDA or HIP device to the library, or None."""
+    """Why the backend ``"auto"`` runs no kernels on a CUDA or HIP device, or None."""
     return why_no_kernels(_device_target(index))
 
 

@@ -93,6 +93,6 @@ def two_gpus(monkeypatch):
 def test_every_gpu_is_named_with_what_runs_there(two_gpus):
     found = dict(doctor._devices())
     assert found["GPU 0"] == (
-        "Tesla T4, runs the library's calls: kernels use tensor cores from sm_80 on, and this is sm_75"
+        "Tesla T4, runs the plain modules: kernels use tensor cores from sm_80 on, and this is sm_75"
     )
     assert found["GPU 1"] == "NVIDIA H100 80GB HBM3, runs kernels, planned as h100"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..autograd import GlobalPool
 from ..chain import run_chain, run_stem
 from ..inference import forget
+from ..launch import left_to_library
 from ..plan import AUTO
 from .parts import (
     BlockParts,
@@ -40,6 +41,10 @@ class Fused(nn.Module):
         """
         raise NotImplementedError
 
+    def goes_plain(self, x: Any) -> bool:
+        """Whether a call runs the plain modules: somebody reads it, or ``"auto"`` has nothing better on this GPU."""
+        return traced(x) or (self.fused_schedule == AUTO and left_to_library(x))
+
     def train(self, mode: bool = True) -> Any:
         # Writes through .data are not counted by torch; a change of mode is where a stale cache would show.
         try:
@@ -58,7 +63,13 @@ def traced(x: Any) -> bool:
 def pooled(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``; where it is global average pooling, with a gradient that is not written out."""
     of_one = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-    if traced(x) or not of_one or x.dim() != 4 or why_not_others([("avgpool", module)]) is not None:
+    if (
+        traced(x)
+        or not of_one
+        or x.dim() != 4
+        or left_to_library(x)
+        or why_not_others([("avgpool", module)]) is not None
+    ):
         plain: Tensor = module(x)
         return plain
     z: Tensor = GlobalPool.apply(x)
@@ -93,7 +104,7 @@ class FusedBlock(Fused):
 
     def forward(self, x: Tensor, *, hands_over: bool = False) -> Tensor:
         """The block; ``hands_over`` is what a `FusedStage` says of blocks that are a chain."""
-        if not traced(x):
+        if not self.goes_plain(x):
             try:
                 parts = self.checked_parts()
             except NotFusable:
@@ -164,7 +175,7 @@ class FusedStem(Fused):
 
     def stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x))))."""
-        if not traced(x):
+        if not self.goes_plain(x):
             try:
                 parts = self.checked_stem()
             except NotFusable:

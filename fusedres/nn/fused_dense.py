@@ -15,7 +15,7 @@ from ..launch import wants_kernels
 from ..ops.contract import Geometry
 from ..plan import AUTO
 from ..preact_chain import run_bn_act, run_preact
-from .fused import Fused, traced
+from .fused import Fused
 from .parts import (
     NotFusable,
     Pair,
@@ -95,7 +95,7 @@ class FusedDenseBlock(Fused):
         return tuple(conv for layer in layers for conv in (*(pair.conv for pair in layer.inner), layer.last))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not traced(x) and takes_dense(x):
+        if not self.goes_plain(x) and takes_dense(x):
             try:
                 layers = self.dense_layers()
             except NotFusable:
@@ -135,7 +135,7 @@ class FusedTransition(Fused):
         return (conv,)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not traced(x):
+        if not self.goes_plain(x):
             try:
                 (conv,) = self.fused_convs()
             except NotFusable:
@@ -232,7 +232,7 @@ class FusedDenseEnds(Fused):
         return () if stem is None else (stem.pair.conv,)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not traced(x):
+        if not self.goes_plain(x):
             try:
                 parts = end_parts(self)
             except NotFusable:

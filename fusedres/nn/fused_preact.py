@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..preact_chain import run_bn_act, run_preact
-from .fused import Fused, traced
+from .fused import Fused
 from .parts import (
     NotFusable,
     Pair,
@@ -73,7 +73,7 @@ class FusedPreAct(Fused):
         return preact_parts(self).convs
 
     def forward(self, x: Tensor) -> Tensor:
-        if not traced(x):
+        if not self.goes_plain(x):
             try:
                 parts = preact_parts(self)
             except NotFusable:
@@ -106,7 +106,7 @@ class FusedBNAct(Fused):
         return ()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not traced(x):
+        if not self.goes_plain(x):
             try:
                 self.fused_convs()
             except NotFusable:

@@ -35,7 +35,8 @@ def _note(module: Fused) -> str:
     convs: Any = module.fused_convs()
     weight = convs[0].weight if convs else None
     if weight is not None and weight.is_cuda and why_not_on(weight.get_device()):
-        return f"runs the library's calls: {why_not_on(weight.get_device())}"
+        runs = "the plain modules" if module.fused_schedule == AUTO else "the library's calls"
+        return f"runs {runs}: {why_not_on(weight.get_device())}"
     strides = None if weight is None else reordered(weight)
     if strides is None:
         return ""

@@ -368,3 +368,12 @@ def test_a_gradient_in_another_layout_is_copied_once_and_noted():
     (row,) = fusedres.report(model)
     assert row.fused and "strides (240, 30, 5, 1)" in row.note
     assert "copied at every step" in str(fusedres.report(model))
+
+
+def test_a_gpu_without_matrix_units_is_noted(small, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("fusedres.swap.swap.why_not_on", lambda index: "it is old")
+    rows = fusedres.report(fusedres.fuse(small))
+    assert {row.note for row in rows if row.fused} == {"runs the plain modules: it is old"}
+    rows = fusedres.report(fusedres.fuse(small, schedule="stats"))
+    assert {row.note for row in rows if row.fused} == {"runs the library's calls: it is old"}

@@ -319,3 +319,26 @@ def test_modes_and_gradients_stay(small):
     fusedres.fuse(small)
     assert not norms[1].training and norms[0].training and not frozen.requires_grad
     assert_same_pass(run(small, tensor(*IMAGES)), run(plain, tensor(*IMAGES)), 1e-8)
+
+
+def nodes(model: nn.Module) -> set[str]:
+    """The names of what autograd goes back through."""
+    waiting, seen = [model(torch.randn(2, 3, 32, 32)).grad_fn], {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return {type(node).__name__ for node in seen - {None}}
+
+
+NETWORKS = ["resnet18", "cifar_resnet20", "preact_resnet110", "densenet121", "resnet110_bn_after_add"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_on_a_gpu_without_matrix_units_auto_is_the_plain_model(name, monkeypatch):
+    model = fusedres.models.create(name)
+    fused = nodes(model)
+    monkeypatch.setattr("fusedres.nn.fused.left_to_library", lambda _: True)
+    assert nodes(model) == nodes(plain_copy(model)) != fused
+    assert nodes(fusedres.fuse(model, schedule="stats")) >= fused - {"GlobalPoolBackward", "ViewBackward0"}
