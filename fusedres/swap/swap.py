@@ -32,12 +32,12 @@ def _reason(module: Fused) -> str:
 
 def _note(module: Fused) -> str:
     """What a better GPU, or a better layout in the last backward pass, would have spared, or an empty string."""
-    convs: Any = module.fused_convs()
-    weight = convs[0].weight if convs else None
-    if weight is not None and weight.is_cuda and why_not_on(weight.get_device()):
+    parameter = next(module.parameters(), None)
+    if parameter is not None and parameter.is_cuda and why_not_on(parameter.get_device()):
         runs = "the plain modules" if module.fused_schedule == AUTO else "the library's calls"
-        return f"runs {runs}: {why_not_on(weight.get_device())}"
-    strides = None if weight is None else reordered(weight)
+        return f"runs {runs}: {why_not_on(parameter.get_device())}"
+    convs: Any = module.fused_convs()
+    strides = reordered(convs[0].weight) if convs else None
     if strides is None:
         return ""
     return f"its gradient arrives with strides {strides} and is copied at every step; channels_last would not be"
