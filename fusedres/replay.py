@@ -2,8 +2,8 @@
 
 Which launches and library calls a fused pass makes, on what and in which order, depends on shapes, dtypes and constants
 alone: no pass looks at values. Deciding it (checks, tiles, arguments by name) takes a CPU longer than a GPU takes for a
-small layer. So the second pass over operands of a kind is noted, as a list of calls with numbered places for tensors,
-and every later one goes through that list.
+small layer. So the second pass over operands of a kind is noted, as a list of calls with numbered places for tensors;
+that list is written out as a Python function, which every later pass calls.
 """
 
 from __future__ import annotations
