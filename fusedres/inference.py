@@ -37,7 +37,9 @@ def forget(weight: Tensor) -> None:
 def infer_layer(u: Tensor, layer: "Layer", act: str | None, residual: Tensor | ZeroPadded | None = None) -> Tensor:
     """act(bn(conv(u)) + residual) from running statistics; ``u`` in the dtype of the contraction."""
     u = channels_last(u)
-    if backends.runs_native() and onednn.runs(u) and (residual is None or residual.dtype == u.dtype):
+    # Who follows calls (counts FLOPs, runs without memory) knows nothing of packed weights.
+    packs = backends.runs_native() and onednn.runs(u) and not torch._C._len_torch_dispatch_stack()
+    if packs and (residual is None or residual.dtype == u.dtype):
         packed = _packed_layer(u, layer)
         if packed is not None:
             return onednn.conv_act(u, packed, written(residual), act)

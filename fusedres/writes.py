@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +28,11 @@ def count_backward() -> None:
 
 
 def state_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Changes whenever a tensor is replaced, or written to by an optimizer or before the eyes of torch."""
-    return _steps, tensor.data_ptr(), tensor._version
+    """Changes whenever a tensor is replaced, or written to by an optimizer, before the eyes of torch, or (as
+    ``parameter.data -= lr * grad`` is) between a backward pass and now."""
+    # A reference to memory that is gone equals none, though new memory may have its address.
+    memory = weakref.ref(tensor.untyped_storage())
+    return _steps, _backwards, memory, tensor.data_ptr(), tensor._version
 
 
 def steps() -> int:

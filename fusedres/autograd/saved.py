@@ -47,8 +47,9 @@ def packed(nested: Any) -> Packed:
 
 
 def unpacked(pack: Packed) -> Any:
-    """The nested tuples given to `packed`."""
-    return _attach(pack.structure.nested, pack.tensors)
+    """The nested tuples given to `packed`; vectors contiguous, whatever hooks of saved tensors made of them."""
+    dense = tuple(tensor.contiguous() if tensor.dim() == 1 else tensor for tensor in pack.tensors)
+    return _attach(pack.structure.nested, dense)
 
 
 def keep(ctx: Any, pack: Packed) -> None:

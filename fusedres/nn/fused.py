@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..autograd import GlobalPool
 from ..chain import run_chain, run_stem
@@ -42,8 +44,11 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     def goes_plain(self, x: Any) -> bool:
-        """Whether a call runs the plain modules: somebody reads it, or ``"auto"`` has nothing better on this GPU."""
-        return traced(x) or (self.fused_schedule == AUTO and left_to_library(x))
+        """Whether a call runs the plain modules: somebody reads it or looks into them, there is nothing to compute, or
+        ``"auto"`` has nothing better on this GPU."""
+        if traced(x) or _has_any_global_hook() or not x.numel():
+            return True
+        return self.fused_schedule == AUTO and left_to_library(x)
 
     def train(self, mode: bool = True) -> Any:
         # Writes through .data are not counted by torch; a change of mode is where a stale cache would show.
@@ -56,20 +61,23 @@ class Fused(nn.Module):
 
 
 def traced(x: Any) -> bool:
-    """Whether somebody is reading the forward pass rather than running it: they get the plain modules."""
-    return not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether somebody reads the forward pass rather than running it, or transforms it: they get the plain modules."""
+    reading = not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return reading or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_unseen(x: Tensor) -> bool:
+    """Whether nobody but a fused pass is given the gradient at ``x``, as far as can be told from here."""
+    made_by = getattr(x.grad_fn, "_forward_cls", None)
+    ours = x.grad_fn is None or (made_by is not None and made_by.__module__.startswith("fusedres."))
+    return ours and not x._backward_hooks and not x.retains_grad
 
 
 def pooled(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``; where it is global average pooling, with a gradient that is not written out."""
-    of_one = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-    if (
-        traced(x)
-        or not of_one
-        or x.dim() != 4
-        or left_to_library(x)
-        or why_not_others([("avgpool", module)]) is not None
-    ):
+    global_ = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+    fits = global_ and not traced(x) and x.dim() == 4 and not _has_any_global_hook() and not left_to_library(x)
+    if not fits or not _is_unseen(x) or why_not_others([("avgpool", module)]) is not None:
         plain: Tensor = module(x)
         return plain
     z: Tensor = GlobalPool.apply(x)

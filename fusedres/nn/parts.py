@@ -1,7 +1,7 @@
 """What a live block is made of, and why it can not be fused if it can not."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -146,7 +146,8 @@ def bare_layer_of(conv: nn.Module) -> Layer:
 
 def _geometry_of(conv: nn.Module) -> Geometry:
     assert isinstance(conv, nn.Conv2d)
-    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+    stride, padding, dilation = map(_pair, (conv.stride, conv.padding, conv.dilation))  # type: ignore[arg-type]
+    return Geometry(stride, padding, dilation, conv.groups)
 
 
 def norm_of(bn: nn.Module) -> Norm:
@@ -201,5 +202,6 @@ def _pool_geometry(pool: nn.Module) -> PoolGeometry:
     return PoolGeometry(kernel, stride, padding)
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """What PyTorch takes for both directions; set on a live module it may be a number or a list."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

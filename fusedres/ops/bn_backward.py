@@ -240,7 +240,9 @@ def _bn_backward_native(
     # Where the two layouts differ the library sums in the storage dtype (dbeta off by 2e-3 in bf16).
     dtype = statistics_dtype(y.dtype)
     grad, raw = (channels_last(tensor.to(dtype)) for tensor in (masked(g), y))
+    # On a CPU it takes these for contiguous where the activations are channels_last.
+    weight, mean, invstd = (vector.contiguous() for vector in (gamma.to(dtype), norm.mean, norm.invstd))
     dy, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        grad, raw, gamma.to(dtype), None, None, norm.mean, norm.invstd, True, 0.0, [True, True, True]
+        grad, raw, weight, None, None, mean, invstd, True, 0.0, [True, True, True]
     )
     return dy.to(y.dtype), dgamma, dbeta
