@@ -164,7 +164,18 @@ def shortcut_grad(du: SourceGrad, size: tuple[int, ...], layer: ConvBN, spec: La
 def convolution_backward(
     dy: OutputGrad, source: ConvInput, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
 ) -> tuple[Tensor | None, SourceGrad]:
-    """dW and the source's gradient of a convolution, each if asked for."""
+    """dW, laid out as the weight, and the source's gradient of a convolution, each if asked for."""
+    dweight, du = _convolution_backward(dy, source, layer, spec, needs, below)
+    strides = layer.weight.stride()
+    # Of a 1x1 weight the strides along its sides say nothing, but distributed training compares them.
+    if dweight is not None and dweight.shape[2:] == (1, 1) and dweight.stride()[:2] == strides[:2]:
+        dweight = dweight.as_strided(dweight.shape, strides)
+    return dweight, du
+
+
+def _convolution_backward(
+    dy: OutputGrad, source: ConvInput, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
+) -> tuple[Tensor | None, SourceGrad]:
     weight = spec.weight(layer, source.tensor.dtype)
     window = (weight.shape[2], weight.shape[3])
     if below.compact and needs.source:
