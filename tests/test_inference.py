@@ -151,6 +151,27 @@ def data_replaced(model: nn.Module) -> None:
     bottleneck(model).conv1.weight.data = torch.randn_like(bottleneck(model).conv1.weight)
 
 
+def memory_replaced(model: nn.Module) -> None:
+    """New memory where the old was, as when weights come back from elsewhere: same address, nothing counted."""
+    weight = bottleneck(model).conv1.weight
+    new, address = torch.randn_like(weight), weight.data_ptr()
+    weight.data = torch.empty(0)
+    waiting = []
+    for _ in range(100):
+        weight.data = torch.empty_like(new)
+        if weight.data_ptr() == address:
+            break
+        waiting.append(weight.data)
+    weight.data.copy_(new)
+
+
+def step_by_hand_in_eval(model: nn.Module) -> None:
+    model(image(*X, seed=8)).square().mean().backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.data -= 0.1 * parameter.grad
+
+
 def parameter_replaced(model: nn.Module) -> None:
     block = bottleneck(model)
     block.conv1.weight = nn.Parameter(torch.randn_like(block.conv1.weight))
@@ -238,6 +259,8 @@ WRITES = (
     load_by_assignment,
     through_data,
     data_replaced,
+    memory_replaced,
+    step_by_hand_in_eval,
     parameter_replaced,
     gamma_replaced,
     beta_dropped,

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedres
 from fusedres.nn.fused import Fused
@@ -342,3 +344,132 @@ def test_on_a_gpu_without_matrix_units_auto_is_the_plain_model(name, monkeypatch
     monkeypatch.setattr("fusedres.nn.fused.left_to_library", lambda _: True)
     assert nodes(model) == nodes(plain_copy(model)) != fused
     assert nodes(fusedres.fuse(model, schedule="stats")) >= fused - {"GlobalPoolBackward", "ViewBackward0"}
+
+
+# --- what people do with models ---
+
+
+def as_half(vector: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every other in memory."""
+    return torch.stack([vector, torch.full_like(vector, 99.0)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("schedule", [AUTO, *SCHEDULES])
+def test_vectors_need_not_be_contiguous(resnet, schedule):
+    randomised(resnet)
+    plain = run(copy.deepcopy(resnet), tensor(*IMAGES))
+    for part in resnet.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.data, part.bias.data = as_half(part.weight.data), as_half(part.bias.data)
+            part.running_mean, part.running_var = as_half(part.running_mean), as_half(part.running_var)
+    fused = fusedres.fuse(resnet, schedule=schedule)
+    assert_same_pass(run(copy.deepcopy(fused), tensor(*IMAGES)), plain)
+    spread = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: as_half(t) if t.dim() == 1 else t)
+    with spread:
+        assert_same_pass(run(fused, tensor(*IMAGES)), plain)
+
+
+def by_number(conv: nn.Conv2d) -> None:
+    conv.stride, conv.padding, conv.dilation = 2, 2, 2
+
+
+def by_lists(conv: nn.Conv2d) -> None:
+    conv.stride, conv.padding, conv.dilation = [1, 2], [2, 1], [2, 1]
+
+
+@pytest.mark.parametrize("change", [by_number, by_lists])
+def test_windows_of_a_live_model_change_as_pytorch_takes_them(change):
+    model = randomised(nn.Sequential(plain_copy(fusedres.nn.ConvBNAct(3, 8)))).double()
+    fused = fusedres.fuse(copy.deepcopy(model))
+    for one in (model, fused):
+        change(one[0].conv)
+    assert_twins(fused, model, *[tensor(*IMAGES)] * 3)
+
+
+def test_an_empty_batch_in_training(small):
+    fused = fusedres.fuse(copy.deepcopy(small))
+    for model in (fused, small):
+        x = tensor(0, *IMAGES[1:]).requires_grad_()
+        z = model(x)
+        z.sum().backward()
+        assert z.shape[0] == 0 and x.grad.shape == x.shape
+
+
+def test_hooks_for_all_modules_see_them_all(resnet):
+    seen = []
+    fused = fusedres.fuse(copy.deepcopy(resnet))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        fused(tensor(*IMAGES))
+        ours = len(seen)
+        resnet(tensor(*IMAGES))
+    finally:
+        handle.remove()
+    assert ours == len(seen) - ours > 10
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flops_are_counted(resnet, training):
+    counted = []
+    for model in (resnet.float().train(training), fusedres.fuse(copy.deepcopy(resnet))):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            model(tensor(*IMAGES).float())
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
+def test_forward_derivatives_are_those_of_the_plain_model(resnet):
+    fused, x = fusedres.fuse(copy.deepcopy(resnet)).eval(), tensor(*IMAGES)
+    tangents = []
+    for model in (fused, resnet.eval()):
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            z = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(z).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+def test_transforms_of_functions_are_those_of_the_plain_model(resnet):
+    fused, x = fusedres.fuse(copy.deepcopy(resnet)).eval(), tensor(*IMAGES)
+    mapped, gradients = [], []
+    for model in (fused, resnet.eval()):
+        parameters = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in model.named_parameters()}
+
+        def called(state, x, model=model):
+            return torch.func.functional_call(model, state, (x,))
+
+        mapped.append(torch.vmap(called, (0, None))(parameters, x))
+        one = {name: p.detach() for name, p in model.named_parameters()}
+        gradients.append(torch.func.grad(lambda state, called=called: called(state, x).sum())(one)["conv1.weight"])
+    torch.testing.assert_close(*mapped)
+    torch.testing.assert_close(*gradients)
+
+
+def test_models_run_without_memory(resnet):
+    fused = fusedres.fuse(resnet.float()).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert fused(mode.from_tensor(tensor(*IMAGES).float())).shape == (IMAGES[0], 5)
+
+
+@pytest.mark.parametrize("way", ["module's hook", "tensor's hook", "retain_grad"])
+def test_gradients_that_are_shown_are_written_out(resnet, way):
+    def shown(model):
+        found = []
+
+        def after(_, __, z):
+            if way == "retain_grad":
+                z.retain_grad()
+                found.append(z)
+            else:
+                z.register_hook(lambda g: found.append(g.clone()) or g.mul_(2))
+
+        if way == "module's hook":
+            model.layer2.register_full_backward_hook(lambda _, __, given: found.append(given[0]))
+        else:
+            model.layer2.register_forward_hook(after)
+        weight = run(model, tensor(*IMAGES)).grads["conv1.weight"]
+        (one,) = found
+        gradient = one.grad if way == "retain_grad" else one
+        assert 0 not in gradient.stride()
+        return gradient, weight
+
+    torch.testing.assert_close(shown(fusedres.fuse(copy.deepcopy(resnet))), shown(resnet))
