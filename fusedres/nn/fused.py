@@ -128,11 +128,17 @@ class FusedBlock(Fused):
     def _run_chain(self, x: Tensor, parts: BlockParts, *, gain: float = 1.0, hands_over: bool = False) -> Tensor:
         """The block's chain with its own shortcut; ``gain`` multiplies the last batch norm's output."""
         *inner, last = (layer_of(pair) for pair in parts.chain)
+        projection = None if parts.projection is None else layer_of(parts.projection)
+        shortcut, residual = parts.shortcut, None
+        if projection is not None and parts.pool is not None:
+            residual = run_chain(parts.pool(x), [projection], act=None, schedule=self.fused_schedule)
+            shortcut, projection = "residual", None
         return run_chain(
             x,
             [*inner, last if gain == 1 else last._replace(gain=gain)],
-            projection=None if parts.projection is None else layer_of(parts.projection),
-            shortcut=parts.shortcut,
+            projection=projection,
+            shortcut=shortcut,
+            residual=residual,
             zero_pad_stride=parts.zero_pad_stride,
             act=parts.act,
             schedule=self.fused_schedule,
@@ -166,13 +172,16 @@ class FusedConvBNAct(FusedBlock):
 class FusedStem(Fused):
     """A network whose conv1, bn1, relu and maxpool (if it has one) run as one autograd node."""
 
+    stem_relu = "relu"
+    """What its ReLU is called."""
+
     def checked_stem(self) -> StemParts:
         """The stem taken apart, every part of a kind that the fused pass replaces.
 
         Raises:
             NotFusable: with the reason.
         """
-        parts = stem_parts(self)
+        parts = stem_parts(self, self.stem_relu)
         reason = why_not_pairs((parts.pair,)) or why_not_others(parts.others)
         if reason is not None:
             raise NotFusable(reason)
@@ -190,7 +199,7 @@ class FusedStem(Fused):
                 pass
             else:
                 return self._run_stem(x, parts)
-        for name in ("conv1", "bn1", "relu", "maxpool"):
+        for name in ("conv1", "bn1", self.stem_relu, "maxpool"):
             part = self._modules.get(name)
             x = x if part is None else part(x)
         return x

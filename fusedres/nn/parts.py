@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,7 +25,8 @@ class Pair(NamedTuple):
 class BlockParts(NamedTuple):
     """A residual block (or a single conv-BN-act) taken apart.
 
-    ``shortcut`` is as in `run_chain`; ``others`` are modules that the plain forward calls and the fused one does not.
+    ``shortcut`` is as in `run_chain`; ``others`` are modules that the plain forward calls and the fused one does not;
+    ``pool`` is what averages a projection's input, as in the ResNet-D of He et al. 2019.
     """
 
     chain: tuple[Pair, ...]
@@ -34,6 +35,7 @@ class BlockParts(NamedTuple):
     act: str | None
     zero_pad_stride: tuple[int, int]
     others: tuple[tuple[str, nn.Module], ...]
+    pool: nn.Module | None = None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -45,8 +47,8 @@ class NotFusable(Exception):
     """Why a block is left alone."""
 
 
-def residual_parts(block: nn.Module, depth: int) -> BlockParts:
-    """Take apart a block with torchvision's names: conv1, bn1, ..., relu, downsample.
+def residual_parts(block: nn.Module, depth: int, relus: Sequence[str] = ("relu",)) -> BlockParts:
+    """Take apart a block with torchvision's names: conv1, bn1, ..., downsample, and those of its ReLUs.
 
     Raises:
         NotFusable: the shortcut is of a kind that no fused pass knows.
@@ -56,11 +58,13 @@ def residual_parts(block: nn.Module, depth: int) -> BlockParts:
         Pair(modules[f"conv{i}"], modules[f"bn{i}"], f"conv{i}", f"bn{i}")  # type: ignore[arg-type]
         for i in range(1, depth + 1)
     )
-    others: list[tuple[str, nn.Module]] = [("relu", modules["relu"])]  # type: ignore[list-item]
+    others: list[tuple[str, nn.Module]] = [(name, modules[name]) for name in relus]  # type: ignore[misc]
     shortcut = modules.get("downsample")
-    projection, kind, zero_pad_stride = None, "identity", (1, 1)
-    if type(shortcut) is nn.Sequential and len(shortcut) == 2:
-        projection, kind = Pair(shortcut[0], shortcut[1], "downsample.0", "downsample.1"), "projection"
+    projection, pool, kind, zero_pad_stride = None, None, "identity", (1, 1)
+    if type(shortcut) is nn.Sequential and (named := _projection(shortcut)):
+        *before, (conv_name, conv), (bn_name, bn) = named
+        projection, kind = Pair(conv, bn, f"downsample.{conv_name}", f"downsample.{bn_name}"), "projection"
+        pool = before[0][1] if before else None
         others.append(("downsample", shortcut))
     elif type(shortcut) is ZeroPadShortcut:
         kind, zero_pad_stride = "zero_pad", (shortcut.stride, shortcut.stride)
@@ -69,7 +73,14 @@ def residual_parts(block: nn.Module, depth: int) -> BlockParts:
         kind = "none"
     elif shortcut is not None:
         raise NotFusable(f"downsample is a {type(shortcut).__name__}, not a convolution and a batch norm")
-    return BlockParts(chain, projection, kind, "relu", zero_pad_stride, tuple(others))
+    return BlockParts(chain, projection, kind, "relu", zero_pad_stride, tuple(others), pool)
+
+
+def _projection(shortcut: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """A convolution and a batch norm, perhaps behind average pooling, or nothing; what does nothing is left out."""
+    named: list[tuple[str, Any]] = [(n, part) for n, part in shortcut._modules.items() if type(part) is not nn.Identity]
+    pooled = len(named) == 3 and type(named[0][1]) is nn.AvgPool2d
+    return named if len(named) == 2 or pooled else []
 
 
 def why_not(parts: BlockParts) -> str | None:
@@ -110,9 +121,13 @@ def why_not_bare(name: str, conv: nn.Module) -> str | None:
     return reason or why_not_hooked(name, conv)
 
 
+# What modules are called that have to be ReLUs: torchvision's and the project's, timm's.
+RELUS = ("relu", "act1", "act2", "act3")
+
+
 def why_not_others(others: Iterable[tuple[str, nn.Module]]) -> str | None:
     for name, module in others:
-        if name.endswith("relu") and type(module) is not nn.ReLU:
+        if name.endswith(RELUS) and type(module) is not nn.ReLU:
             return f"{name} is a {type(module).__name__}, not a plain ReLU"
         reason = why_not_hooked(name, module)
         if reason:
@@ -175,8 +190,8 @@ class StemParts(NamedTuple):
     others: tuple[tuple[str, nn.Module], ...]
 
 
-def stem_parts(model: nn.Module) -> StemParts:
-    """Take apart a stem with torchvision's names: conv1, bn1, relu, maxpool (which may be missing).
+def stem_parts(model: nn.Module, relu: str = "relu") -> StemParts:
+    """Take apart a stem with torchvision's names: conv1, bn1, maxpool (which may be missing), and that of its ReLU.
 
     Raises:
         NotFusable: there is no batch norm, or the pooling is of a kind that no fused pass knows.
@@ -185,7 +200,7 @@ def stem_parts(model: nn.Module) -> StemParts:
     if modules.get("bn1") is None:
         raise NotFusable("conv1 has no batch norm behind it")
     pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]
-    others: list[tuple[str, nn.Module]] = [("relu", modules["relu"])]  # type: ignore[list-item]
+    others: list[tuple[str, nn.Module]] = [(relu, modules[relu])]  # type: ignore[list-item]
     pool = modules.get("maxpool")
     if pool is None:
         return StemParts(pair, None, tuple(others))

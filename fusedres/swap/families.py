@@ -44,4 +44,8 @@ def families() -> dict[type[nn.Module], type[nn.Module]]:
         from .torchvision_densenet import FAMILY as DENSE_FAMILY
 
         known.update(DENSE_FAMILY)
+    if "timm.models.resnet" in sys.modules:
+        from .timm import FAMILY as TIMM_FAMILY
+
+        known.update(TIMM_FAMILY)
     return known

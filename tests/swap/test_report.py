@@ -106,10 +106,9 @@ def forward_of(module: str) -> Callable[[nn.Module], None]:
     return change
 
 
-def strided_by_pooling(block: nn.Module) -> None:
-    """The shortcut of ResNet-D."""
+def strided_by_maximum(block: nn.Module) -> None:
     conv, bn = block.downsample
-    block.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(conv.in_channels, conv.out_channels, 1), bn).double()
+    block.downsample = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(conv.in_channels, conv.out_channels, 1), bn).double()
 
 
 class UsersBottleneck(resnet_module.Bottleneck):
@@ -179,7 +178,7 @@ LEFT_ALONE = {
     "infinite momentum": (
         attribute("downsample.1", "momentum", float("inf")), "downsample.1.momentum is inf"
     ),
-    "pooled shortcut": (strided_by_pooling, "downsample is a Sequential"),
+    "pooled shortcut": (strided_by_maximum, "downsample is a Sequential"),
     "a convolution without batch norm as shortcut": (
         replaced("downsample", lambda d: d[0]), "downsample is a Conv2d"
     ),

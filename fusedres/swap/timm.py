@@ -1,0 +1,60 @@
+"""timm's ResNets: those of `timm.models.resnet` without attention, such as resnet50 and resnext50_32x4d."""
+
+from typing import Any
+
+from timm.models import resnet
+from torch import Tensor, nn
+
+from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem
+from ..nn.parts import BlockParts, NotFusable, residual_parts
+
+
+def _parts(block: nn.Module, depth: int) -> BlockParts:
+    """Take apart a block; what timm may have between its layers has to do nothing now.
+
+    Raises:
+        NotFusable: something there does.
+    """
+    modules = block._modules
+    between = [(name, modules.get(name)) for name in ("drop_block", "aa", "se", "drop_path")]
+    for name, module in between:
+        idle = name == "drop_path" and not (block.training and getattr(module, "drop_prob", None) != 0)
+        if module is not None and type(module) is not nn.Identity and not idle:
+            raise NotFusable(f"{name} is a {type(module).__name__}, and lies between what is fused")
+    parts = residual_parts(block, depth, [f"act{i}" for i in range(1, depth + 1)])
+    return parts._replace(others=(*parts.others, *((name, module) for name, module in between if module is not None)))
+
+
+class FusedTimmBasicBlock(FusedBasicBlock, resnet.BasicBlock):
+    """timm's BasicBlock with a fused forward pass."""
+
+    def fused_parts(self) -> BlockParts:
+        return _parts(self, 2)
+
+
+class FusedTimmBottleneck(FusedBottleneck, resnet.Bottleneck):
+    """timm's Bottleneck with a fused forward pass."""
+
+    def fused_parts(self) -> BlockParts:
+        return _parts(self, 3)
+
+
+class FusedTimmResNet(FusedStem, resnet.ResNet):
+    """timm's ResNet with a fused stem; its stages are what their blocks are."""
+
+    stem_relu = "act1"
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        modules: Any = self
+        if modules.grad_checkpointing:
+            plain: Tensor = super().forward_features(x)
+            return plain
+        z: Tensor = modules.layer4(modules.layer3(modules.layer2(modules.layer1(self.stem(x)))))
+        return z
+
+
+FAMILY = {
+    resnet.BasicBlock: FusedTimmBasicBlock,
+    resnet.Bottleneck: FusedTimmBottleneck,
+    resnet.ResNet: FusedTimmResNet,
+}
