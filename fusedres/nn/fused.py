@@ -182,13 +182,13 @@ class FusedStem(Fused):
             NotFusable: with the reason.
         """
         parts = stem_parts(self, self.stem_relu)
-        reason = why_not_pairs((parts.pair,)) or why_not_others(parts.others)
+        reason = why_not_pairs(parts.pairs) or why_not_others(parts.others)
         if reason is not None:
             raise NotFusable(reason)
         return parts
 
     def fused_convs(self) -> tuple[nn.Module, ...]:
-        return (self.checked_stem().pair.conv,)
+        return tuple(pair.conv for pair in self.checked_stem().pairs)
 
     def stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x))))."""
@@ -205,6 +205,8 @@ class FusedStem(Fused):
         return x
 
     def _run_stem(self, x: Tensor, parts: StemParts) -> Tensor:
+        if parts.before:
+            x = run_chain(x, [layer_of(pair) for pair in parts.before], schedule=self.fused_schedule)
         layer = layer_of(parts.pair)
         if parts.pool is None:
             return run_chain(x, [layer], schedule=self.fused_schedule)

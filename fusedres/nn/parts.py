@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -183,11 +183,20 @@ def norm_of(bn: nn.Module) -> Norm:
 
 
 class StemParts(NamedTuple):
-    """The first layers of a network taken apart: convolution, batch norm, ReLU, and max-pooling if there is one."""
+    """The first layers of a network taken apart: convolution, batch norm, ReLU, and max-pooling if there is one.
+
+    ``before`` are the layers before that convolution, each with a ReLU, in a deep stem.
+    """
 
     pair: Pair
     pool: PoolGeometry | None
     others: tuple[tuple[str, nn.Module], ...]
+    before: tuple[Pair, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """In the order in which they run."""
+        return (*self.before, self.pair)
 
 
 def stem_parts(model: nn.Module, relu: str = "relu") -> StemParts:
@@ -199,13 +208,24 @@ def stem_parts(model: nn.Module, relu: str = "relu") -> StemParts:
     modules = model._modules
     if modules.get("bn1") is None:
         raise NotFusable("conv1 has no batch norm behind it")
-    pair = Pair(modules["conv1"], modules["bn1"], "conv1", "bn1")  # type: ignore[arg-type]
+    conv, bn = cast(nn.Module, modules["conv1"]), cast(nn.Module, modules["bn1"])
     others: list[tuple[str, nn.Module]] = [(relu, modules[relu])]  # type: ignore[list-item]
+    pair, before = Pair(conv, bn, "conv1", "bn1"), []
+    if type(conv) is nn.Sequential and len(conv) % 3 == 1:
+        *named, (last, module) = conv._modules.items()
+        for i in range(0, len(named), 3):
+            (conv_name, inner), (bn_name, norm), (relu_name, act) = cast(Any, named[i : i + 3])
+            before.append(Pair(inner, norm, f"conv1.{conv_name}", f"conv1.{bn_name}"))
+            if type(act) is not nn.ReLU:
+                raise NotFusable(f"conv1.{relu_name} is a {type(act).__name__}, not a plain ReLU")
+            others.append((f"conv1.{relu_name}", act))
+        pair = Pair(module, bn, f"conv1.{last}", "bn1")
+        others.append(("conv1", conv))
     pool = modules.get("maxpool")
-    if pool is None:
-        return StemParts(pair, None, tuple(others))
-    others.append(("maxpool", pool))
-    return StemParts(pair, _pool_geometry(pool), tuple(others))
+    if pool is not None:
+        others.append(("maxpool", pool))
+    geometry = None if pool is None else _pool_geometry(pool)
+    return StemParts(pair, geometry, tuple(others), tuple(before))
 
 
 def _pool_geometry(pool: nn.Module) -> PoolGeometry:
