@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..autocast import contraction_dtype
 from ..autograd import GlobalPool
 from ..chain import run_chain, run_stem
 from ..inference import forget
@@ -87,6 +88,9 @@ def pooled(module: nn.Module, x: Tensor) -> Tensor:
 class FusedBlock(Fused):
     """A residual block (or a single conv-BN-act) as one autograd node."""
 
+    adds_in_place = False
+    """Whether the plain block adds its shortcut to what it is added to, so that autocast's dtype stays."""
+
     def fused_parts(self) -> BlockParts:
         """The block taken apart.
 
@@ -133,7 +137,7 @@ class FusedBlock(Fused):
         if projection is not None and parts.pool is not None:
             residual = run_chain(parts.pool(x), [projection], act=None, schedule=self.fused_schedule)
             shortcut, projection = "residual", None
-        return run_chain(
+        z = run_chain(
             x,
             [*inner, last if gain == 1 else last._replace(gain=gain)],
             projection=projection,
@@ -144,6 +148,7 @@ class FusedBlock(Fused):
             schedule=self.fused_schedule,
             hands_over=hands_over,
         )
+        return z.to(contraction_dtype(x)) if self.adds_in_place else z
 
 
 class FusedBasicBlock(FusedBlock):

@@ -28,12 +28,16 @@ def _parts(block: nn.Module, depth: int) -> BlockParts:
 class FusedTimmBasicBlock(FusedBasicBlock, resnet.BasicBlock):
     """timm's BasicBlock with a fused forward pass."""
 
+    adds_in_place = True
+
     def fused_parts(self) -> BlockParts:
         return _parts(self, 2)
 
 
 class FusedTimmBottleneck(FusedBottleneck, resnet.Bottleneck):
     """timm's Bottleneck with a fused forward pass."""
+
+    adds_in_place = True
 
     def fused_parts(self) -> BlockParts:
         return _parts(self, 3)

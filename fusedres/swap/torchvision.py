@@ -12,9 +12,13 @@ from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, pooled
 class FusedTorchvisionBasicBlock(FusedBasicBlock, resnet.BasicBlock):
     """torchvision's BasicBlock with a fused forward pass."""
 
+    adds_in_place = True
+
 
 class FusedTorchvisionBottleneck(FusedBottleneck, resnet.Bottleneck):
     """torchvision's Bottleneck with a fused forward pass."""
+
+    adds_in_place = True
 
 
 class FusedTorchvisionResNet(FusedStem, resnet.ResNet):

@@ -473,3 +473,16 @@ def test_gradients_that_are_shown_are_written_out(resnet, way):
         return gradient, weight
 
     torch.testing.assert_close(shown(fusedres.fuse(copy.deepcopy(resnet))), shown(resnet))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_gives_blocks_the_dtype_of_plain_ones(small, training):
+    """Of an input in fp32 too: torchvision adds the shortcut in place, the project's blocks do not."""
+    fused = fusedres.fuse(copy.deepcopy(small.float().train(training)))
+    for plain, ours in zip(small.modules(), fused.modules(), strict=True):
+        if type(plain).__name__ in ("BasicBlock", "Bottleneck"):
+            given = torch.randn(2, plain.conv1.in_channels, 8, 8)
+            with torch.autocast("cpu", torch.bfloat16):
+                z, theirs = ours(given), plain(given)
+            assert z.dtype == theirs.dtype
+            torch.testing.assert_close(z, theirs, rtol=0.05, atol=0.05)
