@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fusedres.nn.plain import NoShortcut
 from fusedres.train.network import build
 
 __all__ = ["Dissected", "Part", "blocks_of", "dissected_resnet"]
@@ -52,7 +53,7 @@ def dissected_resnet(name: str, *, classes: int = 10, channels: int = 1, part: P
     """A CIFAR residual network by name whose blocks are all `Dissected`, each as ``part`` says.
 
     Raises:
-        ValueError: the network has no basic blocks in its stages.
+        ValueError: the network has no basic blocks in its stages, or these have no shortcuts.
     """
     model = build(name, classes=classes, channels=channels, fused=False).model
     stages = [child for child in model.children() if isinstance(child, nn.Sequential)]
@@ -61,6 +62,8 @@ def dissected_resnet(name: str, *, classes: int = 10, channels: int = 1, part: P
             parts = {child for child, _ in block.named_children()} - {"relu", "downsample"}
             if parts != {"conv1", "bn1", "conv2", "bn2"} or not hasattr(block, "downsample"):
                 raise ValueError(f"model: expected a network of basic blocks such as cifar_resnet20, got {name!r}")
+            if isinstance(block.downsample, NoShortcut):
+                raise ValueError(f"model: expected a network with shortcuts such as cifar_resnet20, got {name!r}")
             dissected = Dissected(block)
             dissected.part = part
             stage[i] = dissected

@@ -137,7 +137,12 @@ def run(name: str, folder: Path, *, seed: int, draws: int, say: Callable[[str], 
         seed: of weights and of the choice of digits.
         draws: networks per curve.
         say: takes lines for people.
+
+    Raises:
+        ValueError: the network is no such one, before anything is computed.
     """
+    with torch.device("meta"):
+        dissected_resnet(name)
     generator = torch.Generator().manual_seed(seed)
     paper = [
         _curve(label, [network_gradient(kind, depth, generator) for _ in range(draws)])

@@ -51,3 +51,9 @@ def test_networks_without_basic_blocks_are_refused():
     for name in ("vgg11", "resnext50_32x4d", "nonsense"):
         with torch.device("meta"), pytest.raises(ValueError, match="model: expected"):
             dissected_resnet(name)
+
+
+@pytest.mark.parametrize("name", ["cifar_plain20", "plain18"])
+def test_networks_without_shortcuts_are_refused(name):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"model: expected a network with shortcuts .*'{name}'"):
+        dissected_resnet(name)

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from fusedres.cli import main
-from fusedres.studies import ensembles
+from fusedres.studies import ensembles, shattered
 from fusedres.studies.dissect import blocks_of, dissected_resnet
 from fusedres.studies.training import Images, error_of
 
@@ -127,3 +127,14 @@ def test_the_study_trains_deletes_and_writes(tmp_path, capsys, epochs):
 def test_a_folder_that_is_not_there_is_refused(capsys):
     assert main(["study", "shattered", "--out", "/nowhere"]) == 2
     assert "out must be an existing folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", ["ensembles", "shattered"])
+def test_a_plain_network_is_refused_before_any_work(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ensembles, "train_on_digits", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(shattered, "network_gradient", lambda *_, **__: pytest.fail("work was begun"))
+    assert main(["study", study, "--model", "cifar_plain20", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "model: expected a network with shortcuts such as cifar_resnet20, got 'cifar_plain20'" in printed.err
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == []
