@@ -89,7 +89,7 @@ def run_chain(
     elif shortcut == "zero_pad":
         check_joins("shortcut", zero_pad_size(tuple(x.shape), size[1], zero_pad_stride), size)
     elif residual is not None:
-        check_activation("residual", residual)
+        check_activation("residual", residual, device=x.device)
         check_joins("residual", tuple(residual.shape), size)
 
     every = [*layers, projection] if projection is not None else list(layers)
@@ -235,12 +235,19 @@ def checked_size(name: str, x: Tensor, layer: Layer, size: Size, dtype: torch.dt
 
 def check_norm(name: str, norm: NormSpec, values: int) -> None:
     """Refuse numbers that batch norm can not use, and statistics over a single value per channel."""
-    if not math.isfinite(norm.momentum):
+    if not _is_finite("momentum", name, norm.momentum):
         raise ValueError(f"momentum of {name}: expected a finite number, got {norm.momentum}")
-    if not math.isfinite(norm.eps):
-        raise ValueError(f"eps of {name}: expected a finite number, got {norm.eps}")
+    if not _is_finite("eps", name, norm.eps) or norm.eps < 0:
+        raise ValueError(f"eps of {name}: expected a finite number of at least 0, got {norm.eps}")
     if norm.batch_stats and values < 2:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, got {values}")
+
+
+def _is_finite(what: str, name: str, value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError as error:
+        raise TypeError(f"{what} of {name}: expected a number, got {value!r}") from error
 
 
 def check_joins(name: str, size: Size, expected: Size) -> None:

@@ -1,5 +1,6 @@
 """Fused passes for people who write their own blocks."""
 
+import torch
 from torch import Tensor
 
 from .autograd import AddAct, BNAddAct
@@ -22,9 +23,11 @@ def _pair(name: str, value: IntPair) -> tuple[int, int]:
     raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
 
 
-def _check_norm_tensors(tensors: NormTensors, channels: int, training: bool) -> bool:
-    """Whether batch statistics normalise; refuses vectors of other lengths and one running statistic alone."""
-    check_norm_vectors(channels, *tensors.vectors)
+def _check_norm_tensors(
+    tensors: NormTensors, channels: int, training: bool, device: torch.device, of: str = ""
+) -> bool:
+    """Whether batch statistics normalise; refuses what `check_norm_vectors` does."""
+    check_norm_vectors(channels, *tensors.vectors, device=device, of=of)
     return training or tensors.running_mean is None
 
 
@@ -74,7 +77,7 @@ def conv_bn_act(
     """
     check_schedule(schedule)
     tensors = ConvBN(weight, bias, gamma, beta, running_mean, running_var)
-    batch_stats = _check_norm_tensors(tensors.norm, weight.shape[0], training)
+    batch_stats = _check_norm_tensors(tensors.norm, weight.shape[0], training, x.device)
     geometry = Geometry(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
     layer = Layer(tensors, geometry, NormSpec(eps, momentum, batch_stats))
     shortcut = "none" if residual is None else "residual"
@@ -116,20 +119,21 @@ def bn_add_act(
     check_activation("y", y)
     check_act(act)
     if residual is not None:
-        check_activation("residual", residual)
+        check_activation("residual", residual, device=y.device)
         if residual.shape != y.shape:
             raise ValueError(f"residual: expected the shape of y, {tuple(y.shape)}, got {tuple(residual.shape)}")
     if residual is None and residual_norm is not None:
         raise ValueError("residual_norm: expected None without a residual")
     channels = y.shape[1]
     main = NormTensors(gamma, beta, running_mean, running_var)
-    norm = NormSpec(eps, momentum, _check_norm_tensors(main, channels, training))
+    norm = NormSpec(eps, momentum, _check_norm_tensors(main, channels, training, y.device))
     other, other_norm = NormTensors(), None
     if residual_norm is not None:
         if len(residual_norm) != 4:
             raise ValueError(f"residual_norm: expected 4 vectors or None each, got {len(residual_norm)}")
         other = NormTensors(*residual_norm)
-        other_norm = NormSpec(eps, momentum, _check_norm_tensors(other, channels, training))
+        batch_stats = _check_norm_tensors(other, channels, training, y.device, " of residual_norm")
+        other_norm = NormSpec(eps, momentum, batch_stats)
     check_norm("y", norm, pixels(y))
     z: Tensor = BNAddAct.apply(y, residual, BNAddActSpec(norm, other_norm, act), *main, *other)
     return z
@@ -150,7 +154,7 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
         ValueError, TypeError: naming the argument.
     """
     check_activation("x", x)
-    check_activation("residual", residual)
+    check_activation("residual", residual, device=x.device)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     check_act(act)

@@ -159,12 +159,30 @@ def test_contraction_dtype_on_a_device_without_autocast():
     [
         (NormSpec(momentum=float("nan")), 9, "momentum of it: .*nan"),
         (NormSpec(eps=float("inf")), 9, "eps of it: .*inf"),
+        (NormSpec(eps=-1e-5), 9, "eps of it: .*at least 0, got -1e-05"),
         (NormSpec(), 1, "it: .*more than 1 value.*1"),
     ],
 )
 def test_check_norm_refuses(norm, values, names):
     with pytest.raises(ValueError, match=names):
         check_norm("it", norm, values)
+
+
+@pytest.mark.parametrize(
+    ("norm", "names"),
+    [
+        (NormSpec(momentum="0.1"), "momentum of it: expected a number, got '0.1'"),
+        (NormSpec(momentum=None), "momentum of it: expected a number, got None"),
+        (NormSpec(eps=[1e-5]), "eps of it: expected a number, got "),
+    ],
+)
+def test_check_norm_refuses_what_is_no_number(norm, names):
+    with pytest.raises(TypeError, match=names):
+        check_norm("it", norm, 9)
+
+
+def test_check_norm_accepts_no_eps():
+    check_norm("it", NormSpec(eps=0.0), 9)
 
 
 def test_check_norm_accepts_one_value_without_batch_statistics():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedres.functional import bn_add_act, conv_bn_act
+from fusedres.functional import add_act, bn_add_act, conv_bn_act
 from fusedres.plan import AUTO, SCHEDULES
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import tensor
@@ -211,7 +211,21 @@ BAD_CONV = {
     "running mean of another length": ({"running_mean": tensor(4)}, ValueError, r"running_mean: .*\(16,\)"),
     "running variance of another length": ({"running_var": tensor(1)}, ValueError, r"running_var: .*\(16,\)"),
     "bias of another length": ({"bias": tensor(4)}, ValueError, r"bias: .*\(16,\).*\(4,\)"),
+    "residual elsewhere": (
+        {"residual": tensor(3, 16, 8, 7).to("meta")}, ValueError, "residual: expected it on cpu, got meta"
+    ),
+    "gamma elsewhere": ({"gamma": tensor(16).to("meta")}, ValueError, "gamma: expected it on cpu, got meta"),
+    "running variance elsewhere": (
+        {"running_var": tensor(16).to("meta")}, ValueError, "running_var: expected it on cpu, got meta"
+    ),
+    "bias elsewhere": ({"bias": tensor(16).to("meta")}, ValueError, "bias: expected it on cpu, got meta"),
+    "weight elsewhere": (
+        {"weight": tensor(16, 4, 1, 1).to("meta")}, ValueError, "weight of x: expected it on cpu, got meta"
+    ),
     "NaN momentum": ({"momentum": NAN}, ValueError, "momentum.*nan"),
+    "momentum as text": ({"momentum": "0.1"}, TypeError, "momentum of x: expected a number, got '0.1'"),
+    "eps as text": ({"eps": "1e-5"}, TypeError, "eps of x: expected a number, got '1e-5'"),
+    "negative eps": ({"eps": -1e-5}, ValueError, "eps of x: .*at least 0, got -1e-05"),
     "NaN eps": ({"eps": NAN}, ValueError, "eps.*nan"),
     "infinite momentum": ({"momentum": float("inf")}, ValueError, "momentum.*inf"),
     "residual of the input's shape": (
@@ -233,13 +247,17 @@ BAD_CONV = {
 }  # fmt: skip
 
 
+def assert_unchanged(arguments: dict[str, Any], kept: dict[str, Tensor]) -> None:
+    assert all(value.is_meta or torch.equal(arguments[name], value) for name, value in kept.items())
+
+
 @pytest.mark.parametrize(("change", "error", "names"), BAD_CONV.values(), ids=BAD_CONV)
 def test_conv_bn_act_refuses(change, error, names):
     arguments = operands((16, 4, 1, 1), (3, 4, 8, 7)) | {"training": True} | change
     kept = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
     with pytest.raises(error, match=names):
         conv_bn_act(**arguments)
-    assert all(torch.equal(arguments[name], value) for name, value in kept.items())
+    assert_unchanged(arguments, kept)
 
 
 BAD_END = {
@@ -267,6 +285,18 @@ BAD_END = {
         {"residual_norm": (None, None, tensor(6), None)}, ValueError, "running_mean, running_var: .*both"
     ),
     "gamma of another length": ({"gamma": tensor(5)}, ValueError, r"gamma: .*\(6,\).*\(5,\)"),
+    "residual elsewhere": (
+        {"residual": tensor(3, 6, 5, 4).to("meta")}, ValueError, "residual: expected it on cpu, got meta"
+    ),
+    "running mean elsewhere": (
+        {"running_mean": tensor(6).to("meta")}, ValueError, "running_mean: expected it on cpu, got meta"
+    ),
+    "the residual's beta elsewhere": (
+        {"residual_norm": (tensor(6), tensor(6).to("meta"), None, None)},
+        ValueError,
+        "beta of residual_norm: expected it on cpu, got meta",
+    ),
+    "negative eps": ({"eps": -1.0}, ValueError, "eps of y: .*at least 0, got -1"),
     "NaN momentum": ({"momentum": NAN}, ValueError, "momentum.*nan"),
     "3-D": ({"y": tensor(6, 5, 4)}, ValueError, "y: .*4-D"),
     "integers": ({"y": torch.ones(3, 6, 5, 4, dtype=torch.int64)}, TypeError, "y: .*floating"),
@@ -283,4 +313,9 @@ def test_bn_add_act_refuses(change, error, names):
     kept = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
     with pytest.raises(error, match=names):
         bn_add_act(**arguments)
-    assert all(torch.equal(arguments[name], value) for name, value in kept.items())
+    assert_unchanged(arguments, kept)
+
+
+def test_add_act_refuses_a_residual_elsewhere():
+    with pytest.raises(ValueError, match="residual: expected it on cpu, got meta"):
+        add_act(tensor(3, 6, 5, 4), tensor(3, 6, 5, 4).to("meta"))

@@ -194,12 +194,22 @@ def check_norm_vectors(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     bias: Tensor | None,
+    *,
+    device: torch.device | None = None,
+    of: str = "",
 ) -> None:
-    """Refuse a vector of another length than ``channels``, and one running statistic without the other."""
+    """Refuse a vector of another length than ``channels`` or on another ``device``, and one running statistic alone.
+
+    Args:
+        channels: K.
+        gamma, beta, running_mean, running_var, bias: (K,) or None.
+        device: where they must be, if given.
+        of: what the message adds to a vector's name.
+    """
     vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var, "bias": bias}
     for name, vector in vectors.items():
         if vector is not None:
-            check_vector(name, vector, channels)
+            check_vector(f"{name}{of}", vector, channels, device)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one")
 

@@ -146,14 +146,24 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def check_activation(name: str, tensor: Tensor, channels: int | None = None) -> None:
-    """Refuse anything but a floating-point (N, C, H, W) tensor, with ``channels`` channels if given."""
+def check_activation(
+    name: str, tensor: Tensor, channels: int | None = None, *, device: torch.device | None = None
+) -> None:
+    """Refuse anything but a floating-point (N, C, H, W) tensor, with ``channels`` channels on ``device`` if given."""
     if tensor.dim() != 4:
         raise ValueError(f"{name}: expected a 4-D tensor (N, C, H, W), got shape {tuple(tensor.shape)}")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if channels is not None and tensor.shape[1] != channels:
         raise ValueError(f"{name}: expected {channels} channels, got {tensor.shape[1]} in {tuple(tensor.shape)}")
+    if device is not None:
+        check_device(name, tensor, device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuse a tensor on another device."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected it on {device}, got {tensor.device}")
 
 
 def check_producer(producer: Producer) -> None:
@@ -167,10 +177,12 @@ def check_producer(producer: Producer) -> None:
         raise ValueError("producer.mask: expected None without producer.out, got a mask")
 
 
-def check_vector(name: str, vector: Tensor, channels: int) -> None:
-    """Refuse anything but a (channels,) tensor."""
+def check_vector(name: str, vector: Tensor, channels: int, device: torch.device | None = None) -> None:
+    """Refuse anything but a (channels,) tensor, on ``device`` if given."""
     if tuple(vector.shape) != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
+    if device is not None:
+        check_device(name, vector, device)
 
 
 def check_conv_shapes(name: str, size: tuple[int, ...], weight: Tensor, geometry: Geometry) -> tuple[int, int]:

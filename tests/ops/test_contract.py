@@ -76,6 +76,16 @@ REFUSED = {
     "channels": (lambda: check_activation("u", IMAGE, 3), ValueError, "u: expected 3 channels, got 4"),
     "vector length": (lambda: check_vector("beta", torch.zeros(3), 4), ValueError, r"beta: .*\(4,\), got \(3,\)"),
     "vector rank": (lambda: check_vector("beta", torch.zeros(1, 4), 4), ValueError, r"beta: .*got \(1, 4\)"),
+    "activation elsewhere": (
+        lambda: check_activation("u", IMAGE, device=torch.device("meta")),
+        ValueError,
+        "u: .* on meta, got cpu",
+    ),
+    "vector elsewhere": (
+        lambda: check_vector("beta", torch.zeros(4), 4, torch.device("meta")),
+        ValueError,
+        "beta: expected it on meta, got cpu",
+    ),
     "weight rank": (lambda: check_conv(IMAGE, WEIGHT[0], Geometry()), ValueError, "weight: expected shape"),
     "weight channels": (
         lambda: check_conv(IMAGE, WEIGHT[:, :3], Geometry(), name="x"),
