@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
+from typing import SupportsIndex
 
 import torch
 from torch import nn
@@ -165,6 +166,8 @@ def initialise(model: ResNet, zero_init_residual: bool = False) -> ResNet:
 def check_sizes(num_classes: int, in_channels: int) -> None:
     """Refuse a classifier without classes and images without channels."""
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, SupportsIndex):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 

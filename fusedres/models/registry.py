@@ -86,7 +86,10 @@ def entry(name: str) -> Entry:
 
     Raises:
         ValueError: there is none; the message lists near names.
+        TypeError: ``name`` is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {name!r}")
     if name not in _NETWORKS:
         near = difflib.get_close_matches(name, _NETWORKS, n=5, cutoff=0.4) or list(_NETWORKS)
         raise ValueError(f"model: expected the name of a network such as {', '.join(near)}, got {name!r}")
@@ -104,6 +107,7 @@ def create(name: str, *, num_classes: int | None = None, fused: bool = True, **o
 
     Raises:
         ValueError: no such network, or an option out of range.
+        TypeError: an argument is of another type.
     """
     found = entry(name)
-    return found.build(num_classes=num_classes or found.num_classes, fused=fused, **options)
+    return found.build(num_classes=found.num_classes if num_classes is None else num_classes, fused=fused, **options)

@@ -35,3 +35,26 @@ def test_every_name_builds_with_and_without_fused_blocks(name: str) -> None:
 def test_an_unknown_name_lists_near_ones() -> None:
     with pytest.raises(ValueError, match=r"model: expected .*cifar_resnet20.*, got 'cifar_resnet21'"):
         create("cifar_resnet21")
+
+
+@pytest.mark.parametrize("name", [None, 3, ["cifar_resnet20"]])
+def test_a_name_of_another_type_is_refused(name: object) -> None:
+    with pytest.raises(TypeError, match="name: expected a str, got "):
+        create(name)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "error", "message"),
+    [
+        (0, ValueError, "num_classes must be at least 1, got 0"),
+        (-3, ValueError, "num_classes must be at least 1, got -3"),
+        ("10", TypeError, "num_classes must be a whole number, got '10'"),
+        (10.0, TypeError, "num_classes must be a whole number, got 10.0"),
+    ],
+)
+@pytest.mark.parametrize("name", QUICK)
+def test_classes_that_are_no_number_of_them_are_refused(
+    name: str, num_classes: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        create(name, num_classes=num_classes)
