@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import models as own
+from fusedres.explain.models import timm_name
 
 if TYPE_CHECKING:
     from fusedres.bench.setting import Setting
@@ -129,7 +130,7 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def network(name: str) -> ModelCase:
-    """A network of `fusedres.models` (its plain twin), of torchvision, or of timm as ``timm/<name>``.
+    """A network of `fusedres.models` (its plain twin), of torchvision, or of timm as ``timm.NAME`` or ``timm/NAME``.
 
     Raises:
         ValueError: there is none; near names are listed.
@@ -138,12 +139,13 @@ def network(name: str) -> ModelCase:
     if name in own.names():
         entry = own.registry.entry(name)
         return ModelCase(name, "network", partial(own.create, name, fused=False), 3, entry.side, 128)
-    if name.startswith("timm/"):
+    bare = timm_name(name)
+    if bare is not None:
         import timm
 
-        if name.removeprefix("timm/") not in timm.list_models():
-            raise ValueError(near("model", name, (f"timm/{known}" for known in timm.list_models())))
-        return ModelCase(name, "network", partial(timm.create_model, name.removeprefix("timm/")), 3, 224, 64)
+        if bare not in timm.list_models():
+            raise ValueError(near("model", name, (f"timm.{known}" for known in timm.list_models())))
+        return ModelCase(name, "network", partial(timm.create_model, bare), 3, 224, 64)
     if name not in network_names():
         raise ValueError(near("model", name, network_names()))
     return ModelCase(name, "network", partial(_torchvision, name), 3, 224, 64)
@@ -225,6 +227,6 @@ def op(name: str) -> OpCase:
 
 def near(what: str, name: str, known: Iterable[str]) -> str:
     """A refusal of ``name`` that lists the nearest ``known`` ones."""
-    every = list(known)
+    every = list(dict.fromkeys(known))
     found = difflib.get_close_matches(name, every, n=5, cutoff=0.4) or every[:12]
     return f"{what}: expected one such as {', '.join(found)}, got {name!r}"

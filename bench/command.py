@@ -22,7 +22,7 @@ def add_parser(commands: Any, *, names: Callable[[str], Any], positive: Callable
         description=DESCRIPTION,
     )
     what = parser.add_argument_group("what to run")
-    what.add_argument("--model", type=names, default=(), help="networks of fusedres or torchvision, or timm/<name>")
+    what.add_argument("--model", type=names, default=(), help="networks of fusedres or torchvision, or timm.NAME")
     what.add_argument("--block", type=names, default=(), help="blocks by stage, such as bottleneck2_down; or all")
     what.add_argument("--op", type=names, default=(), help="ops by stage, such as block_end.stage2; or all")
     what.add_argument("--contenders", type=names, help="such as eager,compile,fused; all; or ladder, for every rung")

@@ -107,7 +107,7 @@ def _wide(console: Console) -> Console:
 def print_registry(console: Console) -> None:
     """Every case and contender."""
     for title, names in (
-        ("networks (and every model of timm as timm/<name>)", cases.network_names()),
+        ("networks (and every model of timm as timm.NAME)", cases.network_names()),
         ("blocks", cases.BLOCKS),
         ("ops", cases.ops()),
     ):

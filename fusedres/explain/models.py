@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,26 +28,41 @@ class Source:
     size: Size
 
     def on_meta(self) -> nn.Module:
-        """The model with channels_last parameters on the meta device, in training mode."""
-        try:
-            with torch.device("meta"):
+        """The model with channels_last parameters on the meta device, in training mode.
+
+        Raises:
+            ValueError: what builds it fails, or returns no module.
+        """
+        with _failing_as(self.name):
+            try:
+                with torch.device("meta"):
+                    model = self.build()
+            except (NotImplementedError, RuntimeError):  # its constructor looks at values
                 model = self.build()
-        except (NotImplementedError, RuntimeError):  # its constructor looks at values
-            model = self.build()
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected {self.name} to return a torch.nn.Module, got {type(model).__name__}")
         return model.to("meta").to(memory_format=torch.channels_last).train()
+
+
+@contextmanager
+def _failing_as(name: str) -> Iterator[None]:
+    """One line of whatever the code of a model raises."""
+    try:
+        yield
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"model: {name} failed: {type(error).__name__}: {message}") from error
 
 
 def source(name: str) -> Source:
     """The model called ``name``.
 
     Args:
-        name: of `fusedres.models`, of torchvision, of timm (``timm.`` before it if torchvision has one of that name),
-            or ``path.py:function``, a function without arguments that returns a model.
+        name: of `fusedres.models`, of torchvision, of timm (``timm.`` or ``timm/`` before it if torchvision has one of
+            that name), or ``path.py:function``, a function without arguments that returns a model.
 
     Raises:
-        ValueError: no such model, file or function; the message lists near names.
+        ValueError: no such model, file or function; the message lists near names. Or the file fails.
     """
     if ":" in name:
         return _from_file(name)
@@ -57,15 +73,21 @@ def source(name: str) -> Source:
         from torchvision.models import get_model
 
         return Source(name, lambda: get_model(name), IMAGENET)
-    bare = name.removeprefix("timm.")
+    bare = timm_name(name) or name
     if bare in _timm():
         import timm
 
         size = timm.models.get_pretrained_cfg_value(bare, "input_size") or IMAGENET
         return Source(name, lambda: timm.create_model(bare), size)
-    known = [*models.names(), *_torchvision(), *_timm()]
+    known = dict.fromkeys((*models.names(), *_torchvision(), *_timm()))
     near = difflib.get_close_matches(name, known, n=6, cutoff=0.5) or ["resnet50", *models.names()]
     raise ValueError(f"model: expected a name such as {', '.join(near)}, or path.py:function, got {name!r}")
+
+
+def timm_name(name: str) -> str | None:
+    """NAME of ``timm.NAME`` and of ``timm/NAME``; None of other names."""
+    library, bare = name[:5], name[5:]
+    return bare if library in ("timm.", "timm/") else None
 
 
 def _torchvision() -> Iterable[str]:
@@ -92,7 +114,8 @@ def _from_file(name: str) -> Source:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _failing_as(name):
+        spec.loader.exec_module(module)
     build = getattr(module, function, None)
     if not callable(build):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value)]

@@ -72,7 +72,7 @@ def _torchvision(name: str, classes: int, options: dict[str, Any]) -> nn.Module:
         models = None
     known = models.list_models(module=models) if models is not None else []
     if name not in known:
-        names = [*registry.names(), *known]
+        names = list(dict.fromkeys((*registry.names(), *known)))
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
         besides = "" if known else "; torchvision, whose networks are known too, is not installed"
         raise ValueError(f"model: expected the name of a network such as {', '.join(near)}, got {name!r}{besides}")

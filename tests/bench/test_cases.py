@@ -15,7 +15,8 @@ CPU = device_named("cpu")
     [
         (cases.network, "resnet49", "model: expected one such as resnet"),
         (cases.network, "cifar_resnet57", "cifar_resnet56"),
-        (cases.network, "timm/resnet51", r"model: expected one such as timm/resnet"),
+        (cases.network, "timm/resnet51", r"model: expected one such as timm\.resnet"),
+        (cases.network, "timm.resnet51", r"model: expected one such as timm\.resnet"),
         (cases.block, "bottleneck5", "block: expected one such as bottleneck"),
         (cases.op, "block_end.stage5", "op: expected one such as block_end.stage"),
         (cases.op, "xyzzy", "op: expected one such as conv3x3_prologue_stats.stage1"),
@@ -50,8 +51,16 @@ def test_images_that_are_too_small_are_refused():
         cases.output_size(cases.network("alexnet"), 16)
 
 
-def test_a_network_of_timm():
-    case = cases.network("timm/resnet18")
+def test_near_names_are_listed_once():
+    with pytest.raises(ValueError) as refusal:
+        cases.network("resnet49")
+    names = str(refusal.value).removeprefix("model: expected one such as ").split(", ")
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", ["timm.resnet18", "timm/resnet18"])
+def test_a_network_of_timm(name):
+    case = cases.network(name)
     assert cases.output_size(case, 64) == (1000,)
 
 

@@ -177,7 +177,32 @@ def test_models_of_every_library_are_found():
     assert source("cifar_resnet20").size == (3, 32, 32)
     pytest.importorskip("timm")
     assert source("resnet26t").size == (3, 256, 256)
-    assert source("timm.resnet50").build().global_pool is not None
+    for name in ("timm.resnet50", "timm/resnet50"):
+        assert source(name).build().global_pool is not None
+
+
+def test_near_names_are_listed_once():
+    with pytest.raises(ValueError) as refusal:
+        source("resnet55")
+    names = str(refusal.value).removeprefix("model: expected a name such as ").split(", ")
+    assert len(set(names)) == len(names) > 3
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f():\n    raise RuntimeError('two\\nlines')", "mods.py:f failed: RuntimeError: two lines"),
+        ("def f(depth):\n    pass", r"mods.py:f failed: TypeError: f\(\) missing 1 required .*'depth'"),
+        ("def f(:", "mods.py:f failed: SyntaxError: .*line 1"),
+        ("import nonsense", "mods.py:f failed: ModuleNotFoundError: No module named 'nonsense'"),
+    ],
+)
+def test_a_file_that_fails_is_refused_in_one_line(tmp_path, code, message):
+    file = tmp_path / "mods.py"
+    file.write_text(code)
+    with pytest.raises(ValueError, match=message) as refusal:
+        source(f"{file}:f").on_meta()
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
