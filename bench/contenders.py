@@ -16,6 +16,7 @@ from fusedres.bench import cudnn, inplace_abn
 from fusedres.bench.cases import Case, ModelCase, OpCase, near
 from fusedres.bench.setting import Setting
 from fusedres.bench.steps import Step, graph_step, model_step, op_step
+from fusedres.explain.step import why_not_fused
 from fusedres.plan import AUTO, SCHEDULES
 
 __all__ = ["CONTENDERS", "GROUPS", "YARDSTICK", "Contender", "chosen", "copied", "placed"]
@@ -114,7 +115,11 @@ def _fused(schedule: str) -> Callable[[Case, Setting, tuple[Any, ...]], Step]:
         if isinstance(case, OpCase):
             return op_step(case.fused, operands)
         model, x, target = operands
-        return model_step(case, setting, fusedres.fuse(model, schedule=schedule), x, target)
+        fused = fusedres.fuse(model, schedule=schedule)
+        why = why_not_fused(fused)
+        if why is not None:
+            raise cudnn.NotSupported(why)
+        return model_step(case, setting, fused, x, target)
 
     return prepare
 

@@ -22,7 +22,7 @@ SAME = Geometry(padding=(1, 1))
 
 
 class NotSupported(RuntimeError):
-    """cuDNN has no engine for a graph on this GPU."""
+    """A case can not be run so, as is found when it is prepared: no engine of cuDNN's, or no block that is known."""
 
 
 def why_unavailable(device: torch.device) -> str | None:

@@ -55,11 +55,10 @@ class Twins:
             ValueError: nothing of the model can be fused; the message says why.
         """
         fused = fuse(copy.deepcopy(model))
-        rows = report(fused)
-        if not any(row.fused for row in rows):
-            reasons = "; ".join(dict.fromkeys(f"{row.name or 'the model'}: {row.reason}" for row in rows[:3]))
-            raise ValueError(f"model: nothing to fuse in it ({reasons or 'no residual block that the library knows'})")
-        chosen = [row.name for row in rows if row.fused]
+        why = why_not_fused(fused)
+        if why is not None:
+            raise ValueError(f"model: {why}")
+        chosen = [row.name for row in report(fused) if row.fused]
         networks = {name for name in chosen if _is_network(name, fused, chosen)}
         names = _names(unfuse(model), set(chosen) - networks, networks)
         return cls(
@@ -69,6 +68,15 @@ class Twins:
             {fused.get_submodule(name): name for name in names},
             (STEM, HEAD) if networks else (REST, REST),
         )
+
+
+def why_not_fused(model: nn.Module) -> str | None:
+    """Why nothing of a model that went through `fuse` is fused; None if some of it is."""
+    rows = report(model)
+    if any(row.fused for row in rows):
+        return None
+    reasons = "; ".join(dict.fromkeys(f"{row.name or 'the model'}: {row.reason}" for row in rows[:3]))
+    return f"nothing to fuse in it ({reasons or 'no residual block that the library knows'})"
 
 
 def _is_network(name: str, model: nn.Module, fused: list[str]) -> bool:

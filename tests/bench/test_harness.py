@@ -46,6 +46,18 @@ def test_a_wrong_contender_has_no_figures():
     assert all(getattr(right, name) is not None for name in ("median_s", "first_step_s", "flops"))
 
 
+@pytest.mark.parametrize("name", ["fused", "fused-moments"])
+def test_a_network_with_nothing_to_fuse_has_no_figures_of_fused_ones(name):
+    def bare():
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 5))
+
+    case = replace(NETWORK, build=bare)
+    eager, fused = compare(case, INFER, chosen([name]), THREE)
+    assert (eager.status, fused.status) == (statuses.OK, statuses.NOT_AVAILABLE)
+    assert fused.reason == "NotSupported: nothing to fuse in it (no residual block that the library knows)"
+    assert fused.median_s is None and fused.speedup is None and fused.error is None
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

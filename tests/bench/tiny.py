@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from fusedres.bench.cases import Case, ModelCase
 from fusedres.bench.contenders import CONTENDERS, Contender
@@ -19,7 +20,7 @@ CPU = device_named("cpu")
 
 def build() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), BasicBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
     )
 
 
