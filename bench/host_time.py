@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import fusedres
 from fusedres import replay
 from fusedres.explain.models import source
+from fusedres.plan import check_schedule
 
 __all__ = ["HostTime", "host_time"]
 
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args(arguments)
     try:
+        check_schedule(options.schedule)
         chosen = source(options.model)
     except ValueError as error:
         parser.error(str(error))

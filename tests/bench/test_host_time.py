@@ -35,7 +35,9 @@ def test_the_command_prints_both(capsys):
     assert [line.split()[0] for line in lines[2:]] == ["gone", "replayed"]
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--px", "-1"], ["--model", "resnet51"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "0"], ["--px", "-1"], ["--model", "resnet51"], ["--schedule", "nope"]]
+)
 def test_what_can_not_be_run_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
