@@ -20,6 +20,7 @@ from fusedres.bench.harness import DeviceLost, Measurement, compare
 from fusedres.bench.machine import machine
 from fusedres.bench.rows import Row, Writer, read_rows, writing
 from fusedres.bench.setting import DTYPES, Device, Setting, device_named
+from fusedres.outputs import check_file, check_packages
 
 __all__ = ["BenchOptions", "comparisons", "run"]
 
@@ -99,21 +100,6 @@ def _batch(options: BenchOptions, case: Case, device: Device) -> int:
     return case.batch if device.is_gpu else CPU_BATCH[case.kind]
 
 
-def _check_output(path: Path | None, name: str, suffix: str) -> None:
-    """Refuse a file that could not be written at the end of a long run; an existing one stays as it is."""
-    if path is None:
-        return
-    if path.suffix != suffix:
-        raise ValueError(f"{name} must name a {suffix} file, got {path}")
-    existed = path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"{name} must name a file that can be written, got {path}: {error.strerror}") from error
-    if not existed:
-        path.unlink()
-
-
 def run(options: BenchOptions) -> int:
     """Run `fusedres bench` and return its exit status: 1 if a contender was refused or failed, 3 if the GPU is lost."""
     console = Console()
@@ -128,7 +114,9 @@ def run(options: BenchOptions) -> int:
     for path, name, suffix in (
         (options.csv, "csv", ".csv"), (options.plot, "plot", ".png"), (options.html, "html", ".html"),
     ):  # fmt: skip
-        _check_output(path, name, suffix)
+        check_file(path, name, suffix)
+    if options.plot is not None or options.html is not None:
+        check_packages("matplotlib", *(() if options.html is None else ("jinja2",)))
     if options.resume and options.csv is None:
         raise ValueError("resume: expected together with --csv")
     kept = read_rows(options.csv) if options.resume and options.csv is not None and options.csv.exists() else []

@@ -50,7 +50,7 @@ def test_malformed_arguments_exit_with_2(arguments, message, capsys):
         (["--px", "7"], "size must be at least 8"),
         (["--schedule", "fastest"], "schedule: expected one of"),
         (["--out", "picture.jpg"], "out must name a .png file"),
-        (["--out", "/nonexistent/picture.png"], "out must lie in an existing folder"),
+        (["--out", "/nonexistent/picture.png"], "out must name a file that can be written"),
     ],
 )
 def test_impossible_arguments_return_2_before_training(arguments, message, capsys):

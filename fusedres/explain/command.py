@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..outputs import check_file, check_packages
+
 ALL = "all"
 
 
@@ -18,7 +20,9 @@ def add_parser(commands: Any) -> None:
         description="Counts a training step (or inference) on paper: nothing is computed, and no GPU is needed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="of torchvision, timm or fusedres.models, or path.py:function")
+    parser.add_argument(
+        "model", metavar="MODEL", help="of torchvision or fusedres.models, timm.NAME, or path.py:function"
+    )
     parser.add_argument("--batch", type=int, default=256, help="images of a step")
     parser.add_argument("--dtype", default="bf16", help="bf16 or fp16 (by autocast), or fp32")
     parser.add_argument("--gpu", default="h100", help="whose roofline is meant, and whose tiles are launched")
@@ -33,10 +37,9 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Explain, print, draw; ValueError for what was asked wrongly, before anything is printed."""
     out: Path | None = options.out
-    if out is not None and out.suffix != ".png":
-        raise ValueError(f"out must name a .png file, got {str(out)!r}")
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"out must lie in an existing folder, got {str(out)!r}")
+    check_file(out, "out", ".png")
+    if out is not None:
+        check_packages("matplotlib")
     # Imported here, since they need the packages of the extra [cli].
     from rich.console import Console
 

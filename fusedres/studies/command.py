@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fusedres.outputs import check_packages
+
 __all__ = ["add_study"]
 
 
@@ -37,6 +39,7 @@ def _study(options: argparse.Namespace) -> int:
 
     if not options.out.is_dir():
         raise ValueError(f"out must be an existing folder, got {options.out}")
+    check_packages("matplotlib")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import fusedres
 from fusedres.bench.saved_activations import saved_bytes
 from fusedres.models import cifar_resnet
+from fusedres.outputs import check_file
 from fusedres.train.digits import Digits, batches, load_digits
 
 __all__ = ["DemoOptions", "ForeignCheck", "Twin", "Twins", "check_resnet50", "draw", "run", "train_twins"]
@@ -277,10 +278,7 @@ def run(options: DemoOptions) -> int:
     """
     if options.epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {options.epochs}")
-    if options.out.suffix.lower() != ".png":
-        raise ValueError(f"out must name a .png file, got {options.out}")
-    if not options.out.absolute().parent.is_dir():
-        raise ValueError(f"out must lie in an existing folder, got {options.out}")
+    check_file(options.out, "out", ".png")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     start = time.perf_counter()

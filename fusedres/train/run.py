@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fusedres.outputs import check_packages
 from fusedres.train import checkpoint, memory, trainer
 from fusedres.train.augment import Augment, measure
 from fusedres.train.data import open_data
@@ -92,6 +93,8 @@ def run(options: TrainOptions) -> int:
         ImportError: a package of an extra is missing.
     """
     _check(options)
+    if not options.evaluate:
+        check_packages("matplotlib")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with _determinism(options.deterministic), world(options.device) as here:

@@ -1,5 +1,7 @@
 """fusedres.bench.session and its command: what is refused before any work, and what is kept whatever happens."""
 
+import sys
+
 import pytest
 import torch
 
@@ -41,6 +43,19 @@ def test_impossible_arguments_return_2_before_any_work(arguments, message, monke
     monkeypatch.setattr(session, "compare", lambda *_, **__: pytest.fail("work was begun"))
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "missing"),
+    [("--plot=a.png", "matplotlib"), ("--html=a.html", "matplotlib"), ("--html=a.html", "jinja2")],
+)
+def test_missing_packages_are_named_before_any_work(output, missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "compare", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["bench", *TINY, output]) == 1
+    assert f"{missing} not installed: pip install fusedres[cli]" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_check_of_the_outputs_leaves_no_file_behind(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import pytest
 
@@ -61,13 +62,29 @@ def test_the_picture(tmp_path, capsys):
         (["resnet18", "--batch", "300000", "--rung", "auto"], "layer stem: "),
         (["alexnet"], "nothing to fuse in it"),
         (["resnet18", "--out", "picture.pdf"], "out must name a .png file"),
-        (["resnet18", "--out", "/nonexistent/picture.png"], "out must lie in an existing folder"),
+        (["resnet18", "--out", "/nonexistent/picture.png"], "out must name a file that can be written"),
+        (["resnet18", "--out", "/proc/picture.png"], "out must name a file that can be written, got /proc/picture.png"),
     ],
 )
 def test_wrong_arguments_return_2(arguments, message, capsys):
     assert main(["explain", *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
+    assert printed.out == ""
+
+
+def test_a_file_that_fails_returns_2_in_one_line(tmp_path, capsys):
+    file = tmp_path / "mods.py"
+    file.write_text("def f():\n    raise OSError('no weights')\n")
+    assert main(["explain", f"{file}:f"]) == 2
+    assert capsys.readouterr().err == f"fusedres explain: error: model: {file}:f failed: OSError: no weights\n"
+
+
+def test_a_picture_without_matplotlib_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*SMALL, "--out", str(tmp_path / "explained.png")]) == 1
+    printed = capsys.readouterr()
+    assert "matplotlib not installed: pip install fusedres[cli]" in printed.err
     assert printed.out == ""
 
 

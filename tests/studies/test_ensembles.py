@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 
 import pytest
 import torch
@@ -127,6 +128,13 @@ def test_the_study_trains_deletes_and_writes(tmp_path, capsys, epochs):
 def test_a_folder_that_is_not_there_is_refused(capsys):
     assert main(["study", "shattered", "--out", "/nowhere"]) == 2
     assert "out must be an existing folder" in capsys.readouterr().err
+
+
+def test_a_study_without_matplotlib_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ensembles, "run", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["study", "ensembles", "--out", str(tmp_path)]) == 1
+    assert "matplotlib not installed: pip install fusedres[cli]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("study", ["ensembles", "shattered"])

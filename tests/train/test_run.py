@@ -169,6 +169,14 @@ def test_a_loss_that_is_not_finite_fails_with_its_step(tmp_path, capsys):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def test_a_training_without_matplotlib_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train(*SHORT, "--out", tmp_path / "out") == 1
+    assert "matplotlib not installed: pip install fusedres[cli]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_batch_that_does_not_fit_is_explained(tmp_path, monkeypatch, capsys):
     def full(self, loaded):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
