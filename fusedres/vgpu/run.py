@@ -8,12 +8,13 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsInt
 
 import numpy
 import torch
 from torch import Tensor
 
+from .. import offline
 from ..offline import Specialisation, compile_for, specialise, target_named
 from . import errors, host
 from .amd import AMD
@@ -153,6 +154,10 @@ def run(
     if target not in DIALECTS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     host.require()
+    if not isinstance(kernel, offline.triton.JITFunction):
+        raise TypeError(f"kernel: expected a function of triton.jit, got {kernel!r}")
+    if not isinstance(num_warps, int) or num_warps < 1 or num_warps & (num_warps - 1):
+        raise ValueError(f"num_warps: expected a power of two, got {num_warps!r}")
     arguments = _bound(kernel, args, constexprs)
     grid = _checked_grid(grid)
     specialisation = specialise(kernel, arguments)
@@ -182,6 +187,8 @@ def _bound(kernel: Any, args: Sequence[Any], keywords: dict[str, Any]) -> dict[s
 
 
 def _checked_grid(grid: Sequence[int]) -> tuple[int, int, int]:
+    if not isinstance(grid, Sequence) or not all(isinstance(size, SupportsInt) for size in grid):
+        raise TypeError(f"grid: expected one to three numbers of blocks, such as (4,), got {grid!r}")
     if not 1 <= len(grid) <= 3 or any(int(size) != size or size < 1 for size in grid):
         raise ValueError(f"grid: expected one to three positive numbers, got {tuple(grid)}")
     x, y, z = (*(int(size) for size in grid), 1, 1)[:3]

@@ -126,6 +126,30 @@ def test_no_elements(target: str) -> None:
     assert counters.bytes_read == counters.bytes_written == 0
 
 
+@pytest.mark.parametrize(
+    ("kernel", "change", "error", "message"),
+    [
+        (None, {"grid": 2}, TypeError, r"grid: expected one to three numbers of blocks, such as \(4,\), got 2"),
+        (None, {"grid": lambda meta: (2,)}, TypeError, "grid: expected one to three numbers of blocks"),
+        (None, {"grid": ("2",)}, TypeError, r"grid: expected one to three numbers of blocks.*\('2',\)"),
+        (None, {"grid": (0,)}, ValueError, r"grid: expected one to three positive numbers, got \(0,\)"),
+        (None, {"grid": (1, 1, 1, 1)}, ValueError, "grid: expected one to three positive numbers"),
+        (None, {"num_warps": 3}, ValueError, "num_warps: expected a power of two, got 3"),
+        (None, {"num_warps": 0}, ValueError, "num_warps: expected a power of two, got 0"),
+        (None, {"num_warps": "4"}, ValueError, "num_warps: expected a power of two, got '4'"),
+        (torch.exp, {}, TypeError, "kernel: expected a function of triton.jit, got "),
+        ("functions_kernel", {}, TypeError, "kernel: expected a function of triton.jit, got 'functions_kernel'"),
+    ],
+)
+def test_a_launch_that_is_none_is_refused(kernel: Any, change: dict[str, Any], error: type, message: str) -> None:
+    x, y = torch.ones(500), empty(6, 500)
+    before = y.clone()
+    arguments = {"grid": (2,), "x_ptr": x, "y_ptr": y, "n": 500, "BLOCK": 256} | change
+    with pytest.raises(error, match=message):
+        vgpu.run(kernel or kernels.functions_kernel, arguments.pop("grid"), **arguments)
+    torch.testing.assert_close(y, before, rtol=0, atol=0, equal_nan=True)
+
+
 @each_target
 def test_functions(target: str) -> None:
     """The GPU's approximations are at most 2 units off; the host's stand-ins for them no more."""
