@@ -15,7 +15,7 @@ from fusedres.doctor import add_doctor
 from fusedres.explain import command as explain
 from fusedres.offline import Unavailable
 from fusedres.studies.command import add_study
-from fusedres.train.command import add_train
+from fusedres.train.command import add_train, seed
 
 __all__ = ["main"]
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--epochs", type=_positive, default=16)
     demo.add_argument("--batch", type=_positive, default=64)
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=seed, default=0)
     demo.add_argument("--out", type=Path, default=Path("fusedres-demo.png"), metavar="FILE.png")
     demo.add_argument("--threads", type=_positive, help="CPU threads (PyTorch decides if not given)")
     demo.add_argument("--px", type=int, default=8, help="height and width the digits are scaled to")

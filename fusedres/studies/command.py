@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedres.outputs import check_packages
+from fusedres.train.command import seed
 
 __all__ = ["add_study"]
 
@@ -24,7 +25,7 @@ def add_study(commands: Any) -> None:
     parser.add_argument("--model", default="cifar_resnet56", help="a network of basic blocks")
     parser.add_argument("--epochs", type=_positive, default=30, help="of training, where a study trains")
     parser.add_argument("--draws", type=_positive, default=20, help="random choices per point")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--threads", type=_positive, help="CPU threads (PyTorch decides if not given)")
     parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER")
     parser.set_defaults(run=_study)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fusedres.train.recipe import names
 
-__all__ = ["add_train"]
+__all__ = ["add_train", "seed"]
 
 
 def add_train(commands: Any) -> None:
@@ -45,7 +45,7 @@ def add_train(commands: Any) -> None:
         "--plateau", type=_whole, nargs="?", const=5, metavar="PATIENCE",
         help="divide the rate by 10 when the error has not fallen for PATIENCE epochs (5) instead of at fixed steps",
     )  # fmt: skip
-    recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument("--seed", type=seed, default=0)
 
     how = parser.add_argument_group("how to compute")
     how.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 with a gradient scaler")
@@ -73,6 +73,17 @@ def _train(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in TrainOptions.__dataclass_fields__}
     return run(TrainOptions(**given | {"option": tuple(options.option)}))
+
+
+def seed(text: str) -> int:
+    """A seed as an argument: what PyTorch's generators take."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 2**64
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 64 bits, got {text!r}")
+    return value
 
 
 def _whole(text: str) -> int:

@@ -26,18 +26,18 @@ class Digits:
     background: float
 
 
-def load_digits(size: int = 8) -> Digits:
-    """1,437 training and 360 test images of `size`×`size` pixels, every class split four to one.
+def load_digits(px: int = 8) -> Digits:
+    """1,437 training and 360 test images of `px`×`px` pixels, every class split four to one.
 
     The split is a rule, not a draw: in order of class, every fifth image is a test image. Images larger than
     8×8 are interpolated bilinearly. Mean and standard deviation are those of the training images.
 
     Raises:
-        ValueError: `size` is below 8.
+        ValueError: `px` is below 8.
         ImportError: scikit-learn is not installed.
     """
-    if size < 8:
-        raise ValueError(f"size must be at least 8, the size of the original images, got {size}")
+    if px < 8:
+        raise ValueError(f"px must be at least 8, the size of the original images, got {px}")
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -46,8 +46,8 @@ def load_digits(size: int = 8) -> Digits:
     bunch = datasets.load_digits()
     images = torch.from_numpy(bunch.images).float().unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
-    if size != 8:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    if px != 8:
+        images = F.interpolate(images, size=(px, px), mode="bilinear", align_corners=False)
 
     order = labels.argsort(stable=True)
     is_test = torch.zeros(len(labels), dtype=torch.bool)

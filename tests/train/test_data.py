@@ -134,7 +134,7 @@ def test_a_truncated_image_is_named(folder):
         ("digits", CROP, {}, "recipe: expected one for images of one size"),
         ("imagefolder:/nowhere", PadCrop(), {}, "recipe: expected one that scales its images"),
         ("imagefolder:/nowhere", CROP, {}, "there is no folder /nowhere/train; expected /nowhere/train/CLASS/"),
-        ("digits", PadCrop(), {"px": 4}, "size must be at least 8"),
+        ("digits", PadCrop(), {"px": 4}, "px must be at least 8"),
         ("cifar10", PadCrop(), {"px": 64}, "px: the images of cifar10 are 32 pixels wide, got 64"),
         ("digits", PadCrop(), {"validation": 1437}, "validation must be between 1 and 1436"),
     ],

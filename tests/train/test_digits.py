@@ -94,7 +94,7 @@ def test_batch_size_out_of_range_is_refused_at_once(digits, size):
 
 
 def test_image_size_below_the_original_is_refused():
-    with pytest.raises(ValueError, match=r"size must be at least 8.*got 7"):
+    with pytest.raises(ValueError, match=r"px must be at least 8.*got 7"):
         load_digits(7)
 
 
