@@ -51,7 +51,7 @@ def run(model: str | None = None) -> int:
     if model is not None:
         from .explain.models import source
 
-        built = source(model).build()
+        built = source(model).on_meta()
     for name, found in (*_versions(), *_devices(), *_extras()):
         print(f"{name:12}{found}")
     right = True
