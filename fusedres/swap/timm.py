@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from timm.layers import DropBlock2d, DropPath
 from timm.models import resnet
 from torch import Tensor, nn
 
@@ -16,10 +17,11 @@ def _parts(block: nn.Module, depth: int) -> BlockParts:
         NotFusable: something there does.
     """
     modules = block._modules
-    between = [(name, modules.get(name)) for name in ("drop_block", "aa", "se", "drop_path")]
+    between: list[tuple[str, Any]] = [(name, modules.get(name)) for name in ("drop_block", "aa", "se", "drop_path")]
     for name, module in between:
-        idle = name == "drop_path" and not (block.training and getattr(module, "drop_prob", None) != 0)
-        if module is not None and type(module) is not nn.Identity and not idle:
+        drops = type(module) in (DropBlock2d, DropPath)
+        idle = module is None or type(module) is nn.Identity or (drops and not (module.training and module.drop_prob))
+        if not idle:
             raise NotFusable(f"{name} is a {type(module).__name__}, and lies between what is fused")
     parts = residual_parts(block, depth, [f"act{i}" for i in range(1, depth + 1)])
     return parts._replace(others=(*parts.others, *((name, module) for name, module in between if module is not None)))

@@ -79,11 +79,18 @@ def test_what_lies_between_layers_is_left_alone(changes, blocks, reason):
     assert_same_pass(fused.z, plain.z)
 
 
-def test_paths_are_dropped_in_training_alone():
-    model = fusedres.fuse(tiny(BASIC, drop_path_rate=0.5).eval())
+@pytest.mark.parametrize(
+    ("rate", "dropping"),
+    [
+        ("drop_path_rate", ["layer2.0", "layer2.1", "layer3.0", "layer4.0"]),
+        ("drop_block_rate", ["layer3.0", "layer4.0"]),
+    ],
+)
+def test_what_is_dropped_is_dropped_in_training_alone(rate, dropping):
+    model = fusedres.fuse(tiny(BASIC, **{rate: 0.5}).eval())
     assert not reasons(model)
     assert_twins(model, plain_copy(model), tensor(*IMAGES))
-    assert list(reasons(model.train())) == ["layer2.0", "layer2.1", "layer3.0", "layer4.0"]
+    assert list(reasons(model.train())) == dropping
 
 
 def test_checkpointing_and_features():
