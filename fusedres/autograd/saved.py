@@ -110,6 +110,11 @@ def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
+        if torch._C._functorch.is_legacy_batchedtensor(grads[0]):
+            raise RuntimeError(
+                "fusedres: fused blocks take one gradient at a time, not a batch of them (is_grads_batched, "
+                "vectorize); call fusedres.unfuse(model) before computing these"
+            )
         count_backward()
         with backends.resumed(ctx.backend), no_autocast(grads[0].device.type):
             return backward(ctx, *grads)

@@ -444,6 +444,12 @@ def test_transforms_of_functions_are_those_of_the_plain_model(resnet):
     torch.testing.assert_close(*gradients)
 
 
+def test_batches_of_gradients_are_refused(small):
+    z = fusedres.fuse(small)(tensor(*IMAGES))
+    with pytest.raises(RuntimeError, match=r"one gradient at a time.*call fusedres.unfuse\(model\)"):
+        torch.autograd.grad(z.sum(), list(small.parameters())[:1], torch.ones(3), is_grads_batched=True)
+
+
 def test_models_run_without_memory(resnet):
     fused = fusedres.fuse(resnet.float()).eval()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
