@@ -256,13 +256,11 @@ class _Written:
 
     def __init__(self) -> None:
         self.names: dict[str, Any] = {}
+        self._by_identity: dict[int, str] = {}
 
     def constant(self, value: Any) -> str:
         """A name for a value."""
-        return next((name for name, known in self.names.items() if known is value), None) or self._new(value)
-
-    def _new(self, value: Any) -> str:
-        name = f"c{len(self.names)}"
+        name = self._by_identity.setdefault(id(value), f"c{len(self.names)}")
         self.names[name] = value
         return name
 
@@ -274,7 +272,7 @@ class _Written:
             return "stream"
         if part is None or part.__class__ in (bool, int):
             return repr(part)
-        if not _places(part):
+        if not (isinstance(part, (tuple, list, dict)) and _places(part)):
             return self.constant(part)
         if isinstance(part, dict):
             return "{" + ", ".join(f"{name!r}: {self.expression(inner)}" for name, inner in part.items()) + "}"
@@ -421,19 +419,23 @@ class _Writer(TorchDispatchMode):
         if not self._complete:
             return None
         operands = len(self._operands)
+        given = _places(result)
         steps: list[_Step] = []
         at_hand = set(range(operands))
+        last: dict[int, int] = {}
         for step in (*self._steps, None):
-            for place in _places(result) if step is None else step.inputs:
+            inputs = given if step is None else step.inputs
+            for place in inputs:
                 if place in self._views and place not in at_hand:
                     root, *where = self._views[place]
+                    last[root] = last[place] = len(steps)
                     steps.append(_Step(torch.as_strided, (Place(root), *where), {}, int(place)))
                 at_hand.add(int(place))
             if step is not None:
+                last.update(dict.fromkeys((*step.outputs, *inputs), len(steps)))
                 steps.append(step)
-        last = {number: at for at, step in enumerate(steps) for number in (*step.outputs, *step.inputs)}
         dead: dict[int, list[int]] = {}
-        for number in last.keys() - set(range(operands)) - set(_places(result)):
+        for number in last.keys() - set(range(operands)) - set(given):
             dead.setdefault(last[number], []).append(int(number))
         steps = [step._replace(dead=tuple(sorted(dead.get(at, ())))) for at, step in enumerate(steps)]
         return Notes(operands, steps, result, self._operands[0].device)
