@@ -15,7 +15,7 @@ import fusedres
 from fusedres.bench import cudnn, inplace_abn
 from fusedres.bench.cases import Case, ModelCase, OpCase, near
 from fusedres.bench.setting import Setting
-from fusedres.bench.steps import Step, graph_step, model_step, op_step
+from fusedres.bench.steps import NotSupported, Step, graph_step, model_step, op_step
 from fusedres.explain.step import why_not_fused
 from fusedres.plan import AUTO, SCHEDULES
 
@@ -118,7 +118,7 @@ def _fused(schedule: str) -> Callable[[Case, Setting, tuple[Any, ...]], Step]:
         fused = fusedres.fuse(model, schedule=schedule)
         why = why_not_fused(fused)
         if why is not None:
-            raise cudnn.NotSupported(why)
+            raise NotSupported(why)
         return model_step(case, setting, fused, x, target)
 
     return prepare

@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedres.bench.steps import NotSupported
 from fusedres.ops.contract import Geometry
 
-__all__ = ["NotSupported", "conv_scale_add_relu", "infer_with_graphs", "prologue_conv_stats", "why_unavailable"]
+__all__ = ["conv_scale_add_relu", "infer_with_graphs", "prologue_conv_stats", "why_unavailable"]
 
 SAME = Geometry(padding=(1, 1))
-
-
-class NotSupported(RuntimeError):
-    """A case can not be run so, as is found when it is prepared: no engine of cuDNN's, or no block that is known."""
 
 
 def why_unavailable(device: torch.device) -> str | None:

@@ -17,13 +17,12 @@ from fusedres.bench import machine as machines
 from fusedres.bench import rows as statuses
 from fusedres.bench.cases import Case
 from fusedres.bench.contenders import YARDSTICK, Contender, copied, placed
-from fusedres.bench.cudnn import NotSupported
 from fusedres.bench.declared import declared, flops_of
 from fusedres.bench.gate import Gate
 from fusedres.bench.rows import Row
 from fusedres.bench.saved_activations import saved_bytes
 from fusedres.bench.setting import Setting
-from fusedres.bench.steps import Observed, Step
+from fusedres.bench.steps import NotSupported, Observed, Step
 from fusedres.bench.timing import Clock, Timing, clock_for, interleave
 
 __all__ = ["Comparison", "DeviceLost", "Measurement", "compare"]

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from fusedres.bench.cases import ModelCase
 from fusedres.bench.setting import Setting
 
-__all__ = ["Observed", "Step", "graph_step", "model_step", "op_step", "tensors_in"]
+__all__ = ["NotSupported", "Observed", "Step", "graph_step", "model_step", "op_step", "tensors_in"]
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+
+
+class NotSupported(RuntimeError):
+    """A case can not be run so, as is found when it is prepared: no engine of cuDNN's, or no block that is known."""
 
 
 class Observed(NamedTuple):

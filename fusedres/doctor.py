@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import backends, vgpu
+from .explain.command import MODELS
 from .launch import tf32_allowed, why_not_on
 from .nn.plain import Bottleneck
 from .offline import triton
@@ -35,9 +36,7 @@ def add_doctor(commands: Any) -> None:
         description="Says what is installed and what runs fused blocks on each device, and holds a fused block against "
         "fp64 there. With MODEL it also says which of its blocks are fused, and why not the others.",
     )
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="of torchvision, timm or fusedres.models, or path.py:function"
-    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODELS)
     parser.set_defaults(run=lambda options: run(options.model))
 
 

@@ -423,17 +423,22 @@ class _Writer(TorchDispatchMode):
         steps: list[_Step] = []
         at_hand = set(range(operands))
         last: dict[int, int] = {}
-        for step in (*self._steps, None):
-            inputs = given if step is None else step.inputs
-            for place in inputs:
+
+        def use(places: list[Place]) -> None:
+            """Make the views among these that are not at hand."""
+            for place in places:
                 if place in self._views and place not in at_hand:
                     root, *where = self._views[place]
                     last[root] = last[place] = len(steps)
                     steps.append(_Step(torch.as_strided, (Place(root), *where), {}, int(place)))
                 at_hand.add(int(place))
-            if step is not None:
-                last.update(dict.fromkeys((*step.outputs, *inputs), len(steps)))
-                steps.append(step)
+
+        for step in self._steps:
+            inputs = step.inputs
+            use(inputs)
+            last.update(dict.fromkeys((*step.outputs, *inputs), len(steps)))
+            steps.append(step)
+        use(given)
         dead: dict[int, list[int]] = {}
         for number in last.keys() - set(range(operands)) - set(given):
             dead.setdefault(last[number], []).append(int(number))

@@ -10,6 +10,8 @@ from typing import Any
 from ..outputs import check_file, check_packages
 
 ALL = "all"
+# What `models.source` takes, in the help of the commands that ask it.
+MODELS = "of torchvision or fusedres.models, timm.NAME, or path.py:function"
 
 
 def add_parser(commands: Any) -> None:
@@ -20,9 +22,7 @@ def add_parser(commands: Any) -> None:
         description="Counts a training step (or inference) on paper: nothing is computed, and no GPU is needed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="of torchvision or fusedres.models, timm.NAME, or path.py:function"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODELS)
     parser.add_argument("--batch", type=int, default=256, help="images of a step")
     parser.add_argument("--dtype", default="bf16", help="bf16 or fp16 (by autocast), or fp32")
     parser.add_argument("--gpu", default="h100", help="whose roofline is meant, and whose tiles are launched")

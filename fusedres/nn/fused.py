@@ -45,11 +45,9 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     def goes_plain(self, x: Any) -> bool:
-        """Whether a call runs the plain modules: somebody reads it or looks into them, there is nothing to compute, or
-        ``"auto"`` has nothing better on this GPU."""
-        if traced(x) or _has_any_global_hook() or not x.numel():
-            return True
-        return self.fused_schedule == AUTO and left_to_library(x)
+        """Whether a call runs the plain modules: it is `traced`, there is nothing to compute, or ``"auto"`` has nothing
+        better on this GPU."""
+        return traced(x) or not x.numel() or (self.fused_schedule == AUTO and left_to_library(x))
 
     def train(self, mode: bool = True) -> Any:
         # Writes through .data are not counted by torch; a change of mode is where a stale cache would show.
@@ -62,9 +60,12 @@ class Fused(nn.Module):
 
 
 def traced(x: Any) -> bool:
-    """Whether somebody reads the forward pass rather than running it, or transforms it: they get the plain modules."""
-    reading = not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return reading or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether somebody reads the forward pass, transforms it, or waits for every module's call: they get the plain
+    modules."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True  # who compiles is not to see what follows
+    transforms = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return transforms or _has_any_global_hook()
 
 
 def _is_unseen(x: Tensor) -> bool:
@@ -77,7 +78,7 @@ def _is_unseen(x: Tensor) -> bool:
 def pooled(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``; where it is global average pooling, with a gradient that is not written out."""
     global_ = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-    fits = global_ and not traced(x) and x.dim() == 4 and not _has_any_global_hook() and not left_to_library(x)
+    fits = global_ and not traced(x) and x.dim() == 4 and not left_to_library(x)
     if not fits or not _is_unseen(x) or why_not_others([("avgpool", module)]) is not None:
         plain: Tensor = module(x)
         return plain

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .fused import FusedBasicBlock, FusedBlock, FusedBottleneck, traced
 
@@ -20,7 +19,7 @@ class FusedStage(nn.Sequential):
     """
 
     def forward(self, input: Any) -> Any:
-        if traced(input) or not torch.is_grad_enabled() or _has_any_global_hook():
+        if traced(input) or not torch.is_grad_enabled():
             return super().forward(input)
         modules: list[Any] = list(self)
         for module, following in zip(modules, [*modules[1:], None], strict=True):
