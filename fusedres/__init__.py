@@ -5,11 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 from . import functional, models, nn
 from .backends import backend
 from .launch import record
-from .swap import fuse, report, unfuse
+from .swap import freeze, fuse, report, unfuse
 
 try:
     __version__ = version("fusedres")
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "backend", "functional", "fuse", "models", "nn", "record", "report", "unfuse"]
+__all__ = ["__version__", "backend", "freeze", "functional", "fuse", "models", "nn", "record", "report", "unfuse"]

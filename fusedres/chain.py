@@ -104,16 +104,17 @@ def run_chain(
         announce(choice)
         schedule = choice.schedule.name
 
-    def specified(layer: Layer, moments: bool) -> LayerSpec:
-        moments = moments and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype, kernels=kernels)
-        return layer_spec(layer, dtype, moments=moments)
-
     last = len(layers) - 1
+    moments = [
+        i >= last and use_moments(schedule, layer.tensors.weight, layer.geometry, dtype, kernels=kernels)
+        for i, layer in enumerate(every)
+    ]
+    specs = layer_specs(every, dtype, moments)
     spec = ChainSpec(
-        layers=tuple(specified(layer, i == last) for i, layer in enumerate(layers)),
+        layers=specs[: len(layers)],
         schedule=chain_schedule(schedule, kernels=kernels),
         dtype=dtype,
-        projection=None if projection is None else specified(projection, True),
+        projection=None if projection is None else specs[-1],
         shortcut=shortcut,
         act=act,
         zero_pad_stride=zero_pad_stride,
@@ -146,7 +147,7 @@ def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUT
         raise ValueError(f"pool: {height} x {width} pixels are too few for {pool}")
     if not is_differentiated(x, None, [layer]) and not layer.norm.batch_stats:
         with no_autocast(x.device.type):
-            return infer_stem(x.to(dtype), layer, pool)
+            return infer_stem(x, layer, pool, dtype)
     kernels = wants_kernels(x) and dtype != torch.float64  # in which there are none
     if schedule == AUTO and kernels:
         window = (layer.tensors.weight.shape, layer.geometry)
@@ -154,15 +155,24 @@ def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUT
         announce(choice)
         schedule = choice.schedule.name
     chosen = chain_schedule(schedule, kernels=kernels)
-    spec = StemSpec(layer_spec(layer, dtype), pool, chosen, dtype)
+    (layer_spec,) = layer_specs([layer], dtype)
+    spec = StemSpec(layer_spec, pool, chosen, dtype)
     z: Tensor = StemPool.apply(x, spec, *layer.tensors)
     return z
 
 
-def layer_spec(layer: Layer, dtype: torch.dtype, *, moments: bool = False) -> LayerSpec:
-    """What a Function is told of a layer, its weight in the dtype of the contractions included."""
-    weight = layer.tensors.weight
-    return LayerSpec(layer.geometry, layer.norm, moments, None if weight.dtype == dtype else rounded(weight, dtype))
+def layer_specs(
+    layers: Sequence[Layer], dtype: torch.dtype, moments: Sequence[bool] | None = None
+) -> tuple[LayerSpec, ...]:
+    """What a Function is told of layers, their weights in the dtype of the contractions included."""
+    weights = [layer.tensors.weight for layer in layers]
+    copies = rounded(weights, dtype)
+    return tuple(
+        LayerSpec(layer.geometry, layer.norm, in_moments, None if copy is weight else copy)
+        for layer, weight, copy, in_moments in zip(
+            layers, weights, copies, moments or [False] * len(layers), strict=True
+        )
+    )
 
 
 Window = tuple[Size, Geometry]  # shape of the weight, and how it moves

@@ -11,14 +11,15 @@ from .autograd.dense import DenseLayerSpec, DenseSpec
 from .autograd.spec import LayerSpec
 from .carried import statistics
 from .chain import Layer, Size, check_joins, checked_size, is_differentiated
-from .inference import Folded
+from .inference import Evaluated, evaluated
 from .launch import wants_kernels
-from .ops.contract import ConvInput, Partials, check_activation
+from .ops.contract import ConvInput, Partials, RunningNorm, check_activation
+from .ops.conv_bn_act import conv_bn_act
 from .ops.conv_forward import conv_forward
 from .ops.features import put_features
 from .ops.rows import empty_rows
 from .plan import AUTO
-from .preact_chain import Bare, Norm, activated_by, as_kernels_take, bare, check_norm_of, evaluated, schedule_for
+from .preact_chain import Norm, check_norm_of, normalised, running_norm, schedule_for
 from .replay import replayed
 
 
@@ -81,19 +82,19 @@ def run_dense(x: Tensor, layers: Sequence[DenseLayerParts], *, schedule: str = A
 
 
 def _infer(x: Tensor, layers: Sequence[DenseLayerParts], total: int) -> Tensor:
-    parts = tuple((norm, as_kernels_take(convs[:-1], x, x.dtype), bare(convs[-1])) for norm, convs in layers)
+    parts = tuple((running_norm(norm), evaluated(convs, x.dtype)) for norm, convs in layers)
     return replayed(_inferred, x, parts, total) if wants_kernels(x) else _inferred(x, parts, total)
 
 
-def _inferred(x: Tensor, layers: tuple[tuple[Norm, tuple[Layer | Folded, ...], Bare], ...], total: int) -> Tensor:
+def _inferred(x: Tensor, layers: tuple[tuple[RunningNorm, tuple[Evaluated, ...]], ...], total: int) -> Tensor:
     channels = x.shape[1]
     features = empty_rows(x, size=(x.shape[0], total, *x.shape[2:]))
     put_features(features, x, 0)
-    for norm, inner, last in layers:
-        u = evaluated(features[:, :channels], x.dtype, norm)
+    for norm, (*inner, last) in layers:
+        u = normalised(features[:, :channels], x.dtype, norm)
         for conv in inner:
-            u = ConvInput(activated_by(u, conv))
+            u = ConvInput(conv_bn_act(conv.of(u))[0])
         end = channels + last.weight.shape[0]
-        conv_forward(u, last.weight.to(x.dtype), last.geometry, out=features[:, channels:end])
+        conv_forward(u, last.weight, last.geometry, out=features[:, channels:end])
         channels = end
     return features

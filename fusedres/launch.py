@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, switches
 from .offline import (
     TARGETS,
     Binary,
@@ -22,6 +22,7 @@ from .offline import (
     compile_options,
     specialise,
     target_named,
+    triton,
     why_no_kernels,
 )
 
@@ -154,6 +155,8 @@ def following(follower: Follower) -> Iterator[None]:
 
 def wants_kernels(tensor: Tensor) -> bool:
     """Whether an op called now on ``tensor`` should launch its kernel."""
+    if switches.DISABLED:
+        return False
     if tensor.is_meta:
         return bool(_traces) and backends.current() in ("auto", "triton")
     return backends.runs_kernels(tensor.device.type) and not left_to_library(tensor)
@@ -248,7 +251,7 @@ def launch(
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
             options = compile_options(target_of(tensor).backend, num_warps, num_stages, all_registers=all_registers)
-            binary = kernel[tuple(grid)](**arguments, **options)
+            binary = _started(kernel, tensor.device, lambda: kernel[tuple(grid)](**arguments, **options))
         if follower is not None:
             # A binary takes a kernel's arguments by position, and does not look at them again.
             start = binary[(*grid, 1, 1)[:3]]
@@ -256,7 +259,7 @@ def launch(
     elif not tensor.is_meta:
         fresh = [name for name in writes if name not in reads]
         with nullcontext() if follower is None else follower.apart():
-            counters = _execute(kernel, grid, arguments, fresh, options)
+            counters = _started(kernel, tensor.device, lambda: _execute(kernel, grid, arguments, fresh, options))
         if follower is not None:
             names = tuple(arguments)
 
@@ -275,6 +278,41 @@ def launch(
         )  # fmt: skip
         for trace in _traces:
             trace.launches.append(entry)
+
+
+class LaunchFailed(RuntimeError):
+    """A kernel could not be compiled for, loaded on or started on a device; nothing of it has run.
+
+    Attributes:
+        kernel: its name.
+        device: where.
+    """
+
+    def __init__(self, kernel: str, device: str, error: BaseException) -> None:
+        what = str(error).strip() or type(error).__name__
+        super().__init__(f"{kernel} could not be started on {device}: {type(error).__name__}: {what}")
+        self.kernel, self.device = kernel, device
+
+
+def _started(kernel: Any, device: torch.device, start: Callable[[], Any]) -> Any:
+    try:
+        return start()
+    except Exception as error:
+        # On the CPU an exception may also be what the emulation saw in a kernel, which is for whoever wrote it.
+        if device.type == "cuda" or isinstance(error, _compiler_errors()):
+            raise LaunchFailed(kernel.__name__, str(device), error) from error
+        raise
+
+
+@functools.cache
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where a kernel can not be compiled for a device, or asks for more than it has."""
+    if triton is None:
+        return ()
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import TritonError
+
+    return CompilationError, TritonError
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -9,17 +9,16 @@ from torch import Tensor
 from .autocast import contraction_dtype, no_autocast
 from .autograd import BNAddAct, PreAct
 from .autograd.bn_add_act import BNAddActSpec
-from .autograd.layer import normaliser_of
 from .autograd.preact import PreActSpec
 from .autograd.spec import NormSpec, NormTensors
 from .carried import statistics
-from .chain import Layer, Size, check_joins, check_norm, checked_size, is_differentiated, layer_spec
-from .inference import Folded, folded_layer, infer_layer
+from .chain import Layer, Size, check_joins, check_norm, checked_size, is_differentiated, layer_specs
+from .inference import Evaluated, evaluated
 from .launch import wants_kernels
 from .ops.bn_act import bn_act
-from .ops.bn_finalize import check_norm_vectors
-from .ops.contract import ConvInput, Geometry, Partials, channels_last, check_activation
-from .ops.conv_bn_act import Contraction, conv_bn_act
+from .ops.bn_finalize import bn_from_running, check_norm_vectors
+from .ops.contract import ConvInput, Partials, RunningNorm, channels_last, check_activation, statistics_dtype
+from .ops.conv_bn_act import conv_bn_act
 from .ops.zero_pad_shortcut import ZeroPadded, zero_pad_size
 from .plan import AUTO, Schedule, chain_schedule
 from .replay import replayed
@@ -82,13 +81,14 @@ def run_preact(
             return _infer(x, dtype, norm, layers, projection, shortcut, zero_pad_stride)
 
     chosen = schedule_for(schedule, x)
+    specs = layer_specs(every, dtype)
     spec = PreActSpec(
         norm=None if norm is None else norm.spec,
-        layers=tuple(layer_spec(layer, dtype) for layer in layers),
+        layers=specs[: len(layers)],
         schedule=chosen,
         dtype=dtype,
         shortcut=shortcut,
-        projection=None if projection is None else layer_spec(projection, dtype),
+        projection=None if projection is None else specs[-1],
         zero_pad_stride=zero_pad_stride,
         partials=partials_of(x, norm),
         measured=measured and chosen.statistics and measures,
@@ -138,63 +138,56 @@ def partials_of(x: Tensor, norm: Norm | None) -> Partials | None:
     return statistics.take(x) if norm is not None and norm.spec.batch_stats else None
 
 
-class Bare(NamedTuple):
-    """A convolution without a batch norm behind it, as `Contraction` takes it."""
-
-    weight: Tensor
-    geometry: Geometry
-
-
-def bare(layer: Layer) -> Bare:
-    """Of a layer, its convolution."""
-    return Bare(layer.tensors.weight, layer.geometry)
-
-
-def as_kernels_take(layers: Sequence[Layer], x: Tensor, dtype: torch.dtype) -> tuple[Layer | Folded, ...]:
-    """Layers whose batch norm is applied, folded where kernels run on ``x``."""
-    return tuple(folded_layer(layer, dtype) for layer in layers) if wants_kernels(x) else tuple(layers)
-
-
 def _infer(
     x: Tensor, dtype: torch.dtype, norm: Norm | None, layers: Sequence[Layer], projection: Layer | None,
     shortcut: str, zero_pad_stride: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    inner, second = as_kernels_take(layers[:-1], x, dtype), None if projection is None else bare(projection)
-    operands = (x, dtype, norm, inner, bare(layers[-1]), second, shortcut, zero_pad_stride)
+    every = evaluated(layers if projection is None else [*layers, projection], dtype)
+    last, second = len(layers) - 1, None if projection is None else every[-1]
+    operands = (
+        x,
+        dtype,
+        None if norm is None else running_norm(norm),
+        every[:last],
+        every[last],
+        second,
+        shortcut,
+        zero_pad_stride,
+    )
     return replayed(_inferred, *operands) if wants_kernels(x) else _inferred(*operands)
 
 
 def _inferred(
-    x: Tensor, dtype: torch.dtype, norm: Norm | None, inner: tuple[Layer | Folded, ...], last: Bare,
-    projection: Bare | None, shortcut: str, zero_pad_stride: tuple[int, int],
+    x: Tensor, dtype: torch.dtype, norm: RunningNorm | None, inner: tuple[Evaluated, ...], last: Evaluated,
+    projection: Evaluated | None, shortcut: str, zero_pad_stride: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     x = channels_last(x)
-    source = ConvInput(x.to(dtype)) if norm is None else evaluated(x, dtype, norm)
+    source = ConvInput(x.to(dtype)) if norm is None else normalised(x, dtype, norm)
     u = source
     for layer in inner:
-        u = ConvInput(activated_by(u, layer))
+        u = ConvInput(conv_bn_act(layer.of(u))[0])
     residual: Tensor | ZeroPadded | None = None
     if shortcut == "identity":
         residual = x
     elif shortcut == "zero_pad":
         residual = ZeroPadded(x, last.weight.shape[0], zero_pad_stride)
-    second = None
-    if projection is not None:
-        second = Contraction(source, projection.weight.to(dtype), projection.geometry)
-    main = Contraction(u, last.weight.to(dtype), last.geometry)
-    return conv_bn_act(main, residual=residual, second=second, act=None)[0]
+    second = None if projection is None else projection.of(source)
+    return conv_bn_act(last.of(u), residual=residual, second=second, act=None)[0]
 
 
-def evaluated(x: Tensor, dtype: torch.dtype, norm: Norm) -> ConvInput:
-    """relu(bn(x)) from running statistics, formed on load where kernels do that."""
-    numbers = normaliser_of(None, norm.tensors, norm.spec, x.dtype)
+def running_norm(norm: Norm) -> RunningNorm:
+    """A batch norm in evaluation, as it is stored."""
+    gamma, beta, running_mean, running_var, bias, _ = norm.tensors
+    assert running_mean is not None and running_var is not None
+    return RunningNorm(running_mean, running_var, gamma, beta, bias, norm.spec.eps)
+
+
+def normalised(x: Tensor, dtype: torch.dtype, norm: RunningNorm) -> ConvInput:
+    """relu(bn(x)) from running statistics, formed on load where kernels do that.
+
+    Its numbers are formed by a launch of their own: a convolution's loop would form them at every tap.
+    """
+    numbers = bn_from_running(norm, statistics_dtype(x.dtype))
     if wants_kernels(x) and x.dtype == dtype:
         return ConvInput(x, numbers.scale, numbers.shift)
     return ConvInput(bn_act(x, numbers.scale, numbers.shift)[0].to(dtype))
-
-
-def activated_by(u: ConvInput, layer: Layer | Folded) -> Tensor:
-    """relu(bn(conv(u))) from running statistics."""
-    if isinstance(layer, Folded):
-        return conv_bn_act(Contraction(u, *layer))[0]
-    return infer_layer(u.tensor, layer, "relu")

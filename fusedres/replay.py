@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import backends, launch
+from . import backends, launch, switches
+from .contact import unproven
 from .offline import ALIGNMENT
 from .ops.contract import Geometry, PoolGeometry
 from .plan import tiles
@@ -56,24 +57,42 @@ def replayed(function: Callable[..., T], *operands: Any) -> T:
         What the function gives.
     """
     if not _possible():
-        return function(*operands)
+        return _gone_through(function, operands)
     kind = _kind(operands)
     if kind is None:
-        return function(*operands)
+        return _gone_through(function, operands)
     parts, tensors = kind
-    key = (function, backends.current(), launch.tf32_allowed(), parts)
+    key = (function, backends.current(), launch.tf32_allowed(), _dispatch(), parts)
     notes = _notes.get(key, MISSING)
     if isinstance(notes, Notes):
+        if key in _unchecked:
+            del _unchecked[key]
+            return cast(T, _held_against(function, operands, notes, tensors))
         return cast(T, notes.play(tensors))
     if notes is None:
-        return function(*operands)
+        return _gone_through(function, operands)
     if key not in _seen:
         _remember(_seen, key, None)
-        return function(*operands)
+        return _gone_through(function, operands)
+    unproven()
     result, notes = _noted(function, operands, tensors)
     _seen.pop(key, None)
     _remember(_notes, key, notes)
+    if switches.STRICT:
+        _remember(_unchecked, key, None)
     return result
+
+
+def _gone_through(function: Callable[..., T], operands: tuple[Any, ...]) -> T:
+    """The pass as it is written."""
+    unproven()
+    return function(*operands)
+
+
+def _dispatch() -> tuple[int, int]:
+    """What is done with every call on this thread: inference mode, autocast, other people's dispatch modes."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return included.raw_repr(), excluded.raw_repr()
 
 
 MISSING: Any = object()
@@ -81,6 +100,43 @@ MISSING: Any = object()
 _seen: dict[tuple[Any, ...], None] = {}
 # None: of what can not be noted.
 _notes: dict[tuple[Any, ...], Notes | None] = {}
+# Notes that have not been replayed yet, where their first replay is to be held against the pass as it is written.
+_unchecked: dict[tuple[Any, ...], None] = {}
+
+
+class ReplayDiffers(RuntimeError):
+    """The replay of a pass gave other bits than the pass itself: a fault of fusedres."""
+
+
+def _held_against(function: Callable[..., Any], operands: tuple[Any, ...], notes: Notes, tensors: list[Tensor]) -> Any:
+    """The replay, which must do to the bit what the pass does as it is written, operands that are written to included.
+
+    Raises:
+        ReplayDiffers: it does not.
+    """
+    memories = {memory.data_ptr(): _bytes_of(memory) for memory in (t.untyped_storage() for t in tensors)}
+    before = {address: memory.clone() for address, memory in memories.items()}
+    expected = [_bits(leaf) for leaf in _leaves(function(*operands)) if isinstance(leaf, Tensor)]
+    after = {address: memory.clone() for address, memory in memories.items()}
+    for address, memory in memories.items():
+        if not torch.equal(memory, before[address]):
+            memory.copy_(before[address])
+    result = notes.play(tensors)
+    given = [_bits(leaf) for leaf in _leaves(result) if isinstance(leaf, Tensor)]
+    same = len(given) == len(expected) and all(map(torch.equal, given, expected))
+    if not same or not all(torch.equal(memory, after[address]) for address, memory in memories.items()):
+        what = "its result" if not same else "what it wrote to its operands"
+        raise ReplayDiffers(f"{function.__module__}.{function.__name__}: the replay differs in {what}")
+    return result
+
+
+def _bytes_of(memory: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The elements of a tensor, as bytes."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def _remember(store: dict[tuple[Any, ...], T], key: tuple[Any, ...], value: T) -> None:
@@ -144,7 +200,10 @@ def _take(operands: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], pl
             place = places.setdefault(id(part), len(tensors))
             if place == len(tensors):
                 tensors.append(part)
-                parts.append((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT))
+                keys = torch._C._dispatch_keys(part).raw_repr()
+                parts.append((part.shape, part.stride(), part.dtype, part.device, part.data_ptr() % ALIGNMENT, keys))
+                if torch.version.hip is not None:  # whose compiler addresses less than 2 GiB in 32 bits
+                    parts.append(part.untyped_storage().nbytes() < 2**31)
             else:
                 parts.append(place)
         elif of in SIMPLE:
@@ -312,8 +371,8 @@ class _Writer(TorchDispatchMode):
         self._count = 0
         self._complete = True
         self._apart = False
-        # dtype, and where in its memory it begins: of operands not known the next time.
-        self._begins: dict[int, tuple[torch.dtype, int]] = {}
+        # dtype, memory, and where in that it begins: of operands not known the next time.
+        self._begins: dict[int, tuple[torch.dtype, int, int]] = {}
         self._memories = {tensor.untyped_storage().data_ptr() for tensor in operands}
         for tensor in operands:
             self._give_number(tensor)
@@ -362,11 +421,14 @@ class _Writer(TorchDispatchMode):
         if not isinstance(whole, Place):
             return False
         root = self._views[whole].root if whole in self._views else int(whole)
-        dtype, begin = self._begins[root]
+        dtype, memory, begin = self._begins[root]
         views = {}
         tensors, numbers = ((result,), (output,)) if isinstance(result, Tensor) else (result, output)
         for tensor, number in zip(tensors, numbers, strict=True):
             offset: int | None = int(tensor.storage_offset())
+            # What has a view's schema may have copied: `contiguous` under inference mode, which shows it undecomposed.
+            if tensor.untyped_storage().data_ptr() != memory:
+                return False
             if tensor.untyped_storage().data_ptr() in self._memories:
                 if offset != begin or func is torch.ops.aten.as_strided.default:
                     return False
@@ -380,7 +442,7 @@ class _Writer(TorchDispatchMode):
     def _give_number(self, tensor: Tensor) -> int:
         number, self._count = self._count, self._count + 1
         self._numbers[id(tensor)] = number, weakref.ref(tensor)
-        self._begins[number] = tensor.dtype, int(tensor.storage_offset())
+        self._begins[number] = tensor.dtype, tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
         return number
 
     def _number_of(self, tensor: Tensor) -> int | None:

@@ -1,130 +1,119 @@
-"""Convolution weights rounded to 16 bits under autocast: all of a model's in one launch per forward pass."""
+"""Weights rounded to 16 bits under autocast: all of a network's in one launch, at the beginning of its forward pass.
+
+Rounding is part of a pass: nothing outlives it, so that the next one sees whatever was written to a weight in between,
+by whom and how ever. A network that knows its blocks (`of_network`) rounds for all of them; a block on its own rounds
+its weights together.
+"""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-
-from .writes import backwards, steps
 
 # Each copy begins at a multiple of so many elements, as kernels ask of addresses.
 ALIGNMENT = 64
 
 
-def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` (K, C, R, S) as it is now in ``dtype``, channels_last, without autograd."""
-    recomputed = torch._C._current_graph_task_id() != -1  # by checkpointing, in the middle of a backward pass
-    if recomputed or not (weight.requires_grad and torch.is_grad_enabled()):
-        return _alone(weight, dtype)
-    key = weight.device, weight.dtype, dtype
-    # Two threads may make one at a time; either will do.
-    group = _groups.get(key) or _groups.setdefault(key, _Group(dtype))
-    return group.copy_of(weight)
+class _Copies(threading.local):
+    """Of the network whose forward pass runs on this thread: id -> (tensor, its version and address, its copy)."""
+
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
+        self.known: dict[int, tuple[Tensor, tuple[int, int], Tensor]] = {}
 
 
-def _alone(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.detach().to(dtype, memory_format=torch.channels_last)
+_copies = _Copies()
 
 
-class _Copy(NamedTuple):
-    """A copy that waits for its layer, and what tells whether its weight may have changed since."""
+@contextmanager
+def of_network(x: Tensor, dtype: torch.dtype, weights: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
+    """Round the input and the weights of a network together; `rounded` gives their copies inside the ``with`` block.
 
-    weight: weakref.ref[Tensor]
-    tensor: Tensor
-    address: int
-    version: int
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether this is a copy of ``weight``, to which torch has seen no write since."""
-        return self.weight() is weight and (self.address, self.version) == (weight.data_ptr(), weight._version)
-
-
-class _Group:
-    """Weights that are trained on one device, in the order in which forward passes ask for them.
-
-    The first pass notes who asks, and each weight is rounded alone. From then on whoever begins a pass has every
-    weight of the pass before rounded with its own. A copy is given out once, so that each pass rounds anew, whatever
-    wrote to the weights in between, and nothing is kept behind it. What is out of the ordinary (a weight used twice,
-    layers skipped or new, a weight that may have changed while its copy waited) is rounded alone.
+    Args:
+        x: its input, left out where a backward pass may follow, which keeps a copy of its own.
+        dtype: of the contractions.
+        weights: gives (K, C, R, S) tensors, on the device of x; asked for only where something has to be rounded.
     """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._lock = threading.Lock()
-        self._asked: dict[int, weakref.ref[Tensor]] = {}
-        self._waiting: dict[int, _Copy] = {}
-        self._first = 0
-        self._moment: tuple[Any, ...] = ()
-
-    def copy_of(self, weight: Tensor) -> Tensor:
-        key = id(weight)
-        with self._lock:
-            copy = self._waiting.pop(key, None)
-            known = self._asked.get(key)
-            if copy is None and known is not None and known() is weight and (not self._waiting or key == self._first):
-                return self._begin(weight)
-            self._asked[key] = weakref.ref(weight)
-        if copy is not None and copy.is_of(weight) and self._moment == _moment(weight):
-            return copy.tensor
-        return _alone(weight, self.dtype)
-
-    def _begin(self, weight: Tensor) -> Tensor:
-        """Round every weight that was asked for in the pass before, this one included."""
-        asked = (known() for known in self._asked.values())
-        others = [other for other in asked if other is not None and other is not weight and _alike(other, weight)]
-        copy, *copies = _copies([weight, *others], self.dtype)
-        waiting = zip(others, copies, strict=True)
-        self._waiting = {
-            id(other): _Copy(weakref.ref(other), made, other.data_ptr(), other._version) for other, made in waiting
-        }
-        self._asked = {id(weight): weakref.ref(weight)}
-        self._first, self._moment = id(weight), _moment(weight)
-        return copy
+    # A network inside another has been rounded for.
+    if _copies.dtype is not None or x.dtype == dtype:
+        yield
+        return
+    chosen = [weight for weight in weights() if _fits(weight, x, dtype)]
+    if not torch.is_grad_enabled() and x.dim() == 4:
+        chosen.append(x)
+    copies = _together(chosen, dtype)
+    _copies.dtype = dtype
+    _copies.known = {id(one): (one, _state(one), copy) for one, copy in zip(chosen, copies, strict=True)}
+    try:
+        yield
+    finally:
+        _copies.dtype, _copies.known = None, {}
 
 
-_groups: dict[tuple[torch.device, torch.dtype, torch.dtype], _Group] = {}
+def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors (K, C, R, S) as they are now in ``dtype``, without autograd where that is another than their own.
 
-
-def _alike(other: Tensor, weight: Tensor) -> bool:
-    """Whether both can be rounded together: a model may have been moved, or its weights be sharded, meanwhile."""
-    same = (other.device, other.dtype, other.dim()) == (weight.device, weight.dtype, weight.dim())
-    return same and other.untyped_storage().nbytes() >= other.numel() * other.element_size()
-
-
-def _moment(weight: Tensor) -> tuple[Any, ...]:
-    """Changes where weights may be written to unseen, and where work goes to another stream or into a CUDA graph.
-
-    A copy that a graph makes is of no use outside of it, nor the other way round.
+    Those that the network has rounded already are at hand, unless they were written to since; the others are rounded
+    together.
     """
-    if not weight.is_cuda:
-        return steps(), backwards()
-    stream = torch.cuda.current_stream(weight.device).cuda_stream
-    return steps(), backwards(), stream, torch.cuda.is_current_stream_capturing()
+    found = [one if one.dtype == dtype else _at_hand(one, dtype) for one in tensors]
+    missing = [i for i, copy in enumerate(found) if copy is None]
+    alike = len({(tensors[i].dtype, tensors[i].device) for i in missing}) == 1
+    plain = all(type(tensors[i]) in (Tensor, torch.nn.Parameter) for i in missing)
+    if len(missing) > 1 and alike and plain:
+        copies = _together([tensors[i] for i in missing], dtype)
+    else:
+        copies = [tensors[i].detach().to(dtype, memory_format=torch.channels_last) for i in missing]
+    for i, copy in zip(missing, copies, strict=True):
+        found[i] = copy
+    return [copy for copy in found if copy is not None]
+
+
+def _at_hand(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    known = _copies.known.get(id(tensor))
+    if known is None or _copies.dtype != dtype:
+        return None
+    of, state, copy = known
+    return copy if of is tensor and state == _state(tensor) else None
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Changes with every write that torch counts; no user's code runs between a network's beginning and its blocks."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def _fits(weight: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight can be rounded with the input: a sharded one, for one, may have no memory yet."""
+    if type(weight) not in (Tensor, torch.nn.Parameter) or (weight.device, weight.dim()) != (x.device, 4):
+        return False
+    whole = weight.is_meta or weight.untyped_storage().nbytes() >= weight.numel() * weight.element_size()
+    return weight.dtype == x.dtype != dtype and whole
 
 
 @torch.no_grad()
-def _copies(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Channels_last copies of weights on one device, in one piece of memory."""
+def _together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Channels_last copies of tensors on one device, in one piece of memory."""
+    if not tensors:
+        return []
     begins, end = [], 0
-    for weight in weights:
+    for tensor in tensors:
         begins.append(end)
-        end += -(-weight.numel() // ALIGNMENT) * ALIGNMENT
-    memory = torch.empty(end, dtype=dtype, device=weights[0].device)
+        end += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
+    memory = torch.empty(end, dtype=dtype, device=tensors[0].device)
     copies = []
-    for begin, weight in zip(begins, weights, strict=True):
-        _, c, r, s = weight.shape
-        laid_out = weight.is_contiguous(memory_format=torch.channels_last)
-        strides = weight.stride() if laid_out else (c * r * s, 1, s * c, c)
-        copies.append(memory.as_strided(weight.shape, strides, begin))
+    for begin, tensor in zip(begins, tensors, strict=True):
+        _, c, r, s = tensor.shape
+        laid_out = tensor.is_contiguous(memory_format=torch.channels_last)
+        strides = tensor.stride() if laid_out else (c * r * s, 1, s * c, c)
+        copies.append(memory.as_strided(tensor.shape, strides, begin))
     # A list in which all strides agree is one launch; a single pair that does not makes it one for each.
-    alike = [copy.stride() == weight.stride() for copy, weight in zip(copies, weights, strict=True)]
+    alike = [copy.stride() == tensor.stride() for copy, tensor in zip(copies, tensors, strict=True)]
     for wanted in (True, False):
         chosen = [i for i, agrees in enumerate(alike) if agrees is wanted]
         if chosen:
-            torch._foreach_copy_([copies[i] for i in chosen], [weights[i] for i in chosen])
+            torch._foreach_copy_([copies[i] for i in chosen], [tensors[i] for i in chosen])
     return copies

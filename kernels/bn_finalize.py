@@ -91,6 +91,57 @@ def store_normaliser(
             tl.store(counted_ptr, counted + 1)
 
 
+@triton.jit
+def load_running(
+    running_mean_ptr,  # (C,) any float dtype
+    running_var_ptr,  # (C,) any float dtype
+    gamma_ptr,  # (C,) any float dtype, or None
+    beta_ptr,  # (C,) any float dtype, or None
+    bias_ptr,  # (C,) of the convolution before, or None
+    eps,
+    o_c,  # channels
+    m_c,  # which of them exist
+):
+    """Scale and shift of a batch norm in evaluation, formed from what is stored: nothing that could go stale."""
+    scale = 1.0 / tl.sqrt_rn(tl.load(running_var_ptr + o_c, mask=m_c, other=1.0).to(tl.float32) + eps)
+    if gamma_ptr is not None:
+        scale *= tl.load(gamma_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        mean -= tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += tl.load(beta_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return scale, shift
+
+
+@triton.jit
+def bn_running_kernel(
+    running_mean_ptr,  # (C,) any float dtype
+    running_var_ptr,  # (C,) any float dtype
+    gamma_ptr,  # (C,) any float dtype, or None
+    beta_ptr,  # (C,) any float dtype, or None
+    bias_ptr,  # (C,) of the convolution before, or None
+    mean_ptr,  # (C,) fp32 out
+    invstd_ptr,  # (C,) fp32 out
+    scale_ptr,  # (C,) fp32 out, gamma * invstd
+    shift_ptr,  # (C,) fp32 out, beta - mean * scale
+    C,
+    eps,
+    BLOCK_C: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        mean -= tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    var = tl.load(running_var_ptr + o_c, mask=m_c, other=1.0).to(tl.float32)
+    store_normaliser(
+        1.0, mean, var, gamma_ptr, beta_ptr, None, None, None, None, mean_ptr, invstd_ptr, scale_ptr, shift_ptr,
+        o_c, m_c, eps, 0.0,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["parts"])
 def bn_finalize_kernel(
     count_ptr,  # (parts,) fp32, values behind each partial mean

@@ -6,6 +6,7 @@ The shortcut is a tensor in memory, as it is or normalised, or the projection of
 import triton
 import triton.language as tl
 
+from .bn_finalize import load_running
 from .bn_statistics import store_tile_statistics
 from .contraction import SIZES, contract, in_rows, tile_of
 from .relu_mask import packed, word_pointers
@@ -18,6 +19,33 @@ SHORTCUT_SIZES = (
 )  # fmt: skip
 
 
+@triton.jit
+def normalised(
+    acc,  # (BLOCK_PIXELS, BLOCK_K) fp32
+    scale_ptr,  # (K,) fp32, or None
+    shift_ptr,  # (K,) fp32, or None
+    running_mean_ptr,  # as in `load_running`; None: scale and shift are what is given
+    running_var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    bias_ptr,
+    eps,
+    o,  # (BLOCK_K,) channels
+    m,  # (BLOCK_K,) which of them exist
+):
+    """``acc`` behind its batch norm, or with a convolution's bias, or as it is."""
+    if running_mean_ptr is not None:
+        scale, shift = load_running(running_mean_ptr, running_var_ptr, gamma_ptr, beta_ptr, bias_ptr, eps, o, m)
+        acc = acc * scale[None, :] + shift[None, :]
+    elif scale_ptr is not None:
+        scale = tl.load(scale_ptr + o, mask=m, other=0.0)
+        shift = tl.load(shift_ptr + o, mask=m, other=0.0)
+        acc = acc * scale[None, :] + shift[None, :]
+    elif shift_ptr is not None:
+        acc += tl.load(shift_ptr + o, mask=m, other=0.0)[None, :]
+    return acc
+
+
 @triton.jit(do_not_specialize=[*SIZES, *SHORTCUT_SIZES])
 def conv_bn_act_kernel(
     x_ptr,  # (N, H, W, groups * C) activations, storage dtype
@@ -25,8 +53,13 @@ def conv_bn_act_kernel(
     x_scale_ptr,  # (groups * C,) fp32: relu(x * scale + shift) is what is convolved; None: x itself
     x_shift_ptr,  # (groups * C,) fp32, or None
     ones_ptr,  # as in `contract`
-    scale_ptr,  # (groups * K,) fp32, of the output; None: it joins as it is
-    shift_ptr,  # (groups * K,) fp32; None together with the scale
+    scale_ptr,  # (groups * K,) fp32, of the output; None: it is not multiplied
+    shift_ptr,  # (groups * K,) fp32; None: nothing is added
+    running_mean_ptr,  # (groups * K,) any dtype, or None: scale and shift are formed here, as in `load_running`
+    running_var_ptr,  # (groups * K,) any dtype, or None
+    gamma_ptr,  # (groups * K,) any dtype, or None
+    beta_ptr,  # (groups * K,) any dtype, or None
+    bias_ptr,  # (groups * K,) any dtype, or None
     residual_ptr,  # (pixels, groups * K) storage dtype, or (N, residual_H, residual_W, residual_C), or None
     residual_scale_ptr,  # (groups * K,) fp32 where the residual is a raw projection, else None
     residual_shift_ptr,  # (groups * K,) fp32, or None
@@ -36,6 +69,11 @@ def conv_bn_act_kernel(
     second_x_shift_ptr,  # (second_C,) fp32, or None
     second_scale_ptr,  # (groups * K,) fp32, of its output, or None
     second_shift_ptr,  # (groups * K,) fp32, or None
+    second_running_mean_ptr,  # the projection's own batch norm in evaluation, as above
+    second_running_var_ptr,
+    second_gamma_ptr,
+    second_beta_ptr,
+    second_bias_ptr,
     z_ptr,  # (pixels, groups * K) out
     mask_ptr,  # bits of z > 0 out, as in `word_pointers`; None: not wanted
     count_ptr,  # (tiles,) fp32 out, pixels of each tile; None: no statistics of z
@@ -66,6 +104,8 @@ def conv_bn_act_kernel(
     second_W,
     second_stride_h,
     second_stride_w,
+    eps,
+    second_eps,
     R: tl.constexpr,
     S: tl.constexpr,
     PADDED: tl.constexpr,  # whether a window can reach beyond the input
@@ -104,11 +144,9 @@ def conv_bn_act_kernel(
     o_out = i_group * K + o_k
     m_row = o_row < pixels - first
     m_out = (o_k < GROUPS_PER_TILE * K) & (o_out < groups * K)
-    z = acc
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + o_out, mask=m_out, other=0.0)
-        shift = tl.load(shift_ptr + o_out, mask=m_out, other=0.0)
-        z = acc * scale[None, :] + shift[None, :]
+    z = normalised(
+        acc, scale_ptr, shift_ptr, running_mean_ptr, running_var_ptr, gamma_ptr, beta_ptr, bias_ptr, eps, o_out, m_out
+    )  # fmt: skip
     if second_x_ptr is not None:
         second_C = second_C // SECOND_C_MULTIPLE * SECOND_C_MULTIPLE
         acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
@@ -117,11 +155,10 @@ def conv_bn_act_kernel(
             second_C, groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1, second_C, 1,
             1, False, False, 1, SECOND_EVEN_C, PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
-        if second_scale_ptr is not None:
-            scale = tl.load(second_scale_ptr + o_out, mask=m_out, other=0.0)
-            shift = tl.load(second_shift_ptr + o_out, mask=m_out, other=0.0)
-            acc = acc * scale[None, :] + shift[None, :]
-        z += acc
+        z += normalised(
+            acc, second_scale_ptr, second_shift_ptr, second_running_mean_ptr, second_running_var_ptr, second_gamma_ptr,
+            second_beta_ptr, second_bias_ptr, second_eps, o_out, m_out,
+        )  # fmt: skip
     o = o_row[:, None] * (groups * K) + o_out[None, :]
     m = m_row[:, None] & m_out[None, :]
     if residual_ptr is not None:

@@ -6,14 +6,21 @@ The backward kernel gathers: every pixel asks the windows that hold it, so that 
 import triton
 import triton.language as tl
 
+from .bn_finalize import load_running
+
 NO_GRADIENT = tl.constexpr(255)  # index of a window whose maximum the ReLU set to zero
 
 
 @triton.jit(do_not_specialize=["rows", "H", "W", "P", "Q"])
 def stem_pool_kernel(
     y_ptr,  # (N, H, W, C) raw convolution output, storage dtype
-    scale_ptr,  # (C,) fp32
-    shift_ptr,  # (C,) fp32
+    scale_ptr,  # (C,) fp32, or None where they are formed from the running statistics
+    shift_ptr,  # (C,) fp32, or None
+    running_mean_ptr,  # (C,) any dtype, as in `load_running`, or None
+    running_var_ptr,  # (C,) any dtype, or None
+    gamma_ptr,  # (C,) any dtype, or None
+    beta_ptr,  # (C,) any dtype, or None
+    bias_ptr,  # (C,) any dtype, or None
     z_ptr,  # (rows, C) out, rows = N * P * Q
     index_ptr,  # (rows, C) uint8 out: tap r * S + s of the maximum, or NO_GRADIENT; None: not wanted
     rows,
@@ -22,6 +29,7 @@ def stem_pool_kernel(
     W,
     P,
     Q,
+    eps,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -40,8 +48,11 @@ def stem_pool_kernel(
     m_row, m_c = o_row < rows, o_c < C
     o_n, o_p, o_q = o_row // (P * Q), o_row // Q % P, o_row % Q
     o_h, o_w = o_p * STRIDE_H - PAD_H, o_q * STRIDE_W - PAD_W
-    scale = tl.load(scale_ptr + o_c, mask=m_c, other=0.0)
-    shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)
+    if running_mean_ptr is not None:
+        scale, shift = load_running(running_mean_ptr, running_var_ptr, gamma_ptr, beta_ptr, bias_ptr, eps, o_c, m_c)
+    else:
+        scale = tl.load(scale_ptr + o_c, mask=m_c, other=0.0)
+        shift = tl.load(shift_ptr + o_c, mask=m_c, other=0.0)
 
     # For the sake of the one-byte index the compiler would give a thread 16 neighbours, whose accesses to the wider
     # elements would then be several, each touching a part of every sector.

@@ -1,8 +1,14 @@
 """What holds for every test."""
 
+import os
+
+# Nothing is forgiven in tests: the first replay of every note is held against the pass as it is written.
+os.environ["FUSEDRES_STRICT"] = "1"
+
 import pytest
 
 from fusedres import replay
+from fusedres.nn import fused
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +16,10 @@ def nothing_noted():
     """No test goes by the notes of another, which might go past what it puts in the place of a function."""
     replay._notes.clear()
     replay._seen.clear()
+    replay._unchecked.clear()
+
+
+@pytest.fixture(autouse=True)
+def fused_at_any_size(monkeypatch):
+    """Tests of fused passes use tensors for which a CPU runs the plain modules by default."""
+    monkeypatch.setattr(fused, "LEAST_WORK_PER_THREAD", 0)

@@ -16,6 +16,7 @@ from ..ops.contract import (
     OutputGrad,
     Partials,
     Producer,
+    RunningNorm,
     statistics_dtype,
 )
 from ..ops.conv_backward import conv_backward, conv_producer_backward
@@ -100,9 +101,8 @@ def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpe
             counted=counted,
         )  # fmt: skip
     assert running_mean is not None and running_var is not None
-    return bn_from_running(
-        gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, dtype=statistics_dtype(dtype)
-    )
+    running = RunningNorm(running_mean, running_var, gamma, beta, bias, spec.eps)
+    return bn_from_running(running, statistics_dtype(dtype))
 
 
 def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) -> Branch:

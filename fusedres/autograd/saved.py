@@ -10,7 +10,6 @@ from torch import Tensor
 from .. import backends
 from ..autocast import no_autocast
 from ..replay import Place, like
-from ..writes import count_backward
 
 
 class Packed(NamedTuple):
@@ -115,7 +114,6 @@ def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "fusedres: fused blocks take one gradient at a time, not a batch of them (is_grads_batched, "
                 "vectorize); call fusedres.unfuse(model) before computing these"
             )
-        count_backward()
         with backends.resumed(ctx.backend), no_autocast(grads[0].device.type):
             return backward(ctx, *grads)
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fusedres.nn import blocks, plain
-from fusedres.nn.fused import FusedStem, pooled
+from fusedres.nn.fused import FusedStem, network_pass, pooled
 from fusedres.nn.plain.variants import gated_modules
-from fusedres.nn.stage import fuse_stages
+from fusedres.nn.stage import through
 
 __all__ = ["FusedResNet", "ResNet", "build", "cifar_depth", "initialise", "library", "residual_stages"]
 
@@ -64,11 +64,16 @@ class ResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         for name in self.stages:
-            x = self._modules[name](x)  # type: ignore[misc]
+            x = self.stage(self._modules[name], x)  # type: ignore[arg-type]
         if self.end is not None:
             x = self.end(x)
         logits: torch.Tensor = self.fc(self.pool(x).flatten(1))
         return logits
+
+    def stage(self, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """One stage."""
+        z: torch.Tensor = stage(x)
+        return z
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """The mean over all pixels."""
@@ -78,6 +83,13 @@ class ResNet(nn.Module):
 
 class FusedResNet(FusedStem, ResNet):
     """A `ResNet` with a fused stem; its stages are what their blocks are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with network_pass(self, x):
+            return super().forward(x)
+
+    def stage(self, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return through(stage, x)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         return pooled(self.avgpool, x)
@@ -131,8 +143,6 @@ def build(
     model = (FusedResNet if fused else ResNet)(
         conv1, *stages, num_classes=num_classes, stem_act=stem_act, pool=pool, end=end
     )
-    if fused:
-        fuse_stages(model)
     return initialise(model, zero_init_residual)
 
 

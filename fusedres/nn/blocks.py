@@ -58,6 +58,7 @@ class ActivationBottleneck(FusedOrdered, plain.ActivationBottleneck):
 
 class DenseBlock(FusedDenseBlock, plain.DenseBlock):
     __doc__ = plain.DenseBlock.__doc__
+    dense_layer = plain.DenseLayer
 
 
 class Transition(FusedTransition, plain.Transition):

@@ -1,5 +1,9 @@
 """Fused forward passes for live modules, mixed into subclasses of the modules they serve."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -7,24 +11,35 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from .. import backends, switches
 from ..autocast import contraction_dtype
 from ..autograd import GlobalPool
 from ..chain import run_chain, run_stem
-from ..inference import forget
-from ..launch import left_to_library
+from ..contact import attempt
+from ..launch import left_to_library, wants_kernels
 from ..plan import AUTO
+from ..rounded import of_network
+from .genuine import Watch, watched, why_overridden, why_patched
 from .parts import (
+    PLAIN_TENSORS,
     BlockParts,
     NotFusable,
-    Pair,
     StemParts,
     layer_of,
+    pair_of,
     residual_parts,
     stem_parts,
     why_not,
     why_not_others,
     why_not_pairs,
 )
+
+
+def plain_base(cls: type) -> type[nn.Module] | None:
+    """The plain class behind a fused one, if it has one already."""
+    plain = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, Fused))
+    found = next(plain, nn.Module)
+    return None if found is nn.Module else found
 
 
 class Fused(nn.Module):
@@ -36,36 +51,179 @@ class Fused(nn.Module):
     fused_schedule: str = AUTO
     """The schedule asked for; what `fuse` sets on the instance."""
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        """Every convolution that the fused pass runs.
+    fused_failure: str | None = None
+    """Why no kernel is tried any more; set on the instance where one could not be started."""
+
+    fused_watches: tuple[Watch, ...] = ()
+    """The plain code that the fused pass stands for."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        plain = plain_base(cls)
+        if plain is not None:
+            cls.fused_watches = watched(plain)
+
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> Any:
+        """A module of the plain class or of this one taken apart, every part of a kind that the fused pass replaces;
+        what is given has ``convs``, the convolutions that it runs, ``norms``, whose statistics it may move, and
+        ``pairs`` of both where they follow each other.
 
         Raises:
             NotFusable: with the reason.
         """
         raise NotImplementedError
 
+    @classmethod
+    def why_plain(cls, module: nn.Module) -> str | None:
+        """Why the next call of a module of this class would run the plain forward, or None."""
+        if switches.DISABLED:
+            return "FUSEDRES_DISABLE is set"
+        failure = module.__dict__.get("fused_failure")
+        if failure is not None:
+            return str(failure)
+        reason = why_overridden("", module) or why_patched(cls.fused_watches)
+        if reason is not None:
+            return reason
+        try:
+            cls.parts_of(module)
+        except NotFusable as why:
+            return str(why)
+        return None
+
     def goes_plain(self, x: Any) -> bool:
         """Whether a call runs the plain modules: it is `traced`, there is nothing to compute, or ``"auto"`` has nothing
         better on this GPU."""
-        return traced(x) or not x.numel() or (self.fused_schedule == AUTO and left_to_library(x))
+        if switches.DISABLED or self.fused_failure is not None or traced(x) or not x.numel():
+            return True
+        return self.fused_schedule == AUTO and left_to_library(x)
 
-    def train(self, mode: bool = True) -> Any:
-        # Writes through .data are not counted by torch; a change of mode is where a stale cache would show.
+    def parts_now(self, x: Any) -> Any:
+        """The module taken apart for a call on ``x``; None: it runs the plain modules."""
+        if self.goes_plain(x) or why_patched(self.fused_watches) is not None:
+            return None
         try:
-            for conv in self.fused_convs():
-                forget(conv.weight)  # type: ignore[arg-type]
+            parts = self.parts_of(self)
         except NotFusable:
-            pass
-        return super().train(mode)
+            return None
+        if self.fused_schedule == AUTO and too_small(x, parts.convs):
+            return None
+        # Without a batch norm there is inference alone.
+        folded = any(type(norm) is nn.Identity for norm in parts.norms)
+        if folded and torch.is_grad_enabled() and (x.requires_grad or parts.convs[0].weight.requires_grad):
+            return None
+        return parts
+
+    def attempt(self, parts: Any, run: Callable[..., Tensor], *args: Any) -> Tensor | None:
+        """``run(*args)``, the fused pass; None, with nothing changed, where it could not be: the plain one is due."""
+
+        def written() -> list[Tensor]:
+            return [buffer for norm in parts.norms for buffer in norm.buffers()]
+
+        try:
+            return attempt(self, written, lambda: run(*args), kernels=wants_kernels(args[0]))
+        except NotFusable:  # before anything was launched: tensors of a kind that passes do not take
+            return None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes made by `fused_subclass` are found by what they were made of.
+        made_of = type(self).__dict__.get("fused_made_of")
+        reduced: Any = super().__reduce_ex__(protocol)
+        return reduced if made_of is None else (_remade, made_of, *reduced[2:])
+
+
+class FusedPass(Fused):
+    """A module whose whole forward is one fused pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused_or_plain(x, self._run)
+
+    def fused_or_plain(self, x: Tensor, run: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """``run(x, parts)``, or the plain forward where that can not be now."""
+        parts = self.parts_now(x)
+        z = None if parts is None else self.attempt(parts, run, x, parts)
+        if z is None:
+            z = super().forward(x)
+        return z
+
+    def _run(self, x: Tensor, parts: Any) -> Tensor:
+        """The fused pass."""
+        raise NotImplementedError
+
+
+def fused_subclass(fused: type[Fused], plain: type[nn.Module]) -> type[Fused]:
+    """The fused class of ``plain``, which derives from the plain class of ``fused`` and computes as that does."""
+    made_of: Any = (fused, plain)
+    if made_of not in _made:
+        own = {"fused_made_of": made_of, "__module__": plain.__module__, "__doc__": plain.__doc__}
+        _made[made_of] = type(f"Fused{plain.__name__}", (fused, plain), own)
+    return _made[made_of]
+
+
+_made: dict[Any, type[Fused]] = {}
+
+
+def _remade(fused: type[Fused], plain: type[nn.Module]) -> Fused:
+    cls = fused_subclass(fused, plain)
+    return cls.__new__(cls)
 
 
 def traced(x: Any) -> bool:
     """Whether somebody reads the forward pass, transforms it, or waits for every module's call: they get the plain
     modules."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if type(x) not in PLAIN_TENSORS or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True  # who compiles is not to see what follows
     transforms = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     return transforms or _has_any_global_hook()
+
+
+def traced_everywhere() -> str | None:
+    """Why every module of the process runs as it is written now, or None."""
+    return "a hook for all modules waits for every call" if _has_any_global_hook() else None
+
+
+# On a CPU a fused block takes a tenth of a millisecond of Python more than its plain twin: where its convolutions
+# multiply less than this for each thread (some 5 ms), that would be felt.
+LEAST_WORK_PER_THREAD = 2**28
+
+
+def too_small(x: Tensor, convs: Sequence[nn.Module]) -> bool:
+    """Whether a block is left to its plain modules on a CPU, where a fused pass saves less than it costs."""
+    if x.device.type != "cpu" or backends.current() != "auto" or x.dim() != 4:
+        return False
+    weights = sum(conv.weight.numel() for conv in convs)  # type: ignore[misc,operator]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return pixels * weights < LEAST_WORK_PER_THREAD * torch.get_num_threads()
+
+
+def network_pass(network: nn.Module, x: Tensor) -> AbstractContextManager[None]:
+    """Surrounds the forward pass of a network whose own code runs nothing but its modules.
+
+    Under autocast the weights of all its fused blocks are rounded together at its beginning, unless a hook might write
+    to them after that.
+    """
+
+    def weights() -> list[Tensor]:
+        found: list[Tensor] = []
+        for module in network.modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if module is not network and not all(isinstance(hook, Bystander) for hook in hooks):
+                return []
+            if isinstance(module, Fused) and type(module).why_plain(module) is None:
+                found += (conv.weight for conv in module.parts_of(module).convs)
+        return found
+
+    return of_network(x, contraction_dtype(x), weights)
+
+
+class Bystander:
+    """A forward hook that neither keeps nor changes what it is shown: blocks go on as if it were not there."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self.hook = hook
+
+    def __call__(self, *shown: Any) -> None:
+        self.hook(*shown)
 
 
 def _is_unseen(x: Tensor) -> bool:
@@ -86,13 +244,14 @@ def pooled(module: nn.Module, x: Tensor) -> Tensor:
     return z
 
 
-class FusedBlock(Fused):
+class FusedBlock(FusedPass):
     """A residual block (or a single conv-BN-act) as one autograd node."""
 
     adds_in_place = False
     """Whether the plain block adds its shortcut to what it is added to, so that autocast's dtype stays."""
 
-    def fused_parts(self) -> BlockParts:
+    @classmethod
+    def blocks_parts(cls, block: Any) -> BlockParts:
         """The block taken apart.
 
         Raises:
@@ -100,35 +259,23 @@ class FusedBlock(Fused):
         """
         raise NotImplementedError
 
-    def checked_parts(self) -> BlockParts:
-        """`fused_parts`, every one of them of a kind that the fused pass replaces.
-
-        Raises:
-            NotFusable: with the reason.
-        """
-        parts = self.fused_parts()
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> BlockParts:
+        parts = cls.blocks_parts(module)
         reason = why_not(parts)
         if reason is not None:
             raise NotFusable(reason)
         return parts
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        return tuple(pair.conv for pair in self.checked_parts().pairs)
-
     def forward(self, x: Tensor, *, hands_over: bool = False) -> Tensor:
-        """The block; ``hands_over`` is what a `FusedStage` says of blocks that are a chain."""
-        if not self.goes_plain(x):
-            try:
-                parts = self.checked_parts()
-            except NotFusable:
-                pass
-            else:
-                return self._run_chain(x, parts, hands_over=True) if hands_over else self._run(x, parts)
-        plain: Tensor = super().forward(x)
-        return plain
+        """The block; ``hands_over`` is what `through` says of blocks that are a chain."""
+        return self.fused_or_plain(x, self._run_on if hands_over else self._run)
 
     def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
         return self._run_chain(x, parts)
+
+    def _run_on(self, x: Tensor, parts: BlockParts) -> Tensor:
+        return self._run_chain(x, parts, hands_over=True)
 
     def _run_chain(self, x: Tensor, parts: BlockParts, *, gain: float = 1.0, hands_over: bool = False) -> Tensor:
         """The block's chain with its own shortcut; ``gain`` multiplies the last batch norm's output."""
@@ -155,24 +302,25 @@ class FusedBlock(Fused):
 class FusedBasicBlock(FusedBlock):
     """conv1 bn1 relu conv2 bn2 + shortcut, relu."""
 
-    def fused_parts(self) -> BlockParts:
-        return residual_parts(self, 2)
+    @classmethod
+    def blocks_parts(cls, block: Any) -> BlockParts:
+        return residual_parts(block, 2)
 
 
 class FusedBottleneck(FusedBlock):
     """conv1 bn1 relu conv2 bn2 relu conv3 bn3 + shortcut, relu."""
 
-    def fused_parts(self) -> BlockParts:
-        return residual_parts(self, 3)
+    @classmethod
+    def blocks_parts(cls, block: Any) -> BlockParts:
+        return residual_parts(block, 3)
 
 
 class FusedConvBNAct(FusedBlock):
     """conv bn act, no shortcut."""
 
-    def fused_parts(self) -> BlockParts:
-        modules = self._modules
-        pair = Pair(modules["conv"], modules["bn"], "conv", "bn")  # type: ignore[arg-type]
-        return BlockParts((pair,), None, "none", self.act, (1, 1), ())  # type: ignore[arg-type]
+    @classmethod
+    def blocks_parts(cls, block: Any) -> BlockParts:
+        return BlockParts((pair_of(block, "conv", "bn"),), None, "none", block.act, (1, 1), ())
 
 
 class FusedStem(Fused):
@@ -181,32 +329,22 @@ class FusedStem(Fused):
     stem_relu = "relu"
     """What its ReLU is called."""
 
-    def checked_stem(self) -> StemParts:
-        """The stem taken apart, every part of a kind that the fused pass replaces.
-
-        Raises:
-            NotFusable: with the reason.
-        """
-        parts = stem_parts(self, self.stem_relu)
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> StemParts:
+        parts = stem_parts(module, cls.stem_relu)
         reason = why_not_pairs(parts.pairs) or why_not_others(parts.others)
         if reason is not None:
             raise NotFusable(reason)
         return parts
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        return tuple(pair.conv for pair in self.checked_stem().pairs)
-
     def stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x))))."""
-        if not self.goes_plain(x):
-            try:
-                parts = self.checked_stem()
-            except NotFusable:
-                pass
-            else:
-                return self._run_stem(x, parts)
+        parts = self.parts_now(x)
+        z = None if parts is None else self.attempt(parts, self._run_stem, x, parts)
+        if z is not None:
+            return z
         for name in ("conv1", "bn1", self.stem_relu, "maxpool"):
-            part = self._modules.get(name)
+            part = getattr(self, name, None)
             x = x if part is None else part(x)
         return x
 

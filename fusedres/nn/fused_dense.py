@@ -1,7 +1,7 @@
 """Fused forward passes of dense blocks, of the transitions between them, and of a DenseNet's stem and end."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from ..launch import wants_kernels
 from ..ops.contract import Geometry
 from ..plan import AUTO
 from ..preact_chain import run_bn_act, run_preact
-from .fused import Fused
+from .fused import Fused, FusedPass, network_pass
+from .genuine import watched, why_patched
 from .parts import (
     NotFusable,
     Pair,
@@ -23,6 +24,8 @@ from .parts import (
     bare_layer_of,
     layer_of,
     norm_of,
+    pair_of,
+    part,
     stem_parts,
     why_not_bare,
     why_not_hooked,
@@ -39,6 +42,32 @@ class DenseParts(NamedTuple):
     inner: tuple[Pair, ...]
     last: nn.Module
 
+    @property
+    def convs(self) -> tuple[nn.Module, ...]:
+        return (*(pair.conv for pair in self.inner), self.last)
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return (self.norm, *(pair.bn for pair in self.inner))
+
+
+class DenseBlockParts(NamedTuple):
+    """A dense block taken apart."""
+
+    layers: tuple[DenseParts, ...]
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return tuple(pair for layer in self.layers for pair in layer.inner)
+
+    @property
+    def convs(self) -> tuple[nn.Module, ...]:
+        return tuple(conv for layer in self.layers for conv in layer.convs)
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return tuple(norm for layer in self.layers for norm in layer.norms)
+
 
 def dense_parts(name: str, layer: nn.Module) -> DenseParts:
     """Take apart a layer with torchvision's names: norm1, relu1, conv1 and perhaps norm2, relu2, conv2.
@@ -46,27 +75,28 @@ def dense_parts(name: str, layer: nn.Module) -> DenseParts:
     Raises:
         NotFusable: with the reason.
     """
-    modules: dict[str, Any] = dict(layer._modules)
     if getattr(layer, "drop_rate", 0) and layer.training:
         raise NotFusable(f"{name} drops values of its output")
     inner: tuple[Pair, ...] = ()
     last = "conv1"
-    if "conv2" in modules:
-        inner = (Pair(modules["conv1"], modules["norm2"], f"{name}.conv1", f"{name}.norm2"),)
+    relus = ["relu1"]
+    if hasattr(layer, "conv2"):
+        inner = (pair_of(layer, "conv1", "norm2", f"{name}."),)
         last = "conv2"
-    norm, first = modules["norm1"], f"{name}.norm1"
-    others = [(f"{name}.{part}", modules[part]) for part in ("relu1", "relu2") if part in modules]
+        relus.append("relu2")
+    norm, first = part(layer, "norm1"), f"{name}.norm1"
+    others = [(f"{name}.{relu}", part(layer, relu)) for relu in relus]
     reason = (
         why_not_hooked(name, layer)
         or why_not_norm(first, norm)
         or why_not_hooked(first, norm)
         or why_not_pairs(inner)
-        or why_not_bare(f"{name}.{last}", modules[last])
+        or why_not_bare(f"{name}.{last}", part(layer, last))
         or why_not_relus(others)
     )
     if reason:
         raise NotFusable(reason)
-    return DenseParts(norm, inner, modules[last])
+    return DenseParts(norm, inner, part(layer, last))
 
 
 def why_not_relus(relus: list[tuple[str, nn.Module]]) -> str | None:
@@ -76,43 +106,34 @@ def why_not_relus(relus: list[tuple[str, nn.Module]]) -> str | None:
     return why_not_others(relus)
 
 
-class FusedDenseBlock(Fused):
+class FusedDenseBlock(FusedPass):
     """A dense block as one autograd node over one buffer of features."""
 
-    def dense_layers(self) -> list[DenseParts]:
-        """Its layers taken apart.
+    dense_layer: type[nn.Module] = nn.Module
+    """The class of its layers."""
 
-        Raises:
-            NotFusable: with the reason.
-        """
-        layers = [dense_parts(name, layer) for name, layer in self._modules.items() if layer is not None]
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> DenseBlockParts:
+        layers = [(name, layer) for name, layer in module._modules.items() if layer is not None]
         if not layers:
             raise NotFusable("there are no layers")
-        return layers
+        for name, layer in layers:
+            if type(layer) is not cls.dense_layer:
+                raise NotFusable(f"{name} is a {type(layer).__name__}, not a {cls.dense_layer.__name__}")
+        reason = why_patched(watched(cls.dense_layer))
+        if reason:
+            raise NotFusable(reason)
+        return DenseBlockParts(tuple(dense_parts(name, layer) for name, layer in layers))
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        layers = self.dense_layers()
-        return tuple(conv for layer in layers for conv in (*(pair.conv for pair in layer.inner), layer.last))
+    def parts_now(self, x: Any) -> Any:
+        return super().parts_now(x) if isinstance(x, Tensor) and takes_dense(x) else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.goes_plain(x) and takes_dense(x):
-            try:
-                layers = self.dense_layers()
-            except NotFusable:
-                pass
-            else:
-                return run_dense(
-                    x,
-                    [
-                        DenseLayerParts(
-                            norm_of(layer.norm), (*(layer_of(pair) for pair in layer.inner), bare_layer_of(layer.last))
-                        )
-                        for layer in layers
-                    ],
-                    schedule=self._schedule(),
-                )
-        plain: Tensor = super().forward(x)
-        return plain
+    def _run(self, x: Tensor, parts: DenseBlockParts) -> Tensor:
+        layers = [
+            DenseLayerParts(norm_of(layer.norm), (*(layer_of(pair) for pair in layer.inner), bare_layer_of(layer.last)))
+            for layer in parts.layers
+        ]
+        return run_dense(x, layers, schedule=self._schedule())
 
     def _schedule(self) -> str:
         # torchvision's option to form again in backward what would be kept is what the prologue does.
@@ -120,41 +141,45 @@ class FusedDenseBlock(Fused):
         return "prologue" if frugal and self.fused_schedule == AUTO else self.fused_schedule
 
 
-class FusedTransition(Fused):
+class TransitionParts(NamedTuple):
+    """A transition taken apart."""
+
+    norm: nn.Module
+    conv: nn.Module
+    pool: nn.Module
+    pairs: tuple[Pair, ...] = ()
+
+    @property
+    def convs(self) -> tuple[nn.Module, ...]:
+        return (self.conv,)
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return (self.norm,)
+
+
+class FusedTransition(FusedPass):
     """norm, relu and conv as one autograd node, then the pooling; on kernels that too, where the convolution is 1x1."""
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        modules: dict[str, Any] = dict(self._modules)
-        if set(modules) != {"norm", "relu", "conv", "pool"}:
-            raise NotFusable(f"expected norm, relu, conv and pool, found {', '.join(modules)}")
-        norm, conv = modules["norm"], modules["conv"]
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> TransitionParts:
+        if set(module._modules) != {"norm", "relu", "conv", "pool"}:
+            raise NotFusable(f"expected norm, relu, conv and pool, found {', '.join(module._modules)}")
+        norm, relu, conv, pool = (part(module, name) for name in ("norm", "relu", "conv", "pool"))
         reason = why_not_norm("norm", norm) or why_not_hooked("norm", norm) or why_not_bare("conv", conv)
-        reason = reason or why_not_relus([("relu", modules["relu"])])
+        reason = reason or why_not_relus([("relu", relu)])
         if reason:
             raise NotFusable(reason)
-        return (conv,)
+        return TransitionParts(norm, conv, pool)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.goes_plain(x):
-            try:
-                (conv,) = self.fused_convs()
-            except NotFusable:
-                pass
-            else:
-                return self._run(x, conv)
-        plain: Tensor = super().forward(x)
-        return plain
-
-    def _run(self, x: Tensor, conv: nn.Module) -> Tensor:
-        modules: Any = self._modules
-        layer, pool = bare_layer_of(conv), modules["pool"]
+    def _run(self, x: Tensor, parts: TransitionParts) -> Tensor:
+        layer, pool = bare_layer_of(parts.conv), cast(Any, parts.pool)
         # A library's convolutions gain nothing by a window.
         joined = _averages_behind(pool, layer, x) and (wants_kernels(x) or not backends.runs_native())
         if joined:
             layer = averaged(layer, *_pairs(pool), contraction_dtype(x))
         out = run_preact(
-            x, norm_of(modules["norm"]), [layer], shortcut="none", schedule=self.fused_schedule,
-            measured=joined,
+            x, norm_of(parts.norm), [layer], shortcut="none", schedule=self.fused_schedule, measured=joined,
         )  # fmt: skip
         pooled: Tensor = out if joined else pool(out)
         return pooled
@@ -192,11 +217,27 @@ def _pairs(pool: nn.AvgPool2d) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 class EndParts(NamedTuple):
-    """What a DenseNet has around its blocks: the stem, None if it is a convolution alone, and the last batch norm."""
+    """What a DenseNet has around its blocks: the stem, None if it is a convolution alone, and the last batch norm.
+
+    ``first`` are the modules that the stem stands for, ``middle`` those between it and the last.
+    """
 
     stem: StemParts | None
+    first: tuple[nn.Module, ...]
     middle: tuple[nn.Module, ...]
     norm: nn.Module
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return () if self.stem is None else self.stem.pairs
+
+    @property
+    def convs(self) -> tuple[nn.Module, ...]:
+        return () if self.stem is None else self.stem.convs
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return (self.norm,) if self.stem is None else (*self.stem.norms, self.norm)
 
 
 def end_parts(model: nn.Module) -> EndParts:
@@ -205,7 +246,7 @@ def end_parts(model: nn.Module) -> EndParts:
     Raises:
         NotFusable: with the reason.
     """
-    features: Any = model._modules["features"]
+    features: Any = part(model, "features")
     if type(features) is not nn.Sequential:
         raise NotFusable(f"features is a {type(features).__name__}, not a Sequential")
     reason = why_not_hooked("features", features)
@@ -218,40 +259,39 @@ def end_parts(model: nn.Module) -> EndParts:
         stand_in = nn.Module()
         stand_in._modules = dict(zip(("conv1", "bn1", "relu", "maxpool"), modules[:4], strict=True))
         stem, first = stem_parts(stand_in), 4
-        reason = reason or why_not_pairs((stem.pair,)) or why_not_others(stem.others)
+        reason = reason or why_not_pairs(stem.pairs) or why_not_others(stem.others)
     if reason:
         raise NotFusable(reason)
-    return EndParts(stem, tuple(modules[first:-1]), modules[-1])
+    return EndParts(stem, tuple(modules[:first]), tuple(modules[first:-1]), modules[-1])
 
 
 class FusedDenseEnds(Fused):
     """A DenseNet whose stem and whose last batch norm and ReLU run as one autograd node each."""
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        stem = end_parts(self).stem
-        return () if stem is None else (stem.pair.conv,)
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> EndParts:
+        return end_parts(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.goes_plain(x):
-            try:
-                parts = end_parts(self)
-            except NotFusable:
-                pass
-            else:
-                return self._run(x, parts)
-        plain: Tensor = super().forward(x)
-        return plain
-
-    def _run(self, x: Tensor, parts: EndParts) -> Tensor:
-        if parts.stem is not None:
-            layer = layer_of(parts.stem.pair)
-            if parts.stem.pool is None:
-                x = run_chain(x, [layer], schedule=self.fused_schedule)
-            else:
-                x = run_stem(x, layer, parts.stem.pool, schedule=self.fused_schedule)
-        for module in parts.middle:
-            x = module(x)
-        x = run_bn_act(x, norm_of(parts.norm))
-        classifier: Any = self._modules["classifier"]
+        parts: EndParts | None = self.parts_now(x)
+        if parts is None:
+            plain: Tensor = super().forward(x)
+            return plain
+        with network_pass(self, x):
+            stem = None if parts.stem is None else self.attempt(parts, self._run_stem, x, parts.stem)
+            for module in parts.first if stem is None else ():
+                x = module(x)
+            x = x if stem is None else stem
+            for module in parts.middle:
+                x = module(x)
+            end = self.attempt(parts, run_bn_act, x, norm_of(parts.norm))
+            x = torch.relu(parts.norm(x)) if end is None else end
+        classifier: Any = self.classifier
         logits: Tensor = classifier(torch.flatten(GlobalPool.apply(x), 1))
         return logits
+
+    def _run_stem(self, x: Tensor, stem: StemParts) -> Tensor:
+        layer = layer_of(stem.pair)
+        if stem.pool is None:
+            return run_chain(x, [layer], schedule=self.fused_schedule)
+        return run_stem(x, layer, stem.pool, schedule=self.fused_schedule)

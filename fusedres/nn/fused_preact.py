@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..preact_chain import run_bn_act, run_preact
-from .fused import Fused
+from .fused import FusedPass
 from .parts import (
     NotFusable,
     Pair,
     bare_layer_of,
     layer_of,
     norm_of,
+    pair_of,
+    part,
     why_not_bare,
     why_not_hooked,
     why_not_norm,
@@ -32,9 +34,18 @@ class PreActParts(NamedTuple):
     zero_pad_stride: tuple[int, int]
 
     @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return self.inner
+
+    @property
     def convs(self) -> tuple[nn.Module, ...]:
         last = (self.last,) if self.projection is None else (self.last, self.projection)
         return (*(pair.conv for pair in self.inner), *last)
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        first = () if self.norm is None else (self.norm,)
+        return (*first, *(pair.bn for pair in self.inner))
 
 
 def preact_parts(block: Any) -> PreActParts:
@@ -43,17 +54,17 @@ def preact_parts(block: Any) -> PreActParts:
     Raises:
         NotFusable: with the reason.
     """
-    modules, depth = block._modules, block.depth
-    inner = tuple(Pair(modules[f"conv{i}"], modules[f"bn{i + 1}"], f"conv{i}", f"bn{i + 1}") for i in range(1, depth))
-    dropout = modules.get("dropout")
-    if dropout is not None and not (type(dropout) is nn.Dropout and (dropout.p == 0 or not block.training)):
+    depth = block.depth
+    inner = tuple(pair_of(block, f"conv{i}", f"bn{i + 1}") for i in range(1, depth))
+    dropout = getattr(block, "dropout", None)
+    if dropout is not None and not (type(dropout) is nn.Dropout and (dropout.p == 0 or not dropout.training)):
         raise NotFusable("dropout stands between the last ReLU and its convolution")
-    norm, last = modules.get("bn1"), f"conv{depth}"
-    reason = why_not_pairs(inner) or why_not_bare(last, modules[last])
+    norm, last = getattr(block, "bn1", None), f"conv{depth}"
+    reason = why_not_pairs(inner) or why_not_bare(last, part(block, last))
     if norm is not None:
         reason = reason or why_not_norm("bn1", norm) or why_not_hooked("bn1", norm)
-    others = [(name, modules[name]) for name in ("relu", "dropout") if modules.get(name) is not None]
-    shortcut, kind, projection, stride = modules.get("downsample"), "identity", None, (1, 1)
+    others = [(name, part(block, name)) for name in ("relu", "dropout") if getattr(block, name, None) is not None]
+    shortcut, kind, projection, stride = getattr(block, "downsample", None), "identity", None, (1, 1)
     if type(shortcut) is ZeroPadShortcut:
         kind, stride = "zero_pad", (shortcut.stride, shortcut.stride)
         others.append(("downsample", shortcut))
@@ -63,25 +74,15 @@ def preact_parts(block: Any) -> PreActParts:
     reason = reason or why_not_others(others)
     if reason:
         raise NotFusable(reason)
-    return PreActParts(norm, inner, modules[last], projection, kind, stride)
+    return PreActParts(norm, inner, part(block, last), projection, kind, stride)
 
 
-class FusedPreAct(Fused):
+class FusedPreAct(FusedPass):
     """A pre-activation block as one autograd node."""
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        return preact_parts(self).convs
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.goes_plain(x):
-            try:
-                parts = preact_parts(self)
-            except NotFusable:
-                pass
-            else:
-                return self._run(x, parts)
-        plain: Tensor = super().forward(x)
-        return plain
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> PreActParts:
+        return preact_parts(module)
 
     def _run(self, x: Tensor, parts: PreActParts) -> Tensor:
         return run_preact(
@@ -95,24 +96,28 @@ class FusedPreAct(Fused):
         )
 
 
-class FusedBNAct(Fused):
+class NormParts(NamedTuple):
+    """A batch norm and its ReLU taken apart."""
+
+    norm: nn.Module
+    convs: tuple[nn.Module, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return (self.norm,)
+
+
+class FusedBNAct(FusedPass):
     """relu(bn(x)) as one autograd node, measured by whoever wrote x where that is a fused block."""
 
-    def fused_convs(self) -> tuple[nn.Module, ...]:
-        bn = self._modules["bn"]
-        reason = why_not_norm("bn", bn) or why_not_hooked("bn", bn)  # type: ignore[arg-type]
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> NormParts:
+        bn = part(module, "bn")
+        reason = why_not_norm("bn", bn) or why_not_hooked("bn", bn)
         if reason:
             raise NotFusable(reason)
-        return ()
+        return NormParts(bn)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.goes_plain(x):
-            try:
-                self.fused_convs()
-            except NotFusable:
-                pass
-            else:
-                bn: Any = self._modules["bn"]
-                return run_bn_act(x, norm_of(bn))
-        plain: Tensor = super().forward(x)
-        return plain
+    def _run(self, x: Tensor, parts: NormParts) -> Tensor:
+        return run_bn_act(x, norm_of(parts.norm))

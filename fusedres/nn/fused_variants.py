@@ -25,8 +25,9 @@ class FusedBeside(FusedBlock):
 
     depth: int
 
-    def fused_parts(self) -> BlockParts:
-        parts = residual_parts(self, self.depth)
+    @classmethod
+    def blocks_parts(cls, block: Any) -> BlockParts:
+        parts = residual_parts(block, block.depth)
         if parts.shortcut == "none":
             raise NotFusable("there is no shortcut")
         return parts
@@ -78,8 +79,9 @@ class FusedStochastic(FusedBlock):
 
     survival: float
 
-    def fused_parts(self) -> BlockParts:
-        return residual_parts(self, 2)
+    @classmethod
+    def blocks_parts(cls, block: Any) -> BlockParts:
+        return residual_parts(block, 2)
 
     def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
         plain: Any = self
@@ -96,11 +98,12 @@ class FusedOrdered(FusedBeside):
 
     order: str
 
-    def fused_parts(self) -> BlockParts:
-        parts = super().fused_parts()
+    @classmethod
+    def blocks_parts(cls, block: Any) -> BlockParts:
+        parts = super().blocks_parts(block)
         last = parts.chain[-1]
         # There batch norm comes after the sum.
-        reason = why_not_bare(last.conv_name, last.conv) if self.order == "bn_after_add" else None
+        reason = why_not_bare(last.conv_name, last.conv) if block.order == "bn_after_add" else None
         if reason:
             raise NotFusable(reason)
         return parts

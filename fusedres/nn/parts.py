@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..autograd.spec import ConvBN, NormSpec, NormTensors
 from ..chain import Layer
 from ..ops.contract import Geometry, PoolGeometry
 from ..preact_chain import Norm
+from .genuine import why_overridden
 from .plain import NoShortcut, ZeroPadShortcut
 
 
@@ -42,9 +43,30 @@ class BlockParts(NamedTuple):
         """The chain, and the projection last."""
         return self.chain if self.projection is None else (*self.chain, self.projection)
 
+    @property
+    def convs(self) -> tuple[nn.Module, ...]:
+        return tuple(pair.conv for pair in self.pairs)
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return tuple(pair.bn for pair in self.pairs)
+
 
 class NotFusable(Exception):
     """Why a block is left alone."""
+
+
+def part(module: nn.Module, name: str) -> nn.Module:
+    """A part of a module, as the plain forward finds it.
+
+    Raises:
+        NotFusable: it is missing, or something else than a module.
+    """
+    found = module.__dict__.get(name, module._modules.get(name))
+    if not isinstance(found, nn.Module):
+        what = "is missing" if found is None else f"is a {type(found).__name__}, not a module"
+        raise NotFusable(f"{name} {what}")
+    return found
 
 
 def residual_parts(block: nn.Module, depth: int, relus: Sequence[str] = ("relu",)) -> BlockParts:
@@ -53,13 +75,9 @@ def residual_parts(block: nn.Module, depth: int, relus: Sequence[str] = ("relu",
     Raises:
         NotFusable: the shortcut is of a kind that no fused pass knows.
     """
-    modules = block._modules
-    chain = tuple(
-        Pair(modules[f"conv{i}"], modules[f"bn{i}"], f"conv{i}", f"bn{i}")  # type: ignore[arg-type]
-        for i in range(1, depth + 1)
-    )
-    others: list[tuple[str, nn.Module]] = [(name, modules[name]) for name in relus]  # type: ignore[misc]
-    shortcut = modules.get("downsample")
+    chain = tuple(pair_of(block, f"conv{i}", f"bn{i}") for i in range(1, depth + 1))
+    others = [(name, part(block, name)) for name in relus]
+    shortcut = getattr(block, "downsample", None)
     projection, pool, kind, zero_pad_stride = None, None, "identity", (1, 1)
     if type(shortcut) is nn.Sequential and (named := _projection(shortcut)):
         *before, (conv_name, conv), (bn_name, bn) = named
@@ -76,9 +94,18 @@ def residual_parts(block: nn.Module, depth: int, relus: Sequence[str] = ("relu",
     return BlockParts(chain, projection, kind, "relu", zero_pad_stride, tuple(others), pool)
 
 
+def pair_of(block: nn.Module, conv: str, bn: str, before: str = "") -> Pair:
+    """A convolution and a batch norm by their names; ``before`` are those of what holds them."""
+    return Pair(part(block, conv), part(block, bn), f"{before}{conv}", f"{before}{bn}")
+
+
 def _projection(shortcut: nn.Sequential) -> list[tuple[str, nn.Module]]:
-    """A convolution and a batch norm, perhaps behind average pooling, or nothing; what does nothing is left out."""
-    named: list[tuple[str, Any]] = [(n, part) for n, part in shortcut._modules.items() if type(part) is not nn.Identity]
+    """A convolution and a batch norm, perhaps behind average pooling, or nothing; what does nothing is left out, but
+    in the place of a batch norm that was folded into the convolution."""
+    every: list[tuple[str, Any]] = list(shortcut._modules.items())
+    named = [(name, layer) for name, layer in every if type(layer) is not nn.Identity]
+    if named and named[-1] != every[-1] and type(named[-1][1]) is nn.Conv2d:
+        named.append(every[-1])
     pooled = len(named) == 3 and type(named[0][1]) is nn.AvgPool2d
     return named if len(named) == 2 or pooled else []
 
@@ -106,6 +133,8 @@ def why_not_conv(name: str, conv: nn.Module) -> str | None:
 
 
 def why_not_norm(name: str, bn: nn.Module) -> str | None:
+    if type(bn) is nn.Identity:  # folded into the convolution
+        return f"{name} is an Identity, which is fused in evaluation alone" if bn.training else None
     if type(bn) is not nn.BatchNorm2d:
         return f"{name} is a {type(bn).__name__}, not a plain BatchNorm2d"
     if bn.momentum is not None and not math.isfinite(bn.momentum):
@@ -116,7 +145,7 @@ def why_not_norm(name: str, bn: nn.Module) -> str | None:
 def why_not_bare(name: str, conv: nn.Module) -> str | None:
     """The same of a convolution without a batch norm behind it."""
     reason = why_not_conv(name, conv)
-    if reason is None and conv._parameters["bias"] is not None:
+    if reason is None and getattr(conv, "bias", None) is not None:
         reason = f"{name} has a bias and no batch norm behind it"
     return reason or why_not_hooked(name, conv)
 
@@ -140,23 +169,44 @@ def why_not_hooked(name: str, module: nn.Module) -> str | None:
     # A fused pass does not call the inner modules, so nothing may wait for such a call.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks, which a fused pass would not call"
-    if "forward" in module.__dict__:
-        return f"{name}.forward was replaced"
-    return None
+    return why_overridden(name, module)
 
 
 def layer_of(pair: Pair) -> Layer:
     """The tensors and numbers of a live convolution and batch norm, as a call in its present mode uses them."""
     norm = norm_of(pair.bn)
     gamma, beta, running_mean, running_var, _, counted = norm.tensors
-    weight, bias = pair.conv._parameters["weight"], pair.conv._parameters["bias"]
-    tensors = ConvBN(weight, bias, gamma, beta, running_mean, running_var, counted)  # type: ignore[arg-type]
+    weight, bias = convolution_tensors(pair.conv)
+    tensors = ConvBN(weight, bias, gamma, beta, running_mean, running_var, counted)
     return Layer(tensors, _geometry_of(pair.conv), norm.spec)
 
 
 def bare_layer_of(conv: nn.Module) -> Layer:
     """A live convolution without a batch norm."""
-    return Layer(ConvBN(conv.weight), _geometry_of(conv), NormSpec(batch_stats=False))  # type: ignore[arg-type]
+    weight, _ = convolution_tensors(conv)
+    return Layer(ConvBN(weight), _geometry_of(conv), NormSpec(batch_stats=False))
+
+
+def convolution_tensors(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as the plain forward finds them: parameters, or what a wrapper computes in their place.
+
+    Raises:
+        NotFusable: one is missing, or of a class that computes in its own way.
+    """
+    weight = _tensor("weight", conv)
+    if weight is None:
+        raise NotFusable("a convolution has no weight")
+    return weight, _tensor("bias", conv)
+
+
+def _tensor(name: str, module: nn.Module) -> Tensor | None:
+    tensor = getattr(module, name, None)
+    if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+        raise NotFusable(f"{name} of a {type(module).__name__} is a {type(tensor).__name__}, not a plain tensor")
+    return tensor
+
+
+PLAIN_TENSORS = (nn.Parameter, Tensor, nn.Buffer)
 
 
 def _geometry_of(conv: nn.Module) -> Geometry:
@@ -166,13 +216,15 @@ def _geometry_of(conv: nn.Module) -> Geometry:
 
 
 def norm_of(bn: nn.Module) -> Norm:
-    """The tensors and numbers of a live batch norm, as a call in its present mode uses them."""
+    """The tensors and numbers of a live batch norm, as a call in its present mode uses them; none of an Identity."""
+    if type(bn) is nn.Identity:
+        return Norm(NormTensors(), NormSpec(batch_stats=False))
     assert isinstance(bn, nn.BatchNorm2d)
-    gamma, beta = bn._parameters["weight"], bn._parameters["bias"]
-    running_mean, running_var = bn._buffers["running_mean"], bn._buffers["running_var"]
+    gamma, beta, running_mean, running_var, counted = (_tensor(name, bn) for name in _OF_NORM)
     batch_stats = bn.training or running_mean is None
     # Only who measures a batch for the running statistics counts it.
-    counted = bn._buffers.get("num_batches_tracked") if bn.training and bn.track_running_stats else None
+    if not (bn.training and bn.track_running_stats):
+        counted = None
     momentum = bn.momentum
     if momentum is None:  # a cumulative average: the k-th batch weighs 1 / k
         momentum = 0.0 if counted is None else 1.0 / (float(counted) + 1.0)
@@ -180,6 +232,9 @@ def norm_of(bn: nn.Module) -> Norm:
         running_mean = running_var = None
     tensors = NormTensors(gamma, beta, running_mean, running_var, counted=counted)
     return Norm(tensors, NormSpec(bn.eps, momentum, batch_stats))
+
+
+_OF_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class StemParts(NamedTuple):
@@ -198,6 +253,14 @@ class StemParts(NamedTuple):
         """In the order in which they run."""
         return (*self.before, self.pair)
 
+    @property
+    def convs(self) -> tuple[nn.Module, ...]:
+        return tuple(pair.conv for pair in self.pairs)
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        return tuple(pair.bn for pair in self.pairs)
+
 
 def stem_parts(model: nn.Module, relu: str = "relu") -> StemParts:
     """Take apart a stem with torchvision's names: conv1, bn1, maxpool (which may be missing), and that of its ReLU.
@@ -205,11 +268,10 @@ def stem_parts(model: nn.Module, relu: str = "relu") -> StemParts:
     Raises:
         NotFusable: there is no batch norm, or the pooling is of a kind that no fused pass knows.
     """
-    modules = model._modules
-    if modules.get("bn1") is None:
+    if getattr(model, "bn1", None) is None:
         raise NotFusable("conv1 has no batch norm behind it")
-    conv, bn = cast(nn.Module, modules["conv1"]), cast(nn.Module, modules["bn1"])
-    others: list[tuple[str, nn.Module]] = [(relu, modules[relu])]  # type: ignore[list-item]
+    conv, bn = part(model, "conv1"), part(model, "bn1")
+    others = [(relu, part(model, relu))]
     pair, before = Pair(conv, bn, "conv1", "bn1"), []
     if type(conv) is nn.Sequential and len(conv) % 3 == 1:
         *named, (last, module) = conv._modules.items()
@@ -221,10 +283,10 @@ def stem_parts(model: nn.Module, relu: str = "relu") -> StemParts:
             others.append((f"conv1.{relu_name}", act))
         pair = Pair(module, bn, f"conv1.{last}", "bn1")
         others.append(("conv1", conv))
-    pool = modules.get("maxpool")
+    pool = getattr(model, "maxpool", None)
     if pool is not None:
-        others.append(("maxpool", pool))
-    geometry = None if pool is None else _pool_geometry(pool)
+        others.append(("maxpool", part(model, "maxpool")))
+    geometry = None if pool is None or type(pool) is nn.Identity else _pool_geometry(pool)
     return StemParts(pair, geometry, tuple(others), tuple(before))
 
 

@@ -39,8 +39,10 @@ def normalised_sum(
 ) -> Tensor:  # fmt: skip
     """act(y * scale + shift + residual * residual_scale + residual_shift), unrounded in the statistics dtype."""
     z = y.to(statistics_dtype(y.dtype))
-    if scale is not None and shift is not None:
-        z = z * per_channel(scale) + per_channel(shift)
+    if scale is not None:
+        z = z * per_channel(scale)
+    if shift is not None:
+        z = z + per_channel(shift)
     residual = written(residual)
     if residual is not None:
         branch = residual.to(z.dtype)
@@ -150,18 +152,18 @@ def _bn_act_native(
     if y.dtype != statistics_dtype(y.dtype) or output_dtype(y, residual, residual_scale) != y.dtype:
         return NotImplemented
     _check(y, scale, shift, residual, act)
-    z = _affine(y, scale, shift)
+    z = affine(y, scale, shift)
     if residual is not None:
         if residual_scale is not None and residual_shift is not None:
             wide = residual if isinstance(residual, Tensor) else zero_pad_shortcut(*residual)
-            residual = _affine(wide, residual_scale, residual_shift)
+            residual = affine(wide, residual_scale, residual_shift)
         add_shortcut(z, residual)
     if act == "relu":
         z.relu_()
     return z, pack_relu_mask(z) if bit_mask else None
 
 
-def _affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """y * scale + shift by the inference form of batch norm, one pass on every device."""
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     out: Tensor = torch.ops.aten.native_batch_norm(y, scale, shift, zeros, ones, False, 0.0, 0.0)[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..plan.tiles import MOST_PARTS, PartialTile
-from .contract import Normaliser, Partials, check_vector
+from .contract import Normaliser, Partials, RunningNorm, check_vector
 from .op import Op
 from .rows import empty_partials, storable
 
@@ -214,21 +214,62 @@ def check_norm_vectors(
         raise ValueError("running_mean, running_var: expected both or neither, got one")
 
 
-def bn_from_running(
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    dtype: torch.dtype = torch.float32,
-) -> Normaliser:
-    """The `Normaliser` of frozen or evaluated batch norm: mean = running_mean - bias, var = running_var."""
-    mean = running_mean.to(dtype)
-    if bias is not None:
-        mean = mean - bias.to(dtype)
-    return normaliser(mean, torch.rsqrt(running_var.to(dtype) + eps), gamma, beta)
+def _bn_from_running(norm: RunningNorm, dtype: torch.dtype = torch.float32) -> Normaliser:
+    """The numbers of frozen or evaluated batch norm: mean = running_mean - bias, invstd = (running_var + eps)^-1/2.
+
+    Args:
+        norm: the batch norm as it is stored.
+        dtype: of the statistics.
+
+    Returns:
+        `Normaliser` in the statistics dtype.
+    """
+    _check_running(norm)
+    mean = norm.mean.to(dtype)
+    if norm.bias is not None:
+        mean = mean - norm.bias.to(dtype)
+    return normaliser(mean, torch.rsqrt(norm.var.to(dtype) + norm.eps), norm.gamma, norm.beta)
+
+
+bn_from_running = Op(_bn_from_running)
+
+
+@bn_from_running.triton
+def _bn_from_running_triton(norm: RunningNorm, dtype: torch.dtype = torch.float32) -> Normaliser:
+    _check_running(norm)
+    if dtype != torch.float32 or not storable(*norm[:5]):
+        return NotImplemented
+    from ..kernels.bn_finalize import bn_running_kernel
+
+    tile, channels = PartialTile(), len(norm.mean)
+    read = running_arguments(norm)
+    numbers = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=norm.mean.device))
+    written = {f"{name}_ptr": vector for name, vector in numbers._asdict().items()}
+    launch(
+        bn_running_kernel, (-(-channels // tile.block_c),),
+        {**read, **written, "eps": float(norm.eps), "C": channels, "BLOCK_C": tile.block_c},
+        reads=tuple(read), writes=tuple(written), flops=8 * channels, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return numbers
+
+
+def running_arguments(norm: RunningNorm | None, prefix: str = "") -> dict[str, Tensor | None]:
+    """What kernels that form the numbers of a batch norm themselves are told of it, but its eps."""
+    names = ("running_mean", "running_var", "gamma", "beta", "bias")
+    vectors = (None,) * 5 if norm is None else norm[:5]
+    return {
+        f"{prefix}{name}_ptr": None if vector is None else vector.contiguous()
+        for name, vector in zip(names, vectors, strict=True)
+    }
+
+
+def eps_of(norm: RunningNorm | None) -> float:
+    """What kernels that form numbers themselves are told."""
+    return 0.0 if norm is None else float(norm.eps)
+
+
+def _check_running(norm: RunningNorm) -> None:
+    check_norm_vectors(norm.mean.shape[0], norm.gamma, norm.beta, norm.mean, norm.var, norm.bias)
 
 
 def normaliser(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normaliser:

@@ -83,6 +83,21 @@ class Normaliser(NamedTuple):
     shift: Tensor
 
 
+class RunningNorm(NamedTuple):
+    """A batch norm in evaluation, as it is stored: its numbers are formed where they are used, and kept nowhere.
+
+    ``mean`` and ``var`` are the running statistics; ``gamma``, ``beta`` and the ``bias`` of the convolution before it
+    may be None (1, 0 and 0). All are (K,), of any floating-point dtype.
+    """
+
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
 class Producer(NamedTuple):
     """What made a convolution's input: a batch norm and a ReLU, or the end of a block.
 

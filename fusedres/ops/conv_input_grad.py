@@ -204,5 +204,5 @@ def _conv_input_grad_native(
         shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)
-        return onednn.conv_act(grad, transposed, shortcut)
+        return onednn.conv(grad, transposed, None, geometry).add_(shortcut)
     return joined(input_grad(grad, weight, size, geometry), add)

@@ -335,10 +335,10 @@ def _moments_input_grad_native(
         return NotImplemented
     linear = onednn.pointwise((matrices.scale.unsqueeze(1) * matrices.weight).t())
     if matrices.quadratic is None or matrices.constants is None:
-        du = onednn.conv_act(masked(g), linear)
+        du = onednn.conv(masked(g), linear, None, Geometry())
     else:
         seen = channels_last(formed(sampled(u, geometry.stride)))
-        du = onednn.conv_act(seen, onednn.pointwise(matrices.quadratic.sum(1), matrices.constants.sum(0)))
+        du = onednn.conv(seen, onednn.pointwise(matrices.quadratic.sum(1)), matrices.constants.sum(0), Geometry())
         onednn.conv_onto(du, masked(g), linear)
     if not compact:
         du = _spread(du, u.tensor, geometry.stride)

@@ -8,7 +8,17 @@ from torch.nn.functional import max_pool2d
 
 from .bn_act import bn_act
 from .bn_backward import masked
-from .contract import Geometry, OutputGrad, PoolGeometry, channels_last, check_activation, check_vector
+from .bn_finalize import bn_from_running, eps_of, running_arguments
+from .contract import (
+    Geometry,
+    OutputGrad,
+    PoolGeometry,
+    RunningNorm,
+    channels_last,
+    check_activation,
+    check_vector,
+    statistics_dtype,
+)
 from .contractions import bytes_in_windows
 from .op import Op
 from .rows import empty_rows, launch_rows, storable
@@ -17,13 +27,15 @@ NO_GRADIENT = 255  # index of a window whose maximum the ReLU set to zero
 
 
 def _stem_pool(
-    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True, indices: bool = True
-) -> tuple[Tensor, Tensor | None]:
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, pool: PoolGeometry, *, compact: bool = True,
+    indices: bool = True, running: RunningNorm | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """z = maxpool(relu(y * scale + shift)) and where each maximum stood in its window.
 
     Args:
         y: (N, C, H, W) raw convolution output.
-        scale, shift: (C,) in the statistics dtype.
+        scale, shift: (C,) in the statistics dtype, or both None, where ...
+        running: ... a batch norm in evaluation stands in their place.
         pool: window of at most 255 pixels, its stride, its padding (with minus infinity).
         compact: one byte per index, the ReLU's mask in it; else the library's eight bytes and no mask.
         indices: whether to return them at all: inference needs none.
@@ -33,8 +45,8 @@ def _stem_pool(
         window order, or 255 where the maximum is not positive, so that no gradient passes the ReLU. Else int64:
         h * W + w.
     """
-    _check(y, scale, shift, pool)
-    u, _ = bn_act(y, scale, shift)
+    _check(y, scale, shift, pool, running)
+    u, _ = bn_act(y, *_numbers(y, scale, shift, running))
     if not indices:
         return max_pool2d(u, *pool), None
     z, position = max_pool2d(u, *pool, return_indices=True)
@@ -46,21 +58,23 @@ stem_pool = Op(_stem_pool)
 
 @stem_pool.triton
 def _stem_pool_triton(
-    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True, indices: bool = True
-) -> tuple[Tensor, Tensor | None]:
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, pool: PoolGeometry, *, compact: bool = True,
+    indices: bool = True, running: RunningNorm | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if not (storable(y) and (compact or not indices)):
         return NotImplemented
-    _check(y, scale, shift, pool)
+    _check(y, scale, shift, pool, running)
     from ..kernels.stem_pool import stem_pool_kernel
 
     n, channels, h, w = y.shape
     size = (n, channels, *pool.output_size(h, w))
     z = empty_rows(y, size=size)
     index = empty_rows(y, torch.uint8, size) if indices else None
-    tensors = {"y_ptr": channels_last(y), "scale_ptr": scale, "shift_ptr": shift, "z_ptr": z, "index_ptr": index}
+    numbers = {"scale_ptr": scale, "shift_ptr": shift, **running_arguments(running)}
+    tensors = {"y_ptr": channels_last(y), **numbers, "z_ptr": z, "index_ptr": index, "eps": eps_of(running)}
     covered = bytes_in_windows(y, size[2:], pool.kernel, Geometry(pool.stride, pool.padding))
     launch_rows(
-        stem_pool_kernel, z, {**tensors, **_window(y, z, pool)}, reads=("y_ptr", "scale_ptr", "shift_ptr"),
+        stem_pool_kernel, z, {**tensors, **_window(y, z, pool)}, reads=("y_ptr", *numbers),
         writes=("z_ptr", "index_ptr"), partial={"y_ptr": covered}, flops=4 * math.prod(pool.kernel) * z.numel(),
         vectors=2, all_registers=True,
     )  # fmt: skip
@@ -79,11 +93,12 @@ def _window(full: Tensor, pooled: Tensor, pool: PoolGeometry) -> dict[str, int]:
 
 @stem_pool.native
 def _stem_pool_native(
-    y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry, *, compact: bool = True, indices: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    _check(y, scale, shift, pool)
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, pool: PoolGeometry, *, compact: bool = True,
+    indices: bool = True, running: RunningNorm | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    _check(y, scale, shift, pool, running)
     # The ReLU is monotonic, so it may follow the maximum, over a fraction of the pixels.
-    u, _ = bn_act(y, scale, shift, act=None)
+    u, _ = bn_act(y, *_numbers(y, scale, shift, running), act=None)
     if not indices:
         return max_pool2d(u, *pool).relu_(), None
     z, position = max_pool2d(u, *pool, return_indices=True)
@@ -95,10 +110,27 @@ def _compacted(z: Tensor, position: Tensor, width: int, pool: PoolGeometry) -> T
     return torch.where(z > 0, _tap(position, width, pool), NO_GRADIENT).to(torch.uint8)
 
 
-def _check(y: Tensor, scale: Tensor, shift: Tensor, pool: PoolGeometry) -> None:
+def _numbers(
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, running: RunningNorm | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift."""
+    if running is not None:
+        norm = bn_from_running.reference(running, statistics_dtype(y.dtype))
+        return norm.scale, norm.shift
+    assert scale is not None and shift is not None
+    return scale, shift
+
+
+def _check(
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, pool: PoolGeometry, running: RunningNorm | None
+) -> None:
     check_activation("y", y)
-    check_vector("scale", scale, y.shape[1])
-    check_vector("shift", shift, y.shape[1])
+    if (scale is None) != (shift is None) or (scale is None) == (running is None):
+        raise ValueError("scale, shift, running: expected scale and shift, or running alone")
+    stored = () if running is None else zip(RunningNorm._fields, running[:5], strict=False)
+    for name, vector in (("scale", scale), ("shift", shift), *stored):
+        if vector is not None:
+            check_vector(name, vector, y.shape[1])
     if pool.kernel[0] * pool.kernel[1] > NO_GRADIENT:
         raise ValueError(f"pool: expected a window of at most {NO_GRADIENT} pixels, got {pool.kernel}")
 

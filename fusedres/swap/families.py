@@ -7,8 +7,9 @@ from torch import nn
 from ..models.densenet import DenseNet, FusedDenseNet
 from ..models.network import FusedResNet, ResNet
 from ..nn import blocks, plain
+from ..nn.fused import Fused
 
-OWN: dict[type[nn.Module], type[nn.Module]] = {
+OWN: dict[type[nn.Module], type[Fused]] = {
     plain.ConvBNAct: blocks.ConvBNAct,
     plain.BasicBlock: blocks.BasicBlock,
     plain.Bottleneck: blocks.Bottleneck,
@@ -32,9 +33,9 @@ NOTHING_TO_FUSE: dict[type[nn.Module], str] = {
 """Blocks of the project that have no fused pass, and why; `report` names them."""
 
 
-def families() -> dict[type[nn.Module], type[nn.Module]]:
+def families() -> dict[type[nn.Module], type[Fused]]:
     """Plain class -> fused class, for every library whose models can exist in this process."""
-    known: dict[type[nn.Module], type[nn.Module]] = dict(OWN)
+    known: dict[type[nn.Module], type[Fused]] = dict(OWN)
     # A model of a library can only be here if the library is; importing it would cost seconds and may not work.
     if "torchvision.models.resnet" in sys.modules:
         from .torchvision import FAMILY

@@ -1,65 +1,31 @@
-"""fuse, unfuse, report: fused forward passes in and out of a live model by changing the class of its modules."""
+"""fuse, unfuse: fused forward passes in and out of a live model by changing the class of its modules."""
 
 from typing import Any, TypeVar
 
 from torch import nn
 
-from ..autograd.layouts import reordered
-from ..launch import why_not_on
-from ..nn.fused import Fused, FusedStem
-from ..nn.parts import NotFusable
-from ..nn.stage import fuse_stages, unfuse_stages
+from ..nn.fused import Fused, fused_subclass, plain_base
+from ..nn.genuine import Watch
 from ..plan import AUTO, check_schedule
-from .families import NOTHING_TO_FUSE, families
-from .report import Report, Row
+from .families import families
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def _reason(module: Fused) -> str:
-    """Why a module of a fused class would run its plain forward now, or an empty string."""
-    try:
-        module.fused_convs()
-    except NotFusable as why:
-        return str(why)
-    return ""
-
-
-def _note(module: Fused) -> str:
-    """What a better GPU, or a better layout in the last backward pass, would have spared, or an empty string."""
-    parameter = next(module.parameters(), None)
-    if parameter is not None and parameter.is_cuda and why_not_on(parameter.get_device()):
-        runs = "the plain modules" if module.fused_schedule == AUTO else "the library's calls"
-        return f"runs {runs}: {why_not_on(parameter.get_device())}"
-    convs: Any = module.fused_convs()
-    strides = reordered(convs[0].weight) if convs else None
-    if strides is None:
-        return ""
-    return f"its gradient arrives with strides {strides} and is copied at every step; channels_last would not be"
-
-
-def _try_fuse(module: nn.Module, plain: type[nn.Module], fused: type[nn.Module]) -> str:
-    """Change the class if the module can be fused; the reason if not."""
-    live: Any = module
-    live.__class__ = fused
-    reason = _reason(live) or ("its forward was replaced" if "forward" in module.__dict__ else "")
-    if reason:
-        live.__class__ = plain
-    return reason
 
 
 def fuse(model: Model, *, schedule: str = AUTO) -> Model:
     """Give every residual block and stem that the library knows its fused forward pass, in place.
 
     A block is fused by changing its class to a subclass of its own: ``isinstance``, parameters, buffers, names and
-    ``state_dict()`` stay as they are, and an optimizer made before goes on working; so is an ``nn.Sequential`` in which
-    blocks follow each other, for what they have in common. What can not be fused is left
-    alone, and `report` says why. Fusing again changes nothing but the schedule.
+    ``state_dict()`` stay as they are, and an optimizer made before goes on working. Whether a call takes the fused pass
+    is decided at that call, by what the block is made of then: hooks, replaced parts or code, another kind of layer let
+    it run its plain modules, and `report` says why. Fusing again changes nothing but the schedule, and lets kernels be
+    tried again that could not be started.
 
     Args:
         model: any module; itself may be a block.
@@ -72,16 +38,16 @@ def fuse(model: Model, *, schedule: str = AUTO) -> Model:
     Raises:
         TypeError, ValueError: the model is no module, or the schedule unknown; nothing has changed then.
     """
-    _check_model(model)
+    check_model(model)
     check_schedule(schedule)
-    known = families()
     for module in model.modules():
-        fused = known.get(type(module))
+        fused = fused_class(type(module))
+        live: Any = module
         if fused is not None:
-            _try_fuse(module, type(module), fused)
+            live.__class__ = fused
         if isinstance(module, Fused):
             module.fused_schedule = schedule
-    fuse_stages(model)
+            module.__dict__.pop("fused_failure", None)
     return model
 
 
@@ -97,56 +63,100 @@ def unfuse(model: Model) -> Model:
     Raises:
         TypeError: the model is no module.
     """
-    _check_model(model)
-    plain_class = {fused: plain for plain, fused in families().items()}
+    check_model(model)
     for module in model.modules():
-        plain = plain_class.get(type(module))
+        plain = plain_class(type(module))
         if plain is not None:
             module.__dict__.pop("fused_schedule", None)
-            module.__class__ = plain
-    unfuse_stages(model)
+            module.__dict__.pop("fused_failure", None)
+            live: Any = module
+            live.__class__ = plain
     return model
 
 
-def report(model: nn.Module) -> Report:
-    """What is fused in a model, what is not, and why: one row per residual block or stem, in the model's order.
+class Frozen:
+    """A mixin before the class of a model that `freeze` made: it can not be trained."""
 
-    Args:
-        model: any module, fused or not.
+    def train(self, mode: bool = True) -> Any:
+        """The model itself, which stays in evaluation mode.
 
-    Returns:
-        A `Report`: rows to iterate over; ``print`` shows a table.
+        Raises:
+            RuntimeError: ``mode`` is true.
+        """
+        if mode:
+            raise RuntimeError(
+                "train: expected mode=False, got True: this model was made by fusedres.freeze for inference alone; "
+                "train the model that it was made of"
+            )
+        live: Any = super()
+        return live.train(False)
 
-    Raises:
-        TypeError: the model is no module.
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class behind this one may itself be one that was made, which is found by what it was made of.
+        reduced: Any = super().__reduce_ex__(protocol)
+        inner = type(self).__bases__[1]
+        return (_frozen_again, inner.__dict__.get("fused_made_of", (inner,)), *reduced[2:])
+
+
+def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a frozen model of this one."""
+    key: Any = cls
+    if key not in _frozen:
+        own = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _frozen[key] = type(f"Frozen{cls.__name__}", (Frozen, cls), own)
+    return _frozen[key]
+
+
+_frozen: dict[Any, type[nn.Module]] = {}
+
+
+def _frozen_again(*made_of: Any) -> nn.Module:
+    frozen = frozen_class(fused_subclass(*made_of) if len(made_of) > 1 else made_of[0])
+    return frozen.__new__(frozen)
+
+
+def fused_class(cls: type[nn.Module]) -> type[Fused] | None:
+    """The fused class of modules of this one, if the library knows it, or a class that it derives from and computes as.
+
+    A subclass computes as its base if a call of it runs the base's code: it may be built in another way.
     """
-    _check_model(model)
+    if issubclass(cls, Fused):
+        return None
     known = families()
-    plain_class = {fused: plain for plain, fused in known.items()}
-    rows = []
-    for name, module in model.named_modules():
-        if type(module) in plain_class:
-            assert isinstance(module, Fused)
-            kind = _kind(plain_class[type(module)], type(module))
-            reason = _reason(module)
-            schedule = None if reason else module.fused_schedule
-            rows.append(Row(name, kind, not reason, schedule, reason, "" if reason else _note(module)))
-        elif type(module) in known:
-            plain = type(module)
-            reason = _try_fuse(module, plain, known[plain])
-            kind = _kind(plain, known[plain])
-            module.__class__ = plain
-            rows.append(Row(name, kind, False, None, reason or "not fused yet: call fusedres.fuse(model)"))
-        elif type(module) in NOTHING_TO_FUSE:
-            rows.append(Row(name, type(module).__name__, False, None, NOTHING_TO_FUSE[type(module)]))
-        else:
-            base = next((plain for plain in known if isinstance(module, plain)), None)
-            if base is not None:
-                own = type(module)
-                reason = f"{own.__module__}.{own.__qualname__} derives from {base.__name__} and may compute otherwise"
-                rows.append(Row(name, base.__name__, False, None, reason))
-    return Report(rows)
+    base = next((base for base in cls.__mro__ if base in known), None)
+    if base is None or why_own(cls, base) is not None:
+        return None
+    return known[base] if cls is base else fused_subclass(known[base], cls)
 
 
-def _kind(plain: type[nn.Module], fused: type[nn.Module]) -> str:
-    return f"{plain.__name__} stem" if issubclass(fused, FusedStem) else plain.__name__
+def why_own(cls: type[nn.Module], base: type[nn.Module]) -> str | None:
+    """What a subclass of a known class computes in its own way, or None."""
+    for watch in families()[base].fused_watches:
+        if _looked_up(cls, watch) is not _looked_up(base, watch):
+            return f"{cls.__module__}.{cls.__qualname__} derives from {base.__name__} and has its own {watch.name}"
+    return None
+
+
+def _looked_up(cls: type[nn.Module], watch: Watch) -> Any:
+    return getattr(cls, watch.name, None)
+
+
+def plain_class(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that a module of a fused class had before it was fused; None: it is no such class."""
+    if not issubclass(cls, Fused):
+        return None
+    if cls in families().values() or "fused_made_of" in cls.__dict__:
+        return plain_base(cls)
+    if issubclass(cls, Frozen):
+        inner = plain_class(cls.__bases__[1])
+        return None if inner is None else frozen_class(inner)
+    # torch's fully_shard derives a class of its own from that of the module that it is given.
+    if not cls.__module__.startswith("torch."):
+        return None
+    bases = tuple(plain_class(base) or base for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return None
+    own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    own.pop("fused_watches", None)
+    made: type[nn.Module] = type(cls.__name__.replace("Fused", "", 1), bases, own)
+    return made

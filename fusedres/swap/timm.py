@@ -6,8 +6,10 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models import resnet
 from torch import Tensor, nn
 
-from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem
+from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, network_pass
+from ..nn.genuine import why_patched
 from ..nn.parts import BlockParts, NotFusable, residual_parts
+from ..nn.stage import through
 
 
 def _parts(block: nn.Module, depth: int) -> BlockParts:
@@ -16,8 +18,7 @@ def _parts(block: nn.Module, depth: int) -> BlockParts:
     Raises:
         NotFusable: something there does.
     """
-    modules = block._modules
-    between: list[tuple[str, Any]] = [(name, modules.get(name)) for name in ("drop_block", "aa", "se", "drop_path")]
+    between = [(name, getattr(block, name, None)) for name in ("drop_block", "aa", "se", "drop_path")]
     for name, module in between:
         drops = type(module) in (DropBlock2d, DropPath)
         idle = module is None or type(module) is nn.Identity or (drops and not (module.training and module.drop_prob))
@@ -32,8 +33,9 @@ class FusedTimmBasicBlock(FusedBasicBlock, resnet.BasicBlock):
 
     adds_in_place = True
 
-    def fused_parts(self) -> BlockParts:
-        return _parts(self, 2)
+    @classmethod
+    def blocks_parts(cls, block: nn.Module) -> BlockParts:
+        return _parts(block, 2)
 
 
 class FusedTimmBottleneck(FusedBottleneck, resnet.Bottleneck):
@@ -41,8 +43,9 @@ class FusedTimmBottleneck(FusedBottleneck, resnet.Bottleneck):
 
     adds_in_place = True
 
-    def fused_parts(self) -> BlockParts:
-        return _parts(self, 3)
+    @classmethod
+    def blocks_parts(cls, block: nn.Module) -> BlockParts:
+        return _parts(block, 3)
 
 
 class FusedTimmResNet(FusedStem, resnet.ResNet):
@@ -52,11 +55,14 @@ class FusedTimmResNet(FusedStem, resnet.ResNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         modules: Any = self
-        if modules.grad_checkpointing:
+        if modules.grad_checkpointing or why_patched(self.fused_watches) is not None:
             plain: Tensor = super().forward_features(x)
             return plain
-        z: Tensor = modules.layer4(modules.layer3(modules.layer2(modules.layer1(self.stem(x)))))
-        return z
+        with network_pass(self, x):
+            x = self.stem(x)
+            for stage in (modules.layer1, modules.layer2, modules.layer3, modules.layer4):
+                x = through(stage, x)
+        return x
 
 
 FAMILY = {

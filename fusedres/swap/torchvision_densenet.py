@@ -8,6 +8,8 @@ from ..nn.fused_dense import FusedDenseBlock, FusedDenseEnds, FusedTransition
 class FusedTorchvisionDenseBlock(FusedDenseBlock, densenet._DenseBlock):
     """torchvision's _DenseBlock with a fused forward pass."""
 
+    dense_layer = densenet._DenseLayer
+
 
 class FusedTorchvisionTransition(FusedTransition, densenet._Transition):
     """torchvision's _Transition with a fused forward pass."""

@@ -1,8 +1,6 @@
 """fusedres.nn.stage: blocks that hand over compute what plain ones do, and only where nobody looks between them."""
 
 import copy
-import io
-import pickle
 from collections import Counter
 from collections.abc import Callable
 
@@ -16,8 +14,8 @@ from fusedres import carried
 from fusedres.backends import backend
 from fusedres.models import cifar_resnet
 from fusedres.nn import blocks, plain
-from fusedres.nn.fused import FusedBlock
-from fusedres.nn.stage import Bystander, FusedStage
+from fusedres.nn.fused import Bystander, FusedBlock
+from fusedres.nn.stage import through
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import assert_same_pass, randomised, run, tensor
 from tests.vgpu_support import needs_vgpu
@@ -28,6 +26,15 @@ X = (3, 4, 8, 6)
 def basic(*rows: tuple[int, int, int], shortcut: str = "projection") -> list[nn.Module]:
     """Blocks from their input channels, channels and strides."""
     return [plain.BasicBlock(*row, shortcut=shortcut) for row in rows]
+
+
+class Walked(nn.Sequential):
+    """A network of one stage, which its forward goes through as the networks of the library do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stage = nn.Sequential()
+        stage.__dict__.update({**self.__dict__, "_modules": self._modules})
+        return through(stage, x)
 
 
 SAME, WIDER = (8, 8, 1), (4, 8, 2)
@@ -58,10 +65,10 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return found
 
 
-def twins(name: str = "projection first", schedule: str = "prologue") -> tuple[nn.Sequential, nn.Sequential]:
+def twins(name: str = "projection first", schedule: str = "prologue") -> tuple[Walked, Walked]:
     """A fused stage and the same in plain modules."""
     torch.manual_seed(0)
-    stage = randomised(nn.Sequential(*STAGES[name]()).double())
+    stage = randomised(Walked(*STAGES[name]()).double())
     return fusedres.fuse(copy.deepcopy(stage), schedule=schedule), stage
 
 
@@ -75,7 +82,6 @@ def assert_same(fused: nn.Module, exact: nn.Module, x: Tensor | None = None) -> 
 @pytest.mark.parametrize("stage", STAGES)
 def test_is_the_plain_stage(stage: str, schedule: str, handed: list[Tensor]) -> None:
     fused, exact = twins(stage, schedule)
-    assert type(fused) is FusedStage
     assert_same(fused, exact)
     assert len(handed) == HANDED.get(stage, 2)
 
@@ -286,58 +292,40 @@ def test_nothing_is_kept_beyond_what_each_block_keeps() -> None:
             run(stage, tensor(*X))
         return held
 
-    class Alone(nn.Sequential):
-        pass
-
-    sizes = [
-        Counter((t.shape, t.dtype) for t in saved(stage).values()) for stage in (fused, Alone(*(b for b in fused)))
-    ]
+    alone = nn.Sequential(*(block for block in fused))
+    sizes = [Counter((t.shape, t.dtype) for t in saved(stage).values()) for stage in (fused, alone)]
     assert sizes[0] == sizes[1]
     assert not carried.ends._entries
     assert not carried.reduced._entries
 
 
-def test_swap_there_and_back() -> None:
+def test_containers_keep_their_type() -> None:
+    """People look for layers by ``type(module) is nn.Sequential``."""
+    model = fusedres.fuse(pytest.importorskip("torchvision").models.resnet50())
+
+    def convolutions(module: nn.Module) -> int:
+        if type(module) is nn.Sequential or module is model or isinstance(module, FusedBlock):
+            return sum(convolutions(child) for child in module.children())
+        return int(isinstance(module, nn.Conv2d))
+
+    assert convolutions(model) == 53
+    assert {type(getattr(model, f"layer{i}")) for i in range(1, 5)} == {nn.Sequential}
+    own = cifar_resnet(20)
+    assert {type(getattr(own, name)) for name in own.stages} == {nn.Sequential}
+
+
+def test_networks_hand_over_from_block_to_block(handed: list[Tensor]) -> None:
+    resnet = pytest.importorskip("torchvision").models.resnet
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 1),
-        nn.Sequential(plain.BasicBlock(4, 4), plain.BasicBlock(4, 4)),
-        nn.Sequential(plain.BasicBlock(4, 4)),
-        nn.Sequential(plain.BasicBlock(4, 4), nn.ReLU(), plain.BasicBlock(4, 4)),
-    )
-    keys = list(model.state_dict())
-    fusedres.fuse(model)
-    assert [type(part) for part in model[1:]] == [FusedStage, nn.Sequential, nn.Sequential]
-    assert type(model) is nn.Sequential
-    assert list(model.state_dict()) == keys
-    assert len(fusedres.report(model)) == 5
-    stage = model[1]
-    assert isinstance(stage, nn.Sequential)
-    assert type(stage[:2]) is FusedStage
-    assert list(stage[:1]) == [stage[0]]
-    assert fusedres.fuse(model)[1] is stage
-    for twin in (copy.deepcopy(stage), pickle.loads(pickle.dumps(stage)), _saved_and_loaded(stage)):
-        assert type(twin) is FusedStage
-        x = torch.randn(2, 4, 5, 5)
-        assert torch.equal(twin(x), stage(x))
-    fusedres.unfuse(model)
-    assert {type(part) for part in model[1:]} == {nn.Sequential}
-    assert type(stage[0]) is plain.BasicBlock
-    assert not vars(stage).keys() - vars(nn.Sequential()).keys()
-
-
-def _saved_and_loaded(stage: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(stage, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-def test_the_projects_networks_have_them_from_the_start() -> None:
-    model = cifar_resnet(20)
-    assert {type(getattr(model, name)) for name in model.stages} == {FusedStage}
-    fusedres.unfuse(model)
-    assert {type(getattr(model, name)) for name in model.stages} == {nn.Sequential}
+    ours = cifar_resnet(20).double()
+    for model, count in ((ours, 6), (resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2]).double(), 4)):
+        handed.clear()
+        fused = fusedres.fuse(randomised(model), schedule="prologue")
+        exact = fusedres.unfuse(copy.deepcopy(fused))
+        x = tensor(2, 3, 32, 32)
+        with backend("reference"):
+            assert_same_pass(run(fused, x), run(exact, x), tolerance=1e-8)
+        assert len(handed) == count
 
 
 def test_subclasses_with_a_forward_of_their_own_are_called_as_they_are() -> None:
@@ -345,9 +333,8 @@ def test_subclasses_with_a_forward_of_their_own_are_called_as_they_are() -> None
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
-    stage = nn.Sequential(Own(4, 4), Own(4, 4), blocks.BasicBlock(4, 4), blocks.BasicBlock(4, 4)).double()
+    stage = Walked(Own(4, 4), Own(4, 4), blocks.BasicBlock(4, 4), blocks.BasicBlock(4, 4)).double()
     fusedres.fuse(stage, schedule="prologue")
-    assert type(stage) is FusedStage
     x, z = tensor(*X), tensor(*X)
     for block in stage:
         z = block(z)
@@ -357,7 +344,7 @@ def test_subclasses_with_a_forward_of_their_own_are_called_as_they_are() -> None
 
 def test_a_traced_stage_is_its_modules() -> None:
     fused, exact = twins()
-    traced = torch.fx.symbolic_trace(fused.eval())
+    traced = torch.fx.symbolic_trace(nn.Sequential(*fused.eval()))
     x = tensor(*X)
     assert relative_error(traced(x), exact.eval()(x)) <= 1e-12
     assert any(node.op == "call_module" and node.target == "0.conv1" for node in traced.graph.nodes)
@@ -382,9 +369,7 @@ def test_on_kernels_in_bf16(handed: list[Tensor]) -> None:
     larger error than all others.
     """
     torch.manual_seed(0)
-    stage = nn.Sequential(
-        plain.BasicBlock(16, 32, 2, shortcut="zero_pad"), *(plain.BasicBlock(32, 32) for _ in range(2))
-    )
+    stage = Walked(plain.BasicBlock(16, 32, 2, shortcut="zero_pad"), *(plain.BasicBlock(32, 32) for _ in range(2)))
     for module in stage.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.bias, 6.0)

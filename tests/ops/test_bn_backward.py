@@ -12,7 +12,7 @@ from fusedres.ops.bn_backward import (
     output_grad,
 )
 from fusedres.ops.bn_finalize import bn_from_running
-from fusedres.ops.contract import Normaliser, OutputGrad
+from fusedres.ops.contract import Normaliser, OutputGrad, RunningNorm
 from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close
 
@@ -174,7 +174,7 @@ def test_bias_of_the_convolution_under_frozen_statistics(each_backend):
     """The Normaliser of a biased convolution is about its raw output, without the bias."""
     y, gamma, running, g, _ = setting(SIZES["odd"], torch.float64, "none", True)
     bias = torch.randn(5, dtype=torch.float64)
-    norm = bn_from_running(gamma, None, *running, bias=bias, eps=EPS, dtype=torch.float64)
+    norm = bn_from_running(RunningNorm(*running, gamma, None, bias, EPS), torch.float64)
     exact = autograd_of_batch_norm(y + bias[:, None, None], gamma, running, g.g)
     for ours, theirs in zip(bn_backward(g, y, norm, gamma, batch_stats=False), exact, strict=True):
         assert_close(ours, theirs)

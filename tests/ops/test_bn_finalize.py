@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fusedres.ops.bn_finalize import bn_finalize, bn_from_running
-from fusedres.ops.contract import Partials
+from fusedres.ops.contract import Partials, RunningNorm
 from tests.comparison import assert_close, relative_error
 
 K = 5
@@ -124,9 +124,8 @@ def test_running_statistics_normalise_as_eval_mode_does(biased):
         nn.init.normal_(tensor)
     nn.init.uniform_(bn.running_var)
     bias = torch.randn(K, dtype=torch.float64) if biased else None
-    norm = bn_from_running(
-        bn.weight, bn.bias, bn.running_mean, bn.running_var, bias=bias, eps=1e-3, dtype=torch.float64
-    )
+    stored = RunningNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bias, 1e-3)
+    norm = bn_from_running(stored, torch.float64)
     y = torch.randn(2, K, 3, 3, dtype=torch.float64)
     exact = bn(y if bias is None else y + bias[:, None, None])
     assert_close(y * norm.scale[:, None, None] + norm.shift[:, None, None], exact)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import batch_norm, conv2d
 
-from fusedres.ops.contract import ConvInput, Geometry
+from fusedres.ops.contract import ConvInput, Geometry, RunningNorm
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.relu_mask import unpack_relu_mask
 from tests.comparison import LOW, STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
@@ -128,8 +128,44 @@ def test_a_contraction_without_numbers_joins_as_it_is(shortcut, each_backend):
 
 def test_numbers_come_together():
     main, _ = setting("3x3", torch.float64, "none", False)
-    with pytest.raises(ValueError, match="scale, shift: expected both or neither"):
+    with pytest.raises(ValueError, match="shift: expected one beside a scale, got None"):
         conv_bn_act(main._replace(shift=None))
+    norm = RunningNorm(main.scale, main.scale)
+    with pytest.raises(ValueError, match="running: expected None beside a scale or a shift"):
+        conv_bn_act(main._replace(running=norm))
+    with pytest.raises(ValueError, match=r"mean: expected shape"):
+        conv_bn_act(Contraction(*main[:3], running=RunningNorm(main.scale[:1], main.scale)))
+
+
+def stored_norms(k: int, dtype: torch.dtype, *, biased: bool) -> RunningNorm:
+    mean, gamma, beta, bias = torch.randn(4, k).to(dtype)
+    return RunningNorm(mean, torch.rand(k).to(dtype) + 0.5, gamma, beta, bias if biased else None, 1e-3)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("projected", [False, True])
+def test_running_statistics_stand_in_the_place_of_scale_and_shift(projected, biased, each_backend):
+    main, keywords = setting("3x3", torch.float64, "second" if projected else "none", False)
+    branches = [main, keywords["second"]] if projected else [main]
+    stored = [
+        branch._replace(
+            scale=None, shift=None, running=stored_norms(branch.weight.shape[0], torch.float64, biased=biased)
+        )
+        for branch in branches
+    ]
+    told = [
+        branch._replace(**dict(zip(("scale", "shift"), branch.numbers, strict=True)), running=None) for branch in stored
+    ]
+    calls = [dict(zip(("main", "second"), given, strict=False)) for given in (stored, told)]
+    z, expected = (conv_bn_act(call.pop("main"), **call).z for call in calls)
+    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_shift_alone_is_a_bias(each_backend):
+    main, _ = setting("3x3", torch.float64, "none", False)
+    z = conv_bn_act(main._replace(scale=None)).z
+    expected = conv_bn_act(main._replace(scale=torch.ones_like(main.scale))).z
+    torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *STORAGE])

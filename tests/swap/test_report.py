@@ -1,6 +1,7 @@
 """fusedres.swap.report: every candidate has a row, and a row that is not fused says why."""
 
 import copy
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,9 +70,26 @@ def test_printed_as_a_table(resnet):
     ]
     assert lines[3].startswith("layer2.0") and lines[3].endswith("relu is a GELU, not a plain ReLU")
     assert lines[-1] == "2 of 3 candidates fused"
+    assert repr(fusedres.report(resnet)) == str(fusedres.report(resnet))
     columns = [line.index(word) for line, word in zip(lines[:4], ["fused", "yes", "yes", "no "], strict=True)]
     assert len(set(columns)) == 1, "columns are not aligned"
     assert not any(line != line.rstrip() for line in lines)
+
+
+def test_what_auto_does_on_a_cpu_is_said_once(resnet):
+    assert str(fusedres.report(fusedres.fuse(resnet))).splitlines()[-1] == (
+        "3 of 3 candidates fused; on a CPU, auto leaves small inputs to the plain modules"
+    )
+
+
+def test_as_data_and_as_html(resnet):
+    resnet.layer2[0].relu = nn.GELU()
+    report = fusedres.report(fusedres.fuse(resnet, schedule="stats"))
+    data = json.loads(json.dumps(report.to_dict()))
+    assert (data["fused"], data["candidates"], len(data["rows"])) == (2, 3, 3)
+    assert data["rows"][2]["reason"] == report[2].reason and data["rows"][1]["schedule"] == "stats"
+    page = report._repr_html_()
+    assert page.count("<tr>") == 4 and "relu is a GELU" in page and "2 of 3 candidates fused" in page
 
 
 def test_an_empty_report_can_be_printed():
@@ -160,7 +178,7 @@ LEFT_ALONE = {
     "spectral norm by hook": (lambda b: spectral_norm(b.conv3), "conv3 has hooks"),
     "pruning": (lambda b: prune.l1_unstructured(b.conv1, "weight", 0.5), "conv1 has hooks"),
     "synchronised batch norm": (replaced("bn2", full_batch_norm), "bn2 is a SyncBatchNorm"),
-    "batch norm removed": (replaced("bn3", lambda _: nn.Identity()), "bn3 is a Identity"),
+    "batch norm removed": (replaced("bn3", lambda _: nn.Identity()), "bn3 is an Identity"),
     "group norm": (replaced("bn1", lambda bn: nn.GroupNorm(2, bn.num_features)), "bn1 is a GroupNorm"),
     "instance norm": (
         replaced("bn1", lambda bn: nn.InstanceNorm2d(bn.num_features)), "bn1 is a InstanceNorm2d"
@@ -187,7 +205,7 @@ LEFT_ALONE = {
     "forward of a batch norm replaced": (forward_of("bn2"), "bn2.forward was replaced"),
     "forward of the ReLU replaced": (forward_of("relu"), "relu.forward was replaced"),
     "forward of the shortcut replaced": (forward_of("downsample"), "downsample.forward was replaced"),
-    "a block of one's own": (subclassed, "UsersBottleneck derives from Bottleneck"),
+    "a block of one's own": (subclassed, "UsersBottleneck derives from Bottleneck and has its own forward"),
 }  # fmt: skip
 
 
@@ -197,7 +215,7 @@ left_alone = pytest.mark.parametrize(("change", "reason"), LEFT_ALONE.values(), 
 @left_alone
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_left_alone_with_the_reason(resnet, change, reason):
-    """The block keeps its class, its neighbours are fused, the model computes what it computed."""
+    """The block runs its plain modules, its neighbours are fused, the model computes what it computed."""
     plain = copy.deepcopy(randomised(resnet))
     for model in (resnet, plain):
         torch.manual_seed(0)
@@ -210,9 +228,10 @@ def test_left_alone_with_the_reason(resnet, change, reason):
         assert re.search(reason, row.reason), row.reason
         if before:
             fusedres.fuse(resnet)
-    assert type(block) is kind
+    assert isinstance(block, kind)
     assert [name for name, row in rows(resnet).items() if not row.fused] == [BLOCK]
     assert_same_but_for_momentum(resnet, plain, reason)
+    assert type(fusedres.unfuse(resnet).get_submodule(BLOCK)) is kind
 
 
 def assert_same_but_for_momentum(actual: nn.Module, expected: nn.Module, reason: str) -> None:
@@ -245,7 +264,6 @@ def test_changed_after_fuse_takes_the_plain_pass(resnet, change, reason):
 
 
 STEMS = {
-    "no pooling (as for CIFAR)": (replaced("maxpool", lambda _: nn.Identity()), "maxpool is a Identity"),
     "average pooling": (replaced("maxpool", lambda _: nn.AvgPool2d(2)), "maxpool is a AvgPool2d"),
     "pooling that rounds up": (attribute("maxpool", "ceil_mode", True), "maxpool .*rounds up"),
     "dilated pooling": (attribute("maxpool", "dilation", 2), "maxpool is dilated"),
@@ -371,7 +389,7 @@ def test_a_gradient_in_another_layout_is_copied_once_and_noted():
 
 def test_a_gpu_without_matrix_units_is_noted(small, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr("fusedres.swap.swap.why_not_on", lambda index: "it is old")
+    monkeypatch.setattr("fusedres.swap.reasons.why_not_on", lambda index: "it is old")
     rows = fusedres.report(fusedres.fuse(small))
     assert {row.note for row in rows if row.fused} == {"runs the plain modules: it is old"}
     rows = fusedres.report(fusedres.fuse(small, schedule="stats"))
