@@ -33,7 +33,7 @@ def existing_device(name: str, *others: str) -> torch.device:
     here = ("cpu", "cuda", *found) if found else ("cpu",)
     if name not in here:
         why = "" if found else " (PyTorch sees no GPU here)"
-        raise ValueError(f"device: expected one of {', '.join((*here, *others))}{why}, got {name!r}")
+        raise ValueError(f"device: expected {', '.join((*here, *others))}{why}, got {name!r}")
     return torch.device(name)
 
 

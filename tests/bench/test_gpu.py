@@ -146,7 +146,7 @@ def test_without_a_gpu_there_is_an_error_that_names_the_dry_run(capsys, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "message"), [("cpu", "a GPU (cuda:0, cuda:1)"), ("cuda:2", "one of cpu, cuda, ")])
+@pytest.mark.parametrize(("name", "message"), [("cpu", "a GPU (cuda:0, cuda:1)"), ("cuda:2", "cpu, cuda, ")])
 def test_a_gpu_that_is_not_there_is_refused(name, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

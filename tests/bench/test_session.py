@@ -32,7 +32,7 @@ def same_threads():
         (["--op", "block_ends.stage1"], "op: expected one such as block_end.stage1"),
         ([*TINY, "--contenders", "fusd"], "contenders: expected one such as fused"),
         ([*TINY, "--dtype", "bf61"], "dtype: expected one such as bf16"),
-        ([*TINY, "--device", "gpu"], "device: expected one of cpu"),
+        ([*TINY, "--device", "gpu"], "device: expected cpu"),
         ([*TINY, "--device", "cuda:99", "--csv", "rows.csv"], "got 'cuda:99'"),
         ([], "model, block, op: expected at least one to run"),
         (["--quick", *TINY], "quick: expected without --model"),

@@ -264,7 +264,7 @@ def test_other_ways_to_compute(tmp_path):
         (["--resume", "--weights", "model.pt"], "weights: expected without --resume"),
         (["--resume"], "resume: there is no checkpoint"),
         (["--weights", "/nowhere/model.pt"], "weights: there is no file /nowhere/model.pt"),
-        (["--device", "tpu"], "device: expected one of cpu"),
+        (["--device", "tpu"], "device: expected cpu"),
         (["--device", ""], "got ''"),
         (["--device", "cuda:99"], "got 'cuda:99'"),
         (["--option", "shortcut"], "option: expected NAME=VALUE, got 'shortcut'"),
