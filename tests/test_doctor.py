@@ -58,6 +58,14 @@ def test_what_is_wrong_is_said_and_fails(judge, message, capsys, monkeypatch):
     assert capsys.readouterr().out.count(f"in fp32: {message}\n") == len(gpus() or ["cpu"])
 
 
+def test_each_device_is_the_current_one_while_it_is_checked(capsys, monkeypatch, current_devices):
+    seen = []
+    monkeypatch.setattr(Gate, "judge", lambda *_: seen.append(*current_devices) or Verdict())
+    assert main(["doctor"]) == 0
+    # In two formats, training and inference.
+    assert seen == [name for name in gpus() or ["cpu"] for _ in range(4)] and current_devices == []
+
+
 def test_packages_are_those_of_the_extras(capsys, monkeypatch):
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())

@@ -17,6 +17,7 @@ from tests.bench.tiny import (
     NETWORK,
     TRAIN,
     contender,
+    hook_output,
     raising,
     sleepy,
     wrong_gradient,
@@ -98,6 +99,20 @@ def test_a_contender_that_is_not_installed_says_so(monkeypatch):
     rows = {row.contender: row for row in compare(NETWORK, INFER, chosen(["cudnn"]), THREE)}
     assert (rows["cudnn"].status, rows["cudnn"].reason) == (statuses.NOT_AVAILABLE, "not installed: pip install x")
     assert rows["eager"].status == statuses.OK
+
+
+def test_everything_runs_while_the_settings_device_is_the_current_one(current_devices):
+    seen = []
+
+    def look(model):
+        seen.append(("prepared", list(current_devices)))
+        hook_output(model[0], lambda output: seen.append(("called", list(current_devices))) or output)
+
+    rows = compare(NETWORK, INFER, (contender("looks", look), EAGER), THREE)
+    assert [row.status for row in rows] == [statuses.OK] * 2
+    # A first step, the gate's three, two rounds of warm-up and three at least that are timed.
+    assert [name for name, _ in seen].count("called") >= 9
+    assert all(devices == ["cpu"] for _, devices in seen) and current_devices == []
 
 
 @needs_gpu
