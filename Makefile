@@ -7,9 +7,21 @@ BIN := $(VENV)/bin
 # Written last, so that a set-up that was cut short is taken up again; older than pyproject.toml means out of date.
 STAMP := $(VENV)/.set-up
 # One thread per worker: two workers with a thread pool each would fight over the same cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2
+TESTED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(TESTED) $(BIN)/pytest -n 2
 
-.PHONY: demo test test-all compile-report bench gpu check format clean
+# Environments of other versions: what machines with GPUs have today, and what a plain installation gives on the day
+# that it is made.
+PYTHON312 ?= python3.12
+COMPAT := torch-2.11 newest
+COMPAT_STAMPS := $(COMPAT:%=.compat/%/.set-up)
+.compat/torch-2.11/.set-up: PINS := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
+
+# The variable that chooses an environment's interpreter.
+CHOICE = PYTHON
+$(COMPAT_STAMPS): CHOICE = PYTHON312
+
+.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report bench gpu check format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -21,6 +33,13 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST)
+
+# Gigabytes each. Ends with the first of them that fails; make -k compat runs the other, too.
+compat: $(COMPAT:%=compat-%)
+
+$(COMPAT:%=compat-%): compat-%: .compat/%/.set-up
+	$(<D)/bin/python -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+	$(TESTED) $(<D)/bin/pytest -n 2 -m "not slow"
 
 # Every kernel that the listed models launch, for every target: hours of one core at first, minutes from the cache
 # after that. EVERY=1 takes the tiles that tuning would try, too.
@@ -49,20 +68,20 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist fusedres.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .compat build dist fusedres.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo 'fusedres needs Python 3.10 or newer as $(PYTHON); choose another with: make PYTHON=...' >&2; exit 1; }
+$(STAMP) $(COMPAT_STAMPS): pyproject.toml
+	@$($(CHOICE)) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'fusedres needs Python 3.10 or newer as $($(CHOICE)); choose another with: make $(CHOICE)=...' >&2; exit 1; }
 	@# A half-made environment has no working pip, and one of an upgraded system no interpreter: both are made anew.
-	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
-		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-			{ echo '$(PYTHON) can not make virtual environments; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }; \
-		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
+	@if ! $(@D)/bin/python -m pip --version >/dev/null 2>&1; then \
+		$($(CHOICE)) -c 'import ensurepip, venv' 2>/dev/null || \
+			{ echo '$($(CHOICE)) can not make virtual environments; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }; \
+		rm -rf $(@D) && $($(CHOICE)) -m venv $(@D); \
 	fi
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	$(@D)/bin/python -m pip install --disable-pip-version-check -e '.[dev]' $(PINS)
 	@# Files that an interrupted installation left behind can look installed without being whole.
-	@$(BIN)/python -c 'import matplotlib, pytest, rich, sklearn, timm, torchvision' || \
-		{ rm -rf $(VENV); echo 'the environment was incomplete and has been removed: run make again' >&2; exit 1; }
+	@$(@D)/bin/python -c 'import matplotlib, pytest, rich, sklearn, timm, torchvision' || \
+		{ rm -rf $(@D); echo 'the environment was incomplete and has been removed: run make again' >&2; exit 1; }
 	@touch $@

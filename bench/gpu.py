@@ -32,6 +32,7 @@ from fusedres.bench.declared import target_for
 from fusedres.bench.machine import machine
 from fusedres.bench.parts import Part, dry_parts, real_parts
 from fusedres.bench.setting import Device, device_named
+from fusedres.devices import gpus
 
 __all__ = ["Outcome", "Runner", "main"]
 
@@ -171,6 +172,17 @@ def _chosen(parts: Sequence[Part], options: argparse.Namespace) -> list[Part]:
     return [part for part in wanted if options.parts is None or part.name in options.parts]
 
 
+def _device(options: argparse.Namespace) -> Device:
+    if options.dry:
+        return device_named(DRY_DEVICE)
+    found = gpus()
+    device = device_named(options.device) if found else None
+    if device is None or not device.is_gpu:
+        here = ", ".join(found) or "PyTorch sees none here"
+        raise ValueError(f"device: expected a GPU ({here}), got {options.device!r}; DRY=1 runs every step without one")
+    return device
+
+
 def _folder(options: argparse.Namespace, device: Device) -> Path:
     name = "dry-run" if options.dry else slug(machine(device).device)
     out = (options.out or ROOT / "bench" / "results" / name).resolve()
@@ -195,9 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not (ROOT / "tests" / "kernels").is_dir():
             raise ValueError("make gpu needs a checkout of the repository: its tests are not in the wheel")
-        device = device_named(DRY_DEVICE if options.dry else options.device)
-        if not (options.dry or device.is_gpu):
-            raise ValueError("device: expected a GPU, such as cuda; DRY=1 runs every step without one")
+        device = _device(options)
         out = _folder(options, device)
         every = dry_parts(out, device.name) if options.dry else _real_parts(out, device)
         parts = _chosen(every, options)

@@ -247,7 +247,7 @@ def compare(
     if any(contender.fixed_shapes for contender in running):
         # Code compiled for earlier cases would count against the limit of recompilations.
         torch.compiler.reset()
-    with setting.arithmetic():
+    with setting.device.made_current(), setting.arithmetic():
         operands = None
         # The yardstick first: others are held against what it computes.
         for contender in sorted(running, key=lambda one: one.name != YARDSTICK):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusedres
+from fusedres.devices import existing_device
 
 __all__ = ["PerImage", "SavedBytes", "per_image", "saved_bytes"]
 
@@ -143,10 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
     import torchvision
 
     try:
+        device = torch.device("meta") if options.device == "meta" else existing_device(options.device, "meta")
         eager = torchvision.models.get_model(options.model)
     except ValueError as error:
         parser.error(str(error))
-    device = torch.device(options.device)
     eager = eager.to(device).to(memory_format=torch.channels_last).train()
     fused = fusedres.fuse(copy.deepcopy(eager), schedule=options.schedule)
 

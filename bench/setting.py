@@ -10,6 +10,7 @@ import torch
 
 import fusedres
 from fusedres.backends import VGPU
+from fusedres.devices import default_device, existing_device, made_current
 
 __all__ = ["DTYPES", "EXACT", "MODES", "Device", "Setting", "device_named"]
 
@@ -37,6 +38,10 @@ class Device:
     def is_gpu(self) -> bool:
         return self.torch.type == "cuda"
 
+    def made_current(self) -> AbstractContextManager[object]:
+        """What is measured runs inside, since contenders' libraries need not ask a tensor where it lives."""
+        return made_current(self.torch)
+
 
 def device_named(name: str) -> Device:
     """The device called ``name``: ``auto``, ``cpu``, ``cuda``, ``cuda:<index>``, or ``vgpu:<target>``.
@@ -46,21 +51,11 @@ def device_named(name: str) -> Device:
         fusedres.vgpu.Unavailable: kernels can not be executed on this machine.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = default_device()
     if name.startswith(VGPU):
         with fusedres.backend(name):
             return Device(name, torch.device("cpu"), name)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda, cuda:<index> or vgpu:<target>, got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"device: expected one of the {count} GPUs that PyTorch sees here, got {name!r}")
-    return Device(name, device)
+    return Device(name, existing_device(name, "auto", f"{VGPU}<target>"))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusedres.bench.cases import ModelCase
 from fusedres.bench.setting import Setting
+from fusedres.devices import made_current
 
 __all__ = ["NotSupported", "Observed", "Step", "graph_step", "model_step", "op_step", "tensors_in"]
 
@@ -148,16 +149,18 @@ def graph_step(step: Step, device: torch.device) -> Step:
     model = step.model
     assert model is not None
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step.run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    model.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result: Any = step.run()
+    with made_current(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step.run()
+        torch.cuda.current_stream(device).wait_stream(side)
+        model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        # Without a stream of its own PyTorch takes the one that the process captured on first, on whichever device.
+        with torch.cuda.graph(graph, stream=side):
+            result: Any = step.run()
     model.load_state_dict(before)
 
     def observe() -> Observed:

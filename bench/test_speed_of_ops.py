@@ -43,7 +43,7 @@ def test_op(benchmark: Any, name: str, contender: str) -> None:
     if why is not None:
         pytest.skip(why)
     clear = overwrite_cache()
-    with setting.arithmetic(), who.backend(setting):
+    with DEVICE.made_current(), setting.arithmetic(), who.backend(setting):
         operands = placed(case, setting, 0)
         eager = CONTENDERS["eager"].prepare(case, setting, copied(operands)).observe()
         step = who.prepare(case, setting, operands)

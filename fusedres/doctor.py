@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from . import backends, vgpu
+from .devices import gpus
 from .explain.command import MODELS
 from .launch import tf32_allowed, why_not_on
 from .nn.plain import Bottleneck
@@ -26,6 +28,8 @@ EXTRAS = {
     "train": ("tensorboard",),
     "vgpu": ("llvmlite",),
 }
+# As pyproject.toml has them; pip does not hold to them what is installed later.
+OLDEST = {"torch": (2, 10), "triton": (3, 6)}
 
 
 def add_doctor(commands: Any) -> None:
@@ -54,7 +58,7 @@ def run(model: str | None = None) -> int:
     for name, found in (*_versions(), *_devices(), *_extras()):
         print(f"{name:12}{found}")
     right = True
-    for device in [f"cuda:{index}" for index in range(_gpus())] or ["cpu"]:
+    for device in gpus() or ["cpu"]:
         for dtype in ("fp32", "bf16"):
             reason = _wrong(device, dtype)
             right &= reason is None
@@ -66,24 +70,34 @@ def run(model: str | None = None) -> int:
     return 0 if right else 1
 
 
-def _gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def _versions() -> Iterator[tuple[str, str]]:
     yield "fusedres", importlib.metadata.version("fusedres")
     yield "Python", f"{platform.python_version()}, {platform.system()} on {platform.machine()}"
     compute = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    yield "torch", f"{torch.__version__}, {compute if torch.version.hip or torch.version.cuda else 'for CPUs'}"
-    yield "triton", str(triton.__version__) if triton else "not installed: no kernels"
+    compute = compute if torch.version.hip or torch.version.cuda else "for CPUs"
+    yield "torch", f"{torch.__version__}, {compute}{_too_old('torch', torch.__version__)}"
+    if triton:
+        yield "triton", f"{triton.__version__}{_too_old('triton', triton.__version__)}"
+    else:
+        yield "triton", "not installed: no kernels"
+
+
+def _too_old(package: str, version: str) -> str:
+    """What is added to an older version than the library asks for."""
+    oldest = OLDEST[package]
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) >= oldest:
+        return ""
+    return f", too old: fusedres needs {oldest[0]}.{oldest[1]} or newer"
 
 
 def _devices() -> Iterator[tuple[str, str]]:
-    for index in range(_gpus()):
+    found = gpus()
+    for index in range(len(found)):
         reason = why_not_on(index)
         runs = f"runs the plain modules: {reason}" if reason else f"runs kernels, planned as {device_gpu(index).name}"
         yield f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {runs}"
-    if not _gpus():
+    if not found:
         yield "GPU", "none that PyTorch sees; the CPU runs the library's calls"
     yield "TF32", f"{'used' if tf32_allowed() else 'not used'} by fp32 convolutions (torch.backends.cudnn.conv)"
     targets = ", ".join(f"{backends.VGPU}{target}" for target in vgpu.TARGETS)
@@ -116,7 +130,7 @@ def _wrong(device: str, dtype: str) -> str | None:
     for mode in case.modes:
         setting = Setting(mode, dtype, case.batch, case.px, device_named(device))
         try:
-            with setting.arithmetic():
+            with setting.device.made_current(), setting.arithmetic():
                 reason = Gate(case, setting).judge(CONTENDERS["fused"]).reason
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"

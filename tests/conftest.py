@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import os
+from contextlib import contextmanager
 
 # Nothing is forgiven in tests: the first replay of every note is held against the pass as it is written.
 os.environ["FUSEDRES_STRICT"] = "1"
@@ -23,3 +24,20 @@ def nothing_noted():
 def fused_at_any_size(monkeypatch):
     """Tests of fused passes use tensors for which a CPU runs the plain modules by default."""
     monkeypatch.setattr(fused, "LEAST_WORK_PER_THREAD", 0)
+
+
+@pytest.fixture
+def current_devices(monkeypatch):
+    """The names of the devices of `fusedres.bench` that are the current ones, as a list that changes with them."""
+    from fusedres.bench.setting import Device
+
+    names = []
+
+    @contextmanager
+    def made_current(device):
+        names.append(device.name)
+        yield
+        names.pop()
+
+    monkeypatch.setattr(Device, "made_current", made_current)
+    return names

@@ -9,7 +9,8 @@ import torch
 from fusedres import doctor, launch
 from fusedres.bench.gate import Gate, Verdict
 from fusedres.cli import main
-from fusedres.plan import gpus
+from fusedres.devices import gpus
+from fusedres.plan.gpus import device_gpu
 
 
 def lines(text: str) -> dict[str, str]:
@@ -17,8 +18,8 @@ def lines(text: str) -> dict[str, str]:
     return {line[:12].strip(): line[12:] for line in text.splitlines()}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_machine_without_a_gpu(capsys):
+def test_a_machine_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     found = lines(said)
@@ -54,7 +55,15 @@ def fails(*_):
 def test_what_is_wrong_is_said_and_fails(judge, message, capsys, monkeypatch):
     monkeypatch.setattr(Gate, "judge", judge)
     assert main(["doctor"]) == 1
-    assert capsys.readouterr().out.count(f"in fp32: {message}\n") == 1
+    assert capsys.readouterr().out.count(f"in fp32: {message}\n") == len(gpus() or ["cpu"])
+
+
+def test_each_device_is_the_current_one_while_it_is_checked(capsys, monkeypatch, current_devices):
+    seen = []
+    monkeypatch.setattr(Gate, "judge", lambda *_: seen.append(*current_devices) or Verdict())
+    assert main(["doctor"]) == 0
+    # In two formats, training and inference.
+    assert seen == [name for name in gpus() or ["cpu"] for _ in range(4)] and current_devices == []
 
 
 def test_packages_are_those_of_the_extras(capsys, monkeypatch):
@@ -70,6 +79,21 @@ def test_packages_are_those_of_the_extras(capsys, monkeypatch):
     assert dict(doctor._extras())["[cli]"] == "installed"
 
 
+def test_versions_are_held_against_the_oldest_of_pyproject(monkeypatch):
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    asked = (one.partition(";")[0].split(">=") for one in pyproject["project"]["dependencies"])
+    assert {name: tuple(map(int, oldest.split("."))) for name, oldest in asked} == doctor.OLDEST
+    assert not any("too old" in found for _, found in doctor._versions())
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.setattr(doctor, "triton", SimpleNamespace(__version__="3.5.1"))
+    found = dict(doctor._versions())
+    assert found["torch"].endswith(", too old: fusedres needs 2.10 or newer")
+    assert found["triton"] == "3.5.1, too old: fusedres needs 3.6 or newer"
+    monkeypatch.setattr(torch, "__version__", "2.10.0a0+git5")
+    assert "too old" not in dict(doctor._versions())["torch"]
+
+
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A T4 and an H100, as PyTorch tells of them."""
@@ -82,7 +106,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: found[index].name)
-    caches = launch._device_target, launch.why_not_on, gpus.device_gpu
+    caches = launch._device_target, launch.why_not_on, device_gpu
     for cache in caches:
         cache.cache_clear()
     yield

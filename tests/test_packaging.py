@@ -1,5 +1,7 @@
 """What is installed, from a wheel and from an editable install: one top-level package, nothing forgotten."""
 
+import importlib.metadata
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,6 +16,53 @@ TREES = {
     "fusedres/kernels": ROOT / "kernels",
     "fusedres/bench": ROOT / "bench",
 }
+
+
+# Triton's minor version that each of torch's is published with, on Linux.
+TRITON_OF_TORCH = {(2, 9): (3, 5), (2, 10): (3, 6), (2, 11): (3, 6)}
+
+
+def numbers(version: str) -> tuple[int, int]:
+    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+    return int(major), int(minor)
+
+
+def oldest(package: str) -> tuple[int, int]:
+    """The version that pyproject.toml asks for at least, in whichever list."""
+    found = re.findall(rf'"{package}>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
+    assert len(found) == 1, f"{package} is named {len(found)} times"
+    return numbers(found[0])
+
+
+def test_the_oldest_torch_comes_with_a_triton_that_is_new_enough():
+    torch = oldest("torch")
+    assert TRITON_OF_TORCH[torch] >= oldest("triton")
+    # And none older would do.
+    assert TRITON_OF_TORCH[torch[0], torch[1] - 1] < oldest("triton")
+    # torchvision's minor versions follow torch's: 0.25 is built for 2.10.
+    assert oldest("torchvision") == (0, torch[1] + 15)
+
+
+def test_what_is_installed_is_what_is_promised():
+    for package in ("torch", "triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            assert package == "triton" and sys.platform != "linux"
+            continue
+        assert numbers(version) >= oldest(package)
+    pins = [one for one in importlib.metadata.requires("torch") or () if re.match(r"triton\s*==", one)]
+    assert all(numbers(one.split("==")[1]) >= oldest("triton") for one in pins)
+
+
+def test_the_readme_says_which_versions():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for name, package in (("torch", "torch"), ("Triton", "triton")):
+        major, minor = oldest(package)
+        assert f"{name} {major}.{minor} or newer" in text
+    pythons = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert f'requires-python = ">={pythons[0]}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"Python {pythons[0]} to {pythons[-1]}" in text
 
 
 def sources() -> set[str]:

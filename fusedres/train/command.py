@@ -51,7 +51,7 @@ def add_train(commands: Any) -> None:
     how.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 with a gradient scaler")
     how.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     how.add_argument("--deterministic", action="store_true", help="the same bits in every run, on GPUs too")
-    how.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    how.add_argument("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
     how.add_argument("--threads", type=_positive, help="CPU threads (PyTorch decides if not given)")
     how.add_argument("--workers", type=_whole, help="processes that read images (default: some for image files)")
     how.add_argument("--augment-on-device", action="store_true", help="crop, mirror and normalise on the GPU")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from fusedres.devices import default_device, existing_device, gpus, made_current
+
 __all__ = ["World", "world"]
 
 
@@ -67,27 +69,38 @@ def world(device: str | None) -> Iterator[World]:
     """Join the processes that torchrun started, if it did.
 
     Args:
-        device: "cpu", "cuda" or the like; None takes the GPU if there is one.
+        device: "cpu", "cuda" or "cuda:<index>"; None takes the GPU if there is one. Of several processes on GPUs each
+            has its own, which is the current one inside.
 
     Raises:
-        ValueError: the device is unknown or absent.
+        ValueError: the device is unknown or absent, or there are more processes than GPUs.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: {name!r} is not available here; expected cpu or, with a GPU, cuda")
+    chosen = existing_device(default_device() if device is None else device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World(0, 1, chosen)
-        return
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(chosen)
-    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield World(distributed.get_rank(), size, chosen)
-    finally:
-        distributed.destroy_process_group()
+    if size > 1 and chosen.type == "cuda":
+        chosen = _of_this_process(chosen)
+    with made_current(chosen):
+        if size == 1:
+            yield World(0, 1, chosen)
+            return
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        try:
+            yield World(distributed.get_rank(), size, chosen)
+        finally:
+            distributed.destroy_process_group()
+
+
+def _of_this_process(chosen: torch.device) -> torch.device:
+    """One GPU for each of the processes on this machine."""
+    if chosen != torch.device("cuda"):
+        raise ValueError(f"device: expected cuda, of which each of torchrun's processes takes one, got {str(chosen)!r}")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # torchrun tells every process how many there are, so that all of them refuse and none waits for the others.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(rank + 1)))
+    found = gpus()
+    if local > len(found):
+        raise ValueError(
+            f"nproc-per-node: expected at most {len(found)} on the GPUs of this machine ({', '.join(found)}),"
+            f" got {local}"
+        )
+    return torch.device("cuda", rank)

@@ -92,7 +92,7 @@ def loader(
         sampler=order,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_dense if pin else _as_it_is,
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_signals,
@@ -103,6 +103,20 @@ def loader(
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
+
+
+def _dense(loaded: Any) -> Any:
+    """A batch whose every number has a place of its own. What was expanded, or overlaps, can not be pinned."""
+    if not isinstance(loaded, Loaded):
+        return loaded
+    images, labels, draws = loaded
+    return Loaded(_filling(images), _filling(labels), None if draws is None else _filling(draws))
+
+
+def _filling(tensor: torch.Tensor) -> torch.Tensor:
+    # A copy keeps the strides of a tensor that fills its memory, and of no other.
+    fills = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return tensor if fills else tensor.clone()
 
 
 def _ignore_signals(_: int) -> None:

@@ -95,9 +95,9 @@ def run(options: TrainOptions) -> int:
     _check(options)
     if not options.evaluate:
         check_packages("matplotlib")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     with _determinism(options.deterministic), world(options.device) as here:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not here.main)
         try:
             return (_evaluate if options.evaluate else _train)(options, here, console)

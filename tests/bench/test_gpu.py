@@ -139,9 +139,21 @@ def test_commands_name_only_what_there_is(machine):
 def test_without_a_gpu_there_is_an_error_that_names_the_dry_run(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert "DRY=1 runs every step without one" in capsys.readouterr().err
-    assert gpu.main(["--out", str(tmp_path)]) == 2
-    assert "the 0 GPUs that PyTorch sees here" in capsys.readouterr().err
+    message = "device: expected a GPU (PyTorch sees none here), got '{}'; DRY=1 runs every step without one"
+    assert message.format("cpu") in capsys.readouterr().err
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert message.format("cuda") in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "message"), [("cpu", "a GPU (cuda:0, cuda:1)"), ("cuda:2", "cpu, cuda, ")])
+def test_a_gpu_that_is_not_there_is_refused(name, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert gpu.main(["--device", name, "--out", str(tmp_path / "out")]) == 2
+    refusal = capsys.readouterr().err
+    assert f"device: expected {message}" in refusal and f"got '{name}'" in refusal
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_vgpu

@@ -9,17 +9,20 @@ from fusedres.bench import rows as statuses
 from fusedres.bench.cases import block, op
 from fusedres.bench.contenders import CONTENDERS, chosen
 from fusedres.bench.harness import Measurement, _is_kernel, compare, described, out_of_memory
-from fusedres.bench.setting import Setting
+from fusedres.bench.setting import Setting, device_named
+from fusedres.devices import gpus
 from tests.bench.tiny import (
     CPU,
     INFER,
     NETWORK,
     TRAIN,
     contender,
+    hook_output,
     raising,
     sleepy,
     wrong_gradient,
 )  # fmt: skip
+from tests.gpu_support import allocations, needs_gpu, used_since
 
 EAGER = CONTENDERS["eager"]
 THREE = Measurement(rounds=3)
@@ -96,6 +99,35 @@ def test_a_contender_that_is_not_installed_says_so(monkeypatch):
     rows = {row.contender: row for row in compare(NETWORK, INFER, chosen(["cudnn"]), THREE)}
     assert (rows["cudnn"].status, rows["cudnn"].reason) == (statuses.NOT_AVAILABLE, "not installed: pip install x")
     assert rows["eager"].status == statuses.OK
+
+
+def test_everything_runs_while_the_settings_device_is_the_current_one(current_devices):
+    seen = []
+
+    def look(model):
+        seen.append(("prepared", list(current_devices)))
+        hook_output(model[0], lambda output: seen.append(("called", list(current_devices))) or output)
+
+    rows = compare(NETWORK, INFER, (contender("looks", look), EAGER), THREE)
+    assert [row.status for row in rows] == [statuses.OK] * 2
+    # A first step, the gate's three, two rounds of warm-up and three at least that are timed.
+    assert [name for name, _ in seen].count("called") >= 9
+    assert all(devices == ["cpu"] for _, devices in seen) and current_devices == []
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_graphs_on_every_gpu(mode):
+    """In one process, and the last one first: PyTorch's own stream for captures is on the first that is used."""
+    for name in reversed(gpus()):
+        setting = replace(TRAIN, mode=mode, device=device_named(name))
+        before = allocations()
+        rows = compare(NETWORK, setting, chosen(["eager-graph", "fused-graph"]), Measurement(timed=False))
+        assert [(row.contender, row.status, row.reason) for row in rows] == [
+            (contender, statuses.OK, None) for contender in ("eager", "eager-graph", "fused-graph")
+        ]
+        assert all(row.peak_bytes > 0 for row in rows)
+        assert used_since(before) == [name]
 
 
 def test_tf32_is_for_gpus():

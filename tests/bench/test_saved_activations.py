@@ -100,6 +100,15 @@ def test_resnet50_saves_less_than_half_of_eager(capsys):
     assert megabytes["fused"] <= 20.5
 
 
+def test_an_absent_device_is_a_usage_error(capsys):
+    pytest.importorskip("torchvision")
+    with pytest.raises(SystemExit) as exit_:
+        main(["--device", "cuda:99"])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "device: expected cpu" in message and ", meta" in message and "got 'cuda:99'" in message
+
+
 def test_unknown_model_is_a_usage_error(capsys):
     pytest.importorskip("torchvision")
     with pytest.raises(SystemExit) as exit_:

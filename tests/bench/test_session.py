@@ -11,7 +11,9 @@ from fusedres.bench.rows import OK, REFUSED, read_rows
 from fusedres.cli import main
 from tests.bench.tiny import row
 
-TINY = ["--block", "basic1", "--px", "8", "--batch", "1", "--rounds", "1", "--contenders", "fused"]
+TINY = [
+    "--block", "basic1", "--px", "8", "--batch", "1", "--rounds", "1", "--contenders", "fused", "--device", "cpu",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,8 @@ def same_threads():
         (["--op", "block_ends.stage1"], "op: expected one such as block_end.stage1"),
         ([*TINY, "--contenders", "fusd"], "contenders: expected one such as fused"),
         ([*TINY, "--dtype", "bf61"], "dtype: expected one such as bf16"),
-        ([*TINY, "--device", "gpu"], "device: expected auto, cpu, cuda"),
+        ([*TINY, "--device", "gpu"], "device: expected cpu"),
+        ([*TINY, "--device", "cuda:99", "--csv", "rows.csv"], "got 'cuda:99'"),
         ([], "model, block, op: expected at least one to run"),
         (["--quick", *TINY], "quick: expected without --model"),
         ([*TINY, "--csv", "/nonexistent/rows.csv"], "csv must name a file that can be written, got /nonexistent/"),
@@ -39,10 +42,12 @@ def same_threads():
         ([*TINY, "--resume"], "resume: expected together with --csv"),
     ],
 )
-def test_impossible_arguments_return_2_before_any_work(arguments, message, monkeypatch, capsys):
+def test_impossible_arguments_return_2_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "compare", lambda *_, **__: pytest.fail("work was begun"))
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

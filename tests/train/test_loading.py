@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fusedres.train.augment import Augment, measure
 from fusedres.train.loading import Loaded, Order, loader
@@ -82,6 +83,65 @@ def test_reading_takes_nothing_from_the_generator_of_the_process():
     before = torch.get_rng_state()
     list(loader(data, Order(53, 10, seed=0), augment, workers=0, here=True))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Grey(Arrays):
+    """Images of one channel."""
+
+    def fetch(self, indices, draws):
+        return self.images[indices, :1]
+
+
+class Expanded(Grey):
+    """Grey images as three equal channels."""
+
+    def fetch(self, indices, draws):
+        return super().fetch(indices, draws).expand(-1, 3, -1, -1)
+
+
+class Windows(Arrays):
+    """Views of images that share rows."""
+
+    def fetch(self, indices, draws):
+        rows = F.pad(self.images[indices, 0].flatten(), (0, 16))
+        return rows.as_strided((len(indices), 3, 8, 8), (64, 8, 8, 1))
+
+
+class Permuted(Arrays):
+    """Images whose channels lie together in memory."""
+
+    def fetch(self, indices, draws):
+        return self.images[indices].to(memory_format=torch.channels_last)
+
+
+KINDS = (Arrays, Expanded, Windows, Permuted)
+
+
+# torch pins nothing where there is no GPU, and says so.
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "here", "channels"),
+    [(Grey, True, 3), *((kind, here, None) for kind in KINDS for here in (True, False))],
+)
+def test_what_is_pinned_lies_once_in_memory(kind, here, channels, workers):
+    data = kind(source(20).images, torch.arange(20))
+    augment = Augment(measure(data, "channel"), PadCrop(2), channels=channels)
+    arguments = {"augment": augment, "workers": workers, "here": here}
+    free = list(loader(data, Order(20, 10, seed=0), **arguments))
+    pinned = list(loader(data, Order(20, 10, seed=0), **arguments, pin=True))
+    assert len(free) == len(pinned) == 2
+    for one, other in zip(free, pinned, strict=True):
+        assert other.images.shape[1] == 3
+        for before, after in zip(one, other, strict=True):
+            assert (before is None) == (after is None)
+            if after is not None:
+                assert after.untyped_storage().nbytes() >= after.nbytes
+                assert torch.equal(before, after)
+                after.copy_(before)  # as page-locking does: refused where numbers share a place
+    # Strides of a batch that could be pinned all along stay: a copy would take time.
+    if kind is Permuted and not here:
+        assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in pinned)
 
 
 def test_a_broken_file_comes_as_its_error_even_from_a_worker():

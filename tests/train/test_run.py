@@ -16,9 +16,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
 from fusedres.cli import main
+from fusedres.devices import gpus
 from fusedres.models import create
 from fusedres.train import checkpoint
 from fusedres.train.trainer import Trainer
+from tests.gpu_support import allocations, needs_gpu, used_since
 from tests.train.cifar_files import write_cifar10_pickled, write_cifar100_pickled
 from tests.train.image_folder import write_image_folder
 
@@ -32,12 +34,16 @@ def same_threads():
     torch.set_num_threads(threads)
 
 
+# Here bits are compared, which a GPU gives again with --deterministic alone.
+TRAIN = ["train", "--device", "cpu"]
+
+
 def train(*arguments):
-    return main(["train", *map(str, arguments)])
+    return main([*TRAIN, *map(str, arguments)])
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "fusedres.cli", "train", *map(str, arguments)]
+    return [sys.executable, "-m", "fusedres.cli", *TRAIN, *map(str, arguments)]
 
 
 def rows(folder):
@@ -194,12 +200,27 @@ def test_memory_that_really_ends_is_explained(tmp_path):
         "import resource, sys; from fusedres.cli import main;"
         "resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9, 6 * 10**9)); sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["train", "--px", "64", "--batch", "1437", "--threads", "1", "--out", str(tmp_path / "out")]
+    arguments = [*TRAIN, "--px", "64", "--batch", "1437", "--threads", "1", "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 1, done.stderr
     assert "a batch of 1437 images does not fit into the memory of cpu" in done.stdout
+
+
+@needs_gpu
+@pytest.mark.parametrize("place", [[], ["--augment-on-device"]], ids=["on the host", "on the GPU"])
+def test_grey_images_train_a_network_for_colours_on_the_last_gpu(tmp_path, place, capsys):
+    """Their three channels are one in memory, which can not be page-locked as it is."""
+    last = gpus()[-1]
+    before = allocations()
+    given = ["--model", "regnet_x_400mf", "--px", 32, "--iterations", 3, "--batch", 8, "--threads", 1]
+    assert train(*given, *place, "--device", last, "--out", tmp_path / "out") == 0
+    assert torch.cuda.get_device_name(last) in capsys.readouterr().out
+    (row,) = rows(tmp_path / "out")
+    assert float(row["train_loss"]) > 0 and float(row["memory_mb"]) > 0
+    assert weights(tmp_path / "out")["stem.0.weight"].shape == (32, 3, 3, 3)
+    assert used_since(before) == [last]
 
 
 def test_an_image_folder_from_training_to_every_kind_of_test(tmp_path, capsys):
@@ -243,7 +264,9 @@ def test_other_ways_to_compute(tmp_path):
         (["--resume", "--weights", "model.pt"], "weights: expected without --resume"),
         (["--resume"], "resume: there is no checkpoint"),
         (["--weights", "/nowhere/model.pt"], "weights: there is no file /nowhere/model.pt"),
-        (["--device", "tpu"], "device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "tpu"], "device: expected cpu"),
+        (["--device", ""], "got ''"),
+        (["--device", "cuda:99"], "got 'cuda:99'"),
         (["--option", "shortcut"], "option: expected NAME=VALUE, got 'shortcut'"),
         (["--out", "/dev/null/out"], "out: the folder /dev/null/out can not be made"),
     ],
@@ -280,7 +303,7 @@ def test_a_training_is_not_overwritten(uninterrupted, capsys):
 def torchrun(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedres.cli",
-         "train", *map(str, arguments)],
+         *TRAIN, *map(str, arguments)],
         capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -307,7 +330,7 @@ def test_two_processes_killed_and_resumed_end_with_the_same_bits(tmp_path):
     folder = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedres.cli",
-         "train", *given, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+         *TRAIN, *given, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for(lambda: (folder / "log.csv").exists() and len(rows(folder)) >= 2, process)
     process.send_signal(signal.SIGTERM)
