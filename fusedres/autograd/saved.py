@@ -1,4 +1,4 @@
-"""Nested tuples of tensors kept for the backward pass, and the refusal of a second derivative."""
+"""Nested tuples of tensors kept for the backward pass, and which form that pass takes."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from .. import backends
 from ..autocast import no_autocast
 from ..replay import Place, like
 from ..writes import count_backward
+from .composed import composed_gradients
 
 
 class Packed(NamedTuple):
@@ -52,15 +53,54 @@ def unpacked(pack: Packed) -> Any:
     return _attach(pack.structure.nested, dense)
 
 
-def keep(ctx: Any, pack: Packed) -> None:
-    """Save every tensor through ``ctx.save_for_backward``, so that saved-tensor hooks see it."""
-    ctx.structure = pack.structure
-    ctx.save_for_backward(*pack.tensors)
+class Anchor(torch.autograd.Function):
+    """Zeros of the size of x, one element in memory; their gradient is that of x.
+
+    Added to a copy of x, they attach it to the graph of x, which itself need not be kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.new_zeros(1).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor | None) -> Tensor | None:
+        return dz
+
+
+def keep(ctx: Any, pack: Packed, *inputs: Tensor | None) -> None:
+    """Save every tensor through ``ctx.save_for_backward``, so that saved-tensor hooks see it.
+
+    ``inputs`` are those that `attached` is to give back; each or a copy of it is among the tensors.
+    """
+    as_they_are = set(map(id, pack.tensors))
+    ctx.structure, ctx.count = pack.structure, len(pack.tensors)
+    ctx.anchored = tuple(x is not None and x.requires_grad and id(x) not in as_they_are for x in inputs)
+    with torch.enable_grad():
+        anchors = [Anchor.apply(x) for x, anchored in zip(inputs, ctx.anchored, strict=True) if anchored]
+    ctx.save_for_backward(*pack.tensors, *anchors)
 
 
 def kept(ctx: Any) -> Packed:
     """What was given to `keep`."""
-    return Packed(ctx.structure, ctx.saved_tensors)
+    return Packed(ctx.structure, ctx.saved_tensors[: ctx.count])
+
+
+def kept_with_anchors(ctx: Any) -> tuple[Any, list[Tensor | None]]:
+    """The nested tuples that were packed and given to `keep`, and what each of its inputs is `attached` by."""
+    tensors = ctx.saved_tensors  # asked for once: checkpointing gives them once
+    anchors = iter(tensors[ctx.count :])
+    saved = unpacked(Packed(ctx.structure, tensors[: ctx.count]))
+    return saved, [next(anchors) if anchored else None for anchored in ctx.anchored]
+
+
+def attached(copy: Tensor, anchor: Tensor | None) -> Tensor:
+    """An input of a forward pass, from the copy that was kept, in its own dtype and as part of its graph.
+
+    Without an anchor the copy is the input itself, or nobody needs it to be.
+    """
+    return copy if anchor is None else (copy.detach() + anchor).to(anchor.dtype)
 
 
 def _detach(nested: Any, tensors: list[Tensor]) -> Any:
@@ -76,47 +116,24 @@ def _attach(part: Any, tensors: tuple[Tensor, ...]) -> Any:
     return like(part, [_attach(inner, tensors) for inner in part]) if isinstance(part, tuple) else part
 
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward, run without autograd; differentiating what it returns raises a RuntimeError.
+def fused_or_composed(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward: fused, or where what it returns is to be differentiated, by `composed_gradients`.
 
-    Refused under ``create_graph=True`` whatever the arriving gradient requires: what is returned depends on the
-    parameters too, and torch's own ``once_differentiable`` drops that dependence in silence.
-    """
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *grads: Tensor) -> Any:
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
-        refuse = torch._C._functions.DelayedError(
-            b"fusedres: the backward pass of a fused block has no derivative; "
-            b"call fusedres.unfuse(model) before computing second derivatives",
-            len(outputs),
-        )
-        # Each gradient leaves as a fresh tensor tied to the refusal, so that first derivatives stay usable.
-        return refuse(*[g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in outputs])
-
-    return once
-
-
-def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward, run on ``ctx.backend`` and outside autocast, on whichever thread it is called.
-
-    Without a gradient, as a Function that has none materialised may be called, it has none for anybody.
+    The latter also takes batches of gradients. Both run on ``ctx.backend`` and outside autocast, on whichever thread
+    they are called. Without a gradient, as a Function that has none materialised may be called, there is none for
+    anybody.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if grads[0] is None:
+        dz = grads[0]
+        if dz is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch._C._functorch.is_legacy_batchedtensor(grads[0]):
-            raise RuntimeError(
-                "fusedres: fused blocks take one gradient at a time, not a batch of them (is_grads_batched, "
-                "vectorize); call fusedres.unfuse(model) before computing these"
-            )
         count_backward()
-        with backends.resumed(ctx.backend), no_autocast(grads[0].device.type):
+        differentiated = torch.is_grad_enabled()
+        with backends.resumed(ctx.backend), no_autocast(dz.device.type):
+            if differentiated or torch._C._functorch.is_legacy_batchedtensor(dz):
+                return composed_gradients(ctx, dz, create_graph=differentiated)
             return backward(ctx, *grads)
 
     return run
