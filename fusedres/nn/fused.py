@@ -58,6 +58,31 @@ class Fused(nn.Module):
             pass
         return super().train(mode)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: a module of the plain class with the same parameters and buffers."""
+        plain = next(of for of in type(self).__mro__ if issubclass(of, nn.Module) and not issubclass(of, Fused))
+        return twin_of_class(self, plain)
+
+
+def twin_of_class(module: nn.Module, of: type[nn.Module]) -> nn.Module:
+    """A module of another class that shares everything with this one but the tables of who is whose child.
+
+    `torch.jit.script` puts what fused modules are to be compiled as into those tables.
+    """
+    twin: nn.Module = of.__new__(of)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("fused_schedule", None)
+    twin.__dict__["_modules"] = {name: _with_own_children(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _with_own_children(module: nn.Module | None) -> nn.Module | None:
+    """A module itself, where it is prepared for scripting as a whole or holds nothing that is."""
+    if module is None or hasattr(module, "__prepare_scriptable__"):
+        return module
+    holds = any(hasattr(inner, "__prepare_scriptable__") for inner in module.modules())
+    return twin_of_class(module, type(module)) if holds else module
+
 
 def traced(x: Any) -> bool:
     """Whether somebody reads the forward pass, transforms it, or waits for every module's call: they get the plain

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fused import FusedBasicBlock, FusedBlock, FusedBottleneck, traced
+from .fused import FusedBasicBlock, FusedBlock, FusedBottleneck, traced, twin_of_class
 
 
 class FusedStage(nn.Sequential):
@@ -26,6 +26,9 @@ class FusedStage(nn.Sequential):
             hands_over = _is_unseen(module) and _is_unseen(following)
             input = module(input, hands_over=True) if hands_over else module(input)
         return input
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return twin_of_class(self, nn.Sequential)
 
 
 class Bystander:
