@@ -74,12 +74,13 @@ def keep(ctx: Any, pack: Packed, *inputs: Tensor | None) -> None:
 
     ``inputs`` are those that `attached` is to give back; each or a copy of it is among the tensors.
     """
-    as_they_are = set(map(id, pack.tensors))
-    ctx.structure, ctx.count = pack.structure, len(pack.tensors)
-    ctx.anchored = tuple(x is not None and x.requires_grad and id(x) not in as_they_are for x in inputs)
-    with torch.enable_grad():
-        anchors = [Anchor.apply(x) for x, anchored in zip(inputs, ctx.anchored, strict=True) if anchored]
-    ctx.save_for_backward(*pack.tensors, *anchors)
+    tensors = pack.tensors
+    ctx.structure, ctx.count = pack.structure, len(tensors)
+    ctx.anchored = [x is not None and x.requires_grad and id(x) not in map(id, tensors) for x in inputs]
+    if True in ctx.anchored:
+        with torch.enable_grad():
+            tensors += tuple(Anchor.apply(x) for x, anchored in zip(inputs, ctx.anchored, strict=True) if anchored)
+    ctx.save_for_backward(*tensors)
 
 
 def kept(ctx: Any) -> Packed:
