@@ -57,7 +57,7 @@ def run_chain(
     schedule: str = AUTO,
     hands_over: bool = False,
 ) -> Tensor:
-    """act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), fused, differentiable once.
+    """act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), fused, differentiable.
 
     Args:
         x: (N, C, H, W), any memory format (channels_last is fastest).
@@ -126,7 +126,7 @@ def run_chain(
 
 
 def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUTO) -> Tensor:
-    """maxpool(relu(bn(conv(x)))), fused, differentiable once.
+    """maxpool(relu(bn(conv(x)))), fused, differentiable.
 
     Args:
         x: (N, C, H, W).

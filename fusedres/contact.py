@@ -56,6 +56,12 @@ def current() -> Contact | None:
     return contact
 
 
+def owner() -> Owner | None:
+    """Whose pass is under way on this thread."""
+    contact = current()
+    return None if contact is None else contact.owner
+
+
 def unproven() -> None:
     """Launches follow, on this thread, that have not been seen to work."""
     contact = current()

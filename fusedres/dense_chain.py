@@ -36,7 +36,7 @@ def takes_dense(x: Tensor) -> bool:
 
 
 def run_dense(x: Tensor, layers: Sequence[DenseLayerParts], *, schedule: str = AUTO) -> Tensor:
-    """x and the outputs of all layers side by side, each layer fed with everything before it; differentiable once.
+    """x and the outputs of all layers side by side, each layer fed with everything before it; differentiable.
 
     Args:
         x: (N, C, H, W) in the dtype of the convolutions (`takes_dense`).

@@ -42,7 +42,7 @@ def run_preact(
     schedule: str = AUTO,
     measured: bool = True,
 ) -> Tensor:
-    """conv(relu(bn(... conv(relu(bn(x)))))) + shortcut, fused, differentiable once.
+    """conv(relu(bn(... conv(relu(bn(x)))))) + shortcut, fused, differentiable.
 
     Args:
         x: (N, C, H, W), any memory format (channels_last is fastest).
@@ -102,7 +102,7 @@ def run_preact(
 
 
 def run_bn_act(x: Tensor, norm: Norm) -> Tensor:
-    """relu(bn(x)), fused, differentiable once.
+    """relu(bn(x)), fused, differentiable.
 
     Args:
         x: (N, C, H, W).

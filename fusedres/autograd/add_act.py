@@ -11,7 +11,8 @@ from ..ops.add_act import add_act
 from ..ops.bn_backward import masked
 from ..ops.contract import OutputGrad, channels_last
 from ..replay import replayed
-from .saved import differentiable_once, on_forward_backend
+from .composed import Composed, joining
+from .saved import fused_or_composed
 
 
 class AddAct(torch.autograd.Function):
@@ -31,14 +32,18 @@ class AddAct(torch.autograd.Function):
         return z
 
     @staticmethod
-    @differentiable_once
-    @on_forward_backend
+    @fused_or_composed
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         g = replayed(_backward, dz, ctx.saved_tensors)
         dx, dresidual = (
             g.to(dtype) if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         )
         return dx, dresidual, None
+
+    @staticmethod
+    def composed(ctx: Any, dz: Tensor) -> Composed:
+        inputs = (joining(dz, dtype) for dtype in ctx.dtypes)
+        return Composed((*inputs, None), lambda x, residual, _: x + residual, *ctx.saved_tensors)
 
 
 def _forward(x: Tensor, residual: Tensor, act: str | None, training: bool) -> tuple[Tensor, Tensor | None]:

@@ -13,9 +13,10 @@ from ..ops.bn_backward import bn_backward, masked
 from ..ops.bn_statistics import bn_statistics
 from ..ops.contract import Normaliser, OutputGrad, Partials, channels_last
 from ..replay import Holding, replayed
+from .composed import Composed, joining, normalised
 from .layer import NORM, normaliser_of
 from .layouts import arrived, in_dtype
-from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
+from .saved import Packed, attached, fused_or_composed, keep, kept, kept_with_anchors, packed, unpacked
 from .spec import NormSpec, NormTensors
 
 
@@ -43,7 +44,7 @@ class Kept(NamedTuple):
     residual: Tensor | None
     residual_norm: Normaliser | None
     mask: Tensor | None
-    gammas: tuple[Tensor | None, Tensor | None]
+    affine: tuple[NormTensors, NormTensors]
 
 
 class BNAddAct(torch.autograd.Function):
@@ -61,16 +62,34 @@ class BNAddAct(torch.autograd.Function):
         if saved is not None:
             ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
             ctx.residual_dtype = None if residual is None else residual.dtype
-            keep(ctx, saved)
+            keep(ctx, saved, y, residual if spec.residual_norm is not None else None)
         return z
 
     @staticmethod
-    @differentiable_once
-    @on_forward_backend
+    @fused_or_composed
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         g = arrived(dz)
         dy, dresidual, grads = replayed(_backward, g, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.residual_dtype)
         return (dy, dresidual, None, *grads)
+
+    @staticmethod
+    def composed(ctx: Any, dz: Tensor) -> Composed:
+        saved: Kept
+        saved, (of_y, of_residual) = kept_with_anchors(ctx)
+        spec: BNAddActSpec = ctx.spec
+
+        def form(y: Tensor, residual: Tensor | None, _: None, *tensors: Tensor | None) -> Tensor:
+            z = normalised(y, NormTensors(*tensors[:NORM]), spec.norm, saved.norm)
+            if residual is None:
+                return z
+            if spec.residual_norm is None:
+                return z + residual
+            return z + normalised(residual, NormTensors(*tensors[NORM:]), spec.residual_norm, saved.residual_norm)
+
+        raw = saved.residual
+        residual = joining(dz, ctx.residual_dtype) if raw is None else attached(raw, of_residual)
+        main, other = saved.affine
+        return Composed((attached(saved.y, of_y), residual, None, *main, *other), form, saved.mask)
 
 
 def _measured(y: Tensor, tensors: NormTensors, spec: NormSpec, partials: Partials | None = None) -> Normaliser:
@@ -102,7 +121,7 @@ def _forward(
     if not training:
         return z, None
     raw_residual = residual if residual_norm is not None else None
-    return z, packed(Kept(y, norm, raw_residual, residual_norm, mask, (main.gamma, other.gamma)))
+    return z, packed(Kept(y, norm, raw_residual, residual_norm, mask, (main.affine, other.affine)))
 
 
 def _backward(
@@ -117,11 +136,13 @@ def _backward(
         dy, dgamma, dbeta = bn_backward(typed, y, norm, gamma, batch_stats=norm_spec.batch_stats)
         return dy, [dgamma, dbeta, *[None] * (NORM - 2)]
 
-    dy, grads = through(saved.y, saved.norm, spec.norm, saved.gammas[0])
+    dy, grads = through(saved.y, saved.norm, spec.norm, saved.affine[0].gamma)
     dresidual: Tensor | None = None
     residual_grads: list[Any] = [None] * NORM
     if saved.residual is not None and saved.residual_norm is not None and spec.residual_norm is not None:
-        dresidual, residual_grads = through(saved.residual, saved.residual_norm, spec.residual_norm, saved.gammas[1])
+        dresidual, residual_grads = through(
+            saved.residual, saved.residual_norm, spec.residual_norm, saved.affine[1].gamma
+        )
     elif asked_of[1]:
         dresidual = masked(g).to(residual_dtype)
     named = zip([*grads, *residual_grads], asked_of[3:], strict=True)

@@ -18,6 +18,7 @@ from ..ops.relu_mask import is_bits
 from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad
 from ..plan import Schedule
 from ..replay import replayed
+from .composed import Composed, chain, joining
 from .layer import (
     PARAMETERS,
     Below,
@@ -36,7 +37,7 @@ from .layer import (
     shortcut_grad,
 )
 from .layouts import arrived, in_dtype
-from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
+from .saved import Packed, attached, fused_or_composed, keep, kept, kept_with_anchors, packed, unpacked
 from .spec import ChainSpec, ConvBN, LayerSpec
 
 
@@ -150,14 +151,13 @@ class ConvChain(torch.autograd.Function):
             ctx.spec, ctx.backend = spec, backends.current()
             ctx.input_dtype, ctx.input_size = x.dtype, tuple(x.shape)
             ctx.residual_dtype = None if residual is None else residual.dtype
-            keep(ctx, saved)
+            keep(ctx, saved, x)
         if end is not None:
             carried.ends.leave(z, end)
         return z
 
     @staticmethod
-    @differentiable_once
-    @on_forward_backend
+    @fused_or_composed
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         sums, saved = carried.reduced.take(dz), kept(ctx)
         dx, reduced, dresidual, grads = replayed(
@@ -167,6 +167,21 @@ class ConvChain(torch.autograd.Function):
         if dx is not None and reduced is not None:
             carried.reduced.leave(dx, reduced)
         return (dx, dresidual, None, *grads)
+
+    @staticmethod
+    def composed(ctx: Any, dz: Tensor) -> Composed:
+        saved: Kept
+        saved, (anchor,) = kept_with_anchors(ctx)
+        branches = [*(step.branch for step in saved.inner), saved.main]
+        x = attached(branches[0].source.tensor, anchor)
+        if saved.projection is not None:
+            branches.append(saved.projection)
+
+        def form(x: Tensor, residual: Tensor | None, _: None, *tensors: Tensor | None) -> Tensor:
+            return chain(x, residual, ctx.spec, grouped(tensors), [branch.norm for branch in branches])
+
+        tensors = (tensor for layer in saved.parameters for tensor in layer)
+        return Composed((x, joining(dz, ctx.residual_dtype), None, *tensors), form, saved.mask)
 
 
 def _first_weight(saved: Packed) -> Tensor:

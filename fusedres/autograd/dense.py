@@ -45,6 +45,7 @@ from ..ops.features import FeatureGrads, put_features
 from ..ops.rows import empty_rows
 from ..plan import Schedule
 from ..replay import Holding, replayed
+from .composed import Composed, dense
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
     NORM,
@@ -60,7 +61,7 @@ from .layer import (
     needs_of,
     normaliser_of,
 )
-from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
+from .saved import Packed, attached, fused_or_composed, keep, kept, kept_with_anchors, packed, unpacked
 from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
 
 ELSEWHERE: Any = None
@@ -104,13 +105,16 @@ class DenseTensors(NamedTuple):
 
 
 class KeptLayer(NamedTuple):
-    """``out`` is the rectified input, where it was written; ``inner`` the bottleneck; ``last`` as in `PreAct`."""
+    """``out`` is the rectified input, where it was written; ``inner`` the bottleneck; ``last`` as in `PreAct`;
+    ``affine`` are gamma and beta of its input's batch norm.
+    """
 
     norm: Normaliser
     out: Tensor | None
     inner: tuple[Inner, ...]
     last: ConvInput | None
     parameters: tuple[ConvBN, ...]
+    affine: NormTensors
 
 
 class Kept(NamedTuple):
@@ -134,7 +138,7 @@ class Dense(torch.autograd.Function):
         if saved is not None:
             ctx.spec, ctx.backend = replace(spec, partials=None), backends.current()
             ctx.channels, ctx.dtypes = x.shape[1], tuple(None if t is None else t.dtype for t in tensors)
-            keep(ctx, saved)
+            keep(ctx, saved, x)
         if partials is None:
             return z, None, None, None
         ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
@@ -142,11 +146,23 @@ class Dense(torch.autograd.Function):
         return z, *partials
 
     @staticmethod
-    @differentiable_once
-    @on_forward_backend
+    @fused_or_composed
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
         dx, grads = replayed(_backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.channels, ctx.dtypes)
         return (dx, None, *grads)
+
+    @staticmethod
+    def composed(ctx: Any, dz: Tensor) -> Composed:
+        saved: Kept
+        saved, (anchor,) = kept_with_anchors(ctx)
+        x = attached(saved.features[:, : ctx.channels], anchor)
+        norms = [(layer.norm, *(step.branch.norm for step in layer.inner)) for layer in saved.layers]
+
+        def form(x: Tensor, _: None, *tensors: Tensor | None) -> Tensor:
+            return dense(x, ctx.spec, _by_layer(tensors, ctx.spec), norms)
+
+        tensors = (t for layer in saved.layers for group in (layer.affine, *layer.parameters) for t in group)
+        return Composed((x, None, *tensors), form)
 
 
 def _by_layer(tensors: tuple[Any, ...], spec: DenseSpec) -> list[DenseTensors]:
@@ -226,7 +242,8 @@ def _layer_forward(
     weight = tensors.convs[-1].weight.to(x.dtype)
     _, of_y = conv_forward(u, weight, layer.layers[-1].geometry, statistics=measured is not None, out=out)
     last = u if inner else None
-    return of_y, KeptLayer(norm, rectified, tuple(inner), last, tuple(conv.parameters for conv in tensors.convs))
+    learnt = tuple(conv.parameters for conv in tensors.convs)
+    return of_y, KeptLayer(norm, rectified, tuple(inner), last, learnt, tensors.norm.affine)
 
 
 def _backward(

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .saved import differentiable_once
-
 
 class GlobalPool(torch.autograd.Function):
     """z = mean of x over its pixels; the gradient at x is dz / (H W), expanded over the pixels.
@@ -20,7 +18,6 @@ class GlobalPool(torch.autograd.Function):
         return x.mean((2, 3), keepdim=True)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor]:
         pixels = ctx.size[2] * ctx.size[3]
         return ((dz / pixels).expand(ctx.size),)

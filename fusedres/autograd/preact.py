@@ -28,6 +28,7 @@ from ..ops.conv_input_grad import ProducerGrad, at_producer, joined
 from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad, written
 from ..plan import Schedule
 from ..replay import replayed
+from .composed import Composed, preact
 from .conv_chain import Inner, _behind_relu, _inner_forward
 from .layer import (
     NORM,
@@ -46,7 +47,7 @@ from .layer import (
     samples,
     shortcut_grad,
 )
-from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
+from .saved import Packed, attached, fused_or_composed, keep, kept, kept_with_anchors, packed, unpacked
 from .spec import ConvBN, Layered, LayerSpec, NormSpec, NormTensors
 
 BARE = NormSpec(batch_stats=False)
@@ -98,6 +99,7 @@ class Kept(NamedTuple):
     x: Tensor | None
     norm: Normaliser | None
     gamma: Tensor | None
+    beta: Tensor | None
     source: ConvInput
     inner: tuple[Inner, ...]
     last: ConvInput
@@ -122,7 +124,7 @@ class PreAct(torch.autograd.Function):
             ctx.norm_dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors[:2])
             # The statistics of x were of use in the forward pass alone.
             ctx.spec = replace(spec, partials=None)
-            keep(ctx, saved)
+            keep(ctx, saved, x)
         if partials is None:
             return z, None, None, None
         ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
@@ -130,13 +132,26 @@ class PreAct(torch.autograd.Function):
         return z, *partials
 
     @staticmethod
-    @differentiable_once
-    @on_forward_backend
+    @fused_or_composed
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
         dx, head, grads = replayed(
             _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.size, ctx.input_dtype, ctx.norm_dtypes
         )  # fmt: skip
         return (dx, None, *head, *grads)
+
+    @staticmethod
+    def composed(ctx: Any, dz: Tensor) -> Composed:
+        saved: Kept
+        saved, (anchor,) = kept_with_anchors(ctx)
+        x = attached(saved.source.tensor if saved.x is None else saved.x, anchor)
+        norms = [saved.norm, *(step.branch.norm for step in saved.inner)]
+
+        def form(x: Tensor, _: None, *tensors: Tensor | None) -> Tensor:
+            first, layers = NormTensors(*tensors[:NORM]), grouped(tensors[NORM:])
+            return preact(x, ctx.spec, first, layers, norms)
+
+        tensors = (tensor for layer in saved.parameters for tensor in layer)
+        return Composed((x, None, *NormTensors(saved.gamma, saved.beta), *tensors), form)
 
 
 def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvInput, Normaliser]:
@@ -198,7 +213,7 @@ def _forward(
     if not training:
         return z, partials, None
     learnt = tuple(layer.parameters for layer in parameters)
-    saved = Kept(None if norm is None else x, norm, first.gamma, source, tuple(inner), u, learnt)
+    saved = Kept(None if norm is None else x, norm, first.gamma, first.beta, source, tuple(inner), u, learnt)
     return z, partials, packed(saved)
 
 

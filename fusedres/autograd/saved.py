@@ -1,15 +1,18 @@
-"""Nested tuples of tensors kept for the backward pass, and the refusal of a second derivative."""
+"""Nested tuples of tensors kept for the backward pass, and which form that pass takes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, contact
 from ..autocast import no_autocast
+from ..launch import LaunchFailed
 from ..replay import Place, like
+from .composed import composed_gradients
 
 
 class Packed(NamedTuple):
@@ -51,15 +54,73 @@ def unpacked(pack: Packed) -> Any:
     return _attach(pack.structure.nested, dense)
 
 
-def keep(ctx: Any, pack: Packed) -> None:
-    """Save every tensor through ``ctx.save_for_backward``, so that saved-tensor hooks see it."""
-    ctx.structure = pack.structure
-    ctx.save_for_backward(*pack.tensors)
+class Anchor(torch.autograd.Function):
+    """Zeros of the size of x, one element in memory; their gradient is that of x.
+
+    Added to a copy of x, they attach it to the graph of x, which itself need not be kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.new_zeros(1).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor | None) -> Tensor | None:
+        return dz
+
+
+def keep(ctx: Any, pack: Packed, *inputs: Tensor | None) -> None:
+    """Save every tensor through ``ctx.save_for_backward``, so that saved-tensor hooks see it.
+
+    ``inputs`` are those that `attached` is to give back; each or a copy of it is among the tensors.
+    """
+    tensors = pack.tensors
+    ctx.structure, ctx.count, ctx.unpacked = pack.structure, len(tensors), None
+    ctx.owner = contact.owner()
+    ctx.anchored = [x is not None and x.requires_grad and id(x) not in map(id, tensors) for x in inputs]
+    if True in ctx.anchored:
+        with torch.enable_grad():
+            tensors += tuple(Anchor.apply(x) for x, anchored in zip(inputs, ctx.anchored, strict=True) if anchored)
+    ctx.save_for_backward(*tensors)
 
 
 def kept(ctx: Any) -> Packed:
     """What was given to `keep`."""
-    return Packed(ctx.structure, ctx.saved_tensors)
+    return Packed(ctx.structure, _saved(ctx)[: ctx.count])
+
+
+def kept_with_anchors(ctx: Any) -> tuple[Any, list[Tensor | None]]:
+    """The nested tuples that were packed and given to `keep`, and what each of its inputs is `attached` by."""
+    tensors = _saved(ctx)
+    anchors = iter(tensors[ctx.count :])
+    saved = unpacked(Packed(ctx.structure, tensors[: ctx.count]))
+    return saved, [next(anchors) if anchored else None for anchored in ctx.anchored]
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    if ctx.unpacked is None:
+        ctx.unpacked = ctx.saved_tensors
+    saved: tuple[Tensor, ...] = ctx.unpacked
+    return saved
+
+
+@contextmanager
+def _unpacked_once(ctx: Any) -> Iterator[None]:
+    """Keep what was saved as long as a backward pass lasts: checkpointing gives it once."""
+    ctx.unpacked = None
+    try:
+        yield
+    finally:
+        ctx.unpacked = None
+
+
+def attached(copy: Tensor, anchor: Tensor | None) -> Tensor:
+    """An input of a forward pass, from the copy that was kept, in its own dtype and as part of its graph.
+
+    Without an anchor the copy is the input itself, or nobody needs it to be.
+    """
+    return copy if anchor is None else (copy.detach() + anchor).to(anchor.dtype)
 
 
 def _detach(nested: Any, tensors: list[Tensor]) -> Any:
@@ -75,46 +136,27 @@ def _attach(part: Any, tensors: tuple[Tensor, ...]) -> Any:
     return like(part, [_attach(inner, tensors) for inner in part]) if isinstance(part, tuple) else part
 
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward, run without autograd; differentiating what it returns raises a RuntimeError.
+def fused_or_composed(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward: fused, or where what it returns is to be differentiated, by `composed_gradients`.
 
-    Refused under ``create_graph=True`` whatever the arriving gradient requires: what is returned depends on the
-    parameters too, and torch's own ``once_differentiable`` drops that dependence in silence.
-    """
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *grads: Tensor) -> Any:
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
-        refuse = torch._C._functions.DelayedError(
-            b"fusedres: the backward pass of a fused block has no derivative; "
-            b"call fusedres.unfuse(model) before computing second derivatives",
-            len(outputs),
-        )
-        # Each gradient leaves as a fresh tensor tied to the refusal, so that first derivatives stay usable.
-        return refuse(*[g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in outputs])
-
-    return once
-
-
-def on_forward_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward, run on ``ctx.backend`` and outside autocast, on whichever thread it is called.
-
-    Without a gradient, as a Function that has none materialised may be called, it has none for anybody.
+    The latter also takes batches of gradients, and the place of a fused pass whose kernel can not be started: the owner
+    of the pass is told. All run on ``ctx.backend`` and outside autocast, on whichever thread they are called. Without a
+    gradient, as a Function that has none materialised may be called, there is none for anybody.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if grads[0] is None:
+        dz = grads[0]
+        if dz is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch._C._functorch.is_legacy_batchedtensor(grads[0]):
-            raise RuntimeError(
-                "fusedres: fused blocks take one gradient at a time, not a batch of them (is_grads_batched, "
-                "vectorize); call fusedres.unfuse(model) before computing these"
-            )
-        with backends.resumed(ctx.backend), no_autocast(grads[0].device.type):
-            return backward(ctx, *grads)
+        differentiated = torch.is_grad_enabled()
+        with backends.resumed(ctx.backend), no_autocast(dz.device.type), _unpacked_once(ctx):
+            if differentiated or torch._C._functorch.is_legacy_batchedtensor(dz):
+                return composed_gradients(ctx, dz, create_graph=differentiated)
+            try:
+                return backward(ctx, *grads)
+            except LaunchFailed as failure:
+                contact.give_up(getattr(ctx, "owner", None), failure)
+                return composed_gradients(ctx, dz, create_graph=False)
 
     return run

@@ -25,6 +25,11 @@ class NormTensors(NamedTuple):
     counted: Tensor | None = None
 
     @property
+    def affine(self) -> "NormTensors":
+        """Gamma and beta alone."""
+        return NormTensors(self.gamma, self.beta)
+
+    @property
     def vectors(self) -> tuple[Tensor | None, ...]:
         """In the order of `check_norm_vectors`."""
         return self[:5]

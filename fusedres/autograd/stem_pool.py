@@ -16,8 +16,9 @@ from ..ops.contract import ConvInput, OutputGrad, channels_last
 from ..ops.stem_contractions import early_weight_grad, output_contraction, pooled_contraction
 from ..ops.stem_pool import stem_pool, stem_pool_backward
 from ..replay import replayed
+from .composed import Composed, stem
 from .layer import Branch, LayerGrads, Needs, branch_backward, grouped, in_parameter_dtypes, measure, needs_of
-from .saved import Packed, differentiable_once, keep, kept, on_forward_backend, packed, unpacked
+from .saved import Packed, attached, fused_or_composed, keep, kept, kept_with_anchors, packed, unpacked
 from .spec import ConvBN, StemSpec
 
 
@@ -51,15 +52,26 @@ class StemPool(torch.autograd.Function):
             z, saved, size = replayed(_forward, x, spec, tensors, needed_x, training)
         if saved is not None:
             ctx.spec, ctx.backend, ctx.input_dtype, ctx.size = spec, backends.current(), x.dtype, size
-            keep(ctx, saved)
+            keep(ctx, saved, x)
         return z
 
     @staticmethod
-    @differentiable_once
-    @on_forward_backend
+    @fused_or_composed
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         dx, grads = replayed(_backward, dz, ctx.spec, kept(ctx), ctx.size, ctx.input_dtype, ctx.needs_input_grad)
         return (dx, None, *grads)
+
+    @staticmethod
+    def composed(ctx: Any, dz: Tensor) -> Composed:
+        saved: Kept
+        saved, (anchor,) = kept_with_anchors(ctx)
+        x = attached(saved.branch.source.tensor, anchor)
+
+        def form(x: Tensor, _: None, *tensors: Tensor | None) -> Tensor:
+            (layer,) = grouped(tensors)
+            return stem(x, ctx.spec, layer, saved.branch.norm)
+
+        return Composed((x, None, *saved.parameters), form)
 
 
 def _forward(

@@ -125,6 +125,10 @@ class Fused(nn.Module):
         except NotFusable:  # before anything was launched: tensors of a kind that passes do not take
             return None
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: a module of the plain class with the same parameters and buffers."""
+        return twin_of_class(self, plain_base(type(self)) or type(self))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made by `fused_subclass` are found by what they were made of.
         made_of = type(self).__dict__.get("fused_made_of")
@@ -166,6 +170,27 @@ _made: dict[Any, type[Fused]] = {}
 def _remade(fused: type[Fused], plain: type[nn.Module]) -> Fused:
     cls = fused_subclass(fused, plain)
     return cls.__new__(cls)
+
+
+def twin_of_class(module: nn.Module, of: type[nn.Module]) -> nn.Module:
+    """A module of another class that shares everything with this one but the tables of who is whose child.
+
+    `torch.jit.script` puts what fused modules are to be compiled as into those tables.
+    """
+    twin: nn.Module = of.__new__(of)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("fused_schedule", None)
+    twin.__dict__.pop("fused_failure", None)
+    twin.__dict__["_modules"] = {name: _with_own_children(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _with_own_children(module: nn.Module | None) -> nn.Module | None:
+    """A module itself, where it is prepared for scripting as a whole or holds nothing that is."""
+    if module is None or hasattr(module, "__prepare_scriptable__"):
+        return module
+    holds = any(hasattr(inner, "__prepare_scriptable__") for inner in module.modules())
+    return twin_of_class(module, type(module)) if holds else module
 
 
 def traced(x: Any) -> bool:

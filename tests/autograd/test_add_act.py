@@ -46,11 +46,14 @@ def test_one_bit_per_value_is_kept(each_backend):
     assert [(tensor.dtype, tensor.numel()) for tensor in kept] == [(torch.uint8, x.numel() // 8)]
 
 
-def test_a_second_derivative_is_refused(each_backend):
-    x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    (dx,) = torch.autograd.grad(add_act(x, x.detach()).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="has no derivative"):
-        dx.sum().backward()
+@pytest.mark.parametrize("act", ["relu", None])
+def test_second_derivatives(act, each_backend):
+    x, residual = torch.randn(2, 1, 2, 3, 2, dtype=torch.float64).requires_grad_()
+    z = add_act(x, residual, act=act)
+    dx, dresidual = torch.autograd.grad((z**3).sum(), (x, residual), create_graph=True)
+    (second,) = torch.autograd.grad(dx.sum() + 2 * dresidual.sum(), x)
+    opened = z.detach() > 0 if act else torch.ones_like(z)
+    torch.testing.assert_close(second, 18 * z.detach() * opened)
 
 
 def test_impossible_operands_are_refused():

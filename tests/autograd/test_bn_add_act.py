@@ -187,21 +187,14 @@ def test_two_forward_passes_before_one_backward_pass(residual, each_backend):
         assert_close(gradients[0][name], gradients[1][name], 1e-10, name=name)
 
 
-def test_second_derivative_is_refused(each_backend):
-    for loss in (torch.sum, lambda z: z.square().sum()):
-        block = Block(SIZE, "plain")
-        (dy,) = torch.autograd.grad(loss(block.fused()), block.y, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"fusedres\.unfuse"):
-            dy.square().sum().backward()
-
-
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_saves_raw_tensors_and_bits_alone(residual, each_backend):
     block = Block(SIZE, residual)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         z = block.fused()
-    wide = [t for t in saved if t.shape == z.shape and t.dtype.is_floating_point]
+    of_its_size = [t for t in saved if t.shape == z.shape and t.dtype.is_floating_point]
+    wide = [t for t in of_its_size if t.untyped_storage().nbytes() >= z.numel() * z.element_size()]
     assert len(wide) == (2 if residual == "normalised" else 1), "y, and a residual that has a batch norm of its own"
     assert [t.shape for t in saved if t.dtype == torch.uint8] == [(2, 4, 3, 1)]
 

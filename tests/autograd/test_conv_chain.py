@@ -221,33 +221,6 @@ def test_nothing_is_kept_where_nothing_asks_for_a_gradient(schedule, each_backen
 
 
 @every_schedule
-@pytest.mark.parametrize("loss", ["sum", "square"])
-def test_second_derivative_is_refused_and_says_what_to_do(loss, schedule, each_backend):
-    """Also where dz itself needs no gradient (a plain sum): du depends on x all the same."""
-    tensors = tensors_of(PROJECTED)
-    plain = tensors.to(torch.float64)
-
-    def first(z, x):
-        value = z.sum() if loss == "sum" else z.square().sum()
-        return torch.autograd.grad(value, x, create_graph=True)[0]
-
-    z = fused(tensors, PROJECTED, ALL_SCHEDULES[schedule])
-    dx = first(z, tensors.x)
-    assert_close(dx, first(eager(plain, PROJECTED), plain.x), TIGHT)
-    with pytest.raises(RuntimeError, match=r"fusedres\.unfuse"):
-        dx.square().sum().backward()
-
-
-def test_gradient_penalty_is_never_dropped_in_silence(each_backend):
-    """The loss has a path of its own, so that only a refusal can show that the penalty's is missing."""
-    tensors = tensors_of(PROJECTED)
-    z = fused(tensors, PROJECTED, ALL_SCHEDULES["block_end"])
-    (dx,) = torch.autograd.grad(z.sum(), tensors.x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fusedres\.unfuse"):
-        (z.sum() + dx.square().sum()).backward()
-
-
-@every_schedule
 def test_first_derivatives_under_create_graph_are_usable(schedule, each_backend):
     tensors = tensors_of(PROJECTED)
     plain = tensors.to(torch.float64)

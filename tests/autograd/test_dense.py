@@ -65,10 +65,3 @@ def test_the_statistics_returned_are_those_of_the_features():
     torch.testing.assert_close(mean[0], z.mean((0, 2, 3)))
     torch.testing.assert_close(m2[0] / count, z.var((0, 2, 3), correction=0))
     assert torch.equal(z[:, :2], x)
-
-
-def test_a_second_derivative_is_refused():
-    x, *rest = inputs(True, 0)
-    (dx,) = torch.autograd.grad(Dense.apply(x, spec_of(True, "stats"), *rest)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fusedres.*unfuse"):
-        dx.sum().backward()

@@ -1,4 +1,4 @@
-"""fusedres.autograd.preact: finite differences, double backward refused; parity is in tests/nn/test_preact.py."""
+"""fusedres.autograd.preact: finite differences; parity is in tests/nn/test_preact.py."""
 
 from typing import NamedTuple
 
@@ -81,15 +81,6 @@ def test_gradcheck(tiny, schedule):
             except torch.autograd.gradcheck.GradcheckError as error:
                 failure = error
         raise failure
-
-
-def test_a_second_derivative_is_refused():
-    tiny = TINY["identity"]
-    x, *rest = inputs(tiny, 0)
-    z = PreAct.apply(x, spec_of(tiny, "prologue"), *rest)[0]
-    (dx,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fusedres.*unfuse"):
-        dx.sum().backward()
 
 
 def test_without_a_gradient_there_is_none_for_anybody():

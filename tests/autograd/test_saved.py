@@ -1,4 +1,4 @@
-"""fusedres.autograd.saved: nested tuples through saved-tensor hooks, one derivative, the forward pass's backend."""
+"""fusedres.autograd.saved: nested tuples and inputs through saved-tensor hooks, the forward pass's backend."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusedres.autograd.composed import Composed
 from fusedres.autograd.saved import (
-    differentiable_once,
+    attached,
+    fused_or_composed,
     keep,
     kept,
+    kept_with_anchors,
     no_autocast,
-    on_forward_backend,
     packed,
     unpacked,
 )
@@ -35,12 +37,38 @@ class Square(torch.autograd.Function):
         return x * x
 
     @staticmethod
-    @differentiable_once
-    @on_forward_backend
+    @fused_or_composed
     def backward(ctx, dz):
         Square.seen = unpacked(kept(ctx)), current(), torch.is_autocast_enabled("cpu")
         (pair, _, _) = Square.seen[0]
         return 2 * pair.left * dz, None
+
+    @staticmethod
+    def composed(ctx, dz):
+        Square.seen = kept_with_anchors(ctx)[0], current(), torch.is_autocast_enabled("cpu")
+        (pair, _, _) = Square.seen[0]
+        return Composed((pair.left, None), lambda x, _: x * x)
+
+
+class CubeOfCopy(torch.autograd.Function):
+    """x^3, keeping a copy of x in bf16."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.backend = current()
+        keep(ctx, packed((x.bfloat16(),)), x)
+        return x**3
+
+    @staticmethod
+    @fused_or_composed
+    def backward(ctx, dz):
+        (copy,) = unpacked(kept(ctx))
+        return (3 * copy.to(dz.dtype) ** 2 * dz,)
+
+    @staticmethod
+    def composed(ctx, dz):
+        (copy,), (anchor,) = kept_with_anchors(ctx)
+        return Composed((attached(copy, anchor),), lambda x: x**3)
 
 
 def test_nest_comes_back_as_it_was():
@@ -97,12 +125,41 @@ def test_overwritten_input_is_noticed():
         z.sum().backward()
 
 
-@pytest.mark.parametrize("loss", [torch.sum, lambda z: z.square().sum()], ids=["sum", "square"])
-def test_second_derivative_is_refused(loss):
+def test_second_and_third_derivatives():
     x = torch.randn(3, requires_grad=True)
-    (dx,) = torch.autograd.grad(loss(Square.apply(x, ())), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fusedres\.unfuse\(model\)"):
-        dx.sum().backward()
+    (dx,) = torch.autograd.grad(Square.apply(x, ()).square().sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.sum(), x, create_graph=True)
+    (dddx,) = torch.autograd.grad(ddx.sum(), x)
+    torch.testing.assert_close((dx, ddx, dddx), (4 * x**3, 12 * x**2, 24 * x))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_an_input_of_which_a_copy_is_kept_is_part_of_its_graph(hooked):
+    root = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t.clone(), lambda t: t):
+        z = CubeOfCopy.apply(2 * root if hooked else root)
+    of_copy, of_anchor = saved[-2:]
+    assert of_copy.dtype == torch.bfloat16
+    assert of_anchor.shape == (3,) and of_anchor.untyped_storage().nbytes() == of_anchor.element_size()
+    (first,) = torch.autograd.grad(z.sum(), root, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), root)
+    factor = 8 if hooked else 1
+    torch.testing.assert_close((first, second), (3 * factor * root**2, 6 * factor * root))
+
+
+def test_an_input_that_needs_no_gradient_is_not_anchored():
+    kept_tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept_tensors.append(t) or t, lambda t: t):
+        Square.apply(torch.randn(3, requires_grad=True), ())
+    assert len(kept_tensors) == 2
+
+
+def test_batches_of_gradients_are_composed():
+    x = torch.randn(3, requires_grad=True)
+    dz = torch.randn(4, 3)
+    (dx,) = torch.autograd.grad(Square.apply(x, ()), x, dz, is_grads_batched=True)
+    torch.testing.assert_close(dx, 2 * x.detach() * dz)
 
 
 def test_first_derivative_under_create_graph_has_the_value():
@@ -117,13 +174,14 @@ def test_without_create_graph_gradients_are_plain():
     assert not dx.requires_grad
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("name", ["native", "reference"])
-def test_backward_runs_on_the_forward_backend_outside_autocast(name):
+def test_backward_runs_on_the_forward_backend_outside_autocast(name, create_graph):
     x = torch.randn(3, requires_grad=True)
     with backend(name):
         z = Square.apply(x, ())
     with torch.autocast("cpu", torch.bfloat16):
-        z.sum().backward()
+        torch.autograd.grad(z.sum(), x, create_graph=create_graph)
     assert Square.seen[1:] == (name, False)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
-from fusedres.ops.bn_finalize import bn_finalize
+from fusedres.ops.bn_finalize import bn_finalize, bn_from_running
 from fusedres.ops.bn_forward import bn_forward
 from fusedres.ops.bn_statistics import bn_statistics
-from fusedres.ops.contract import Normaliser, Partials, pixels
+from fusedres.ops.contract import Normaliser, Partials, RunningNorm, pixels
 from fusedres.plan.tiles import pinned, reduction_tiles
 from tests.comparison import assert_as_accurate_as_eager, assert_close
 from tests.kernels.executed import MEASURABLE, SIZES, TESTED, activation, covering, executed
@@ -204,3 +204,17 @@ def test_what_is_not_finite_stays_in_its_channel(target: str) -> None:
     norm, _ = executed(target, lambda: bn_finalize(partials, None, None))
     bad = torch.tensor([False, False, True, False, False, True, False, False])
     assert torch.equal(norm.invstd.isnan(), bad)
+
+
+@pytest.mark.parametrize("target", TESTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 24, 130])
+def test_numbers_of_running_statistics(channels: int, dtype: torch.dtype, target: str) -> None:
+    mean, gamma, beta, bias = torch.randn(4, channels).to(dtype)
+    var = (torch.rand(channels) + 0.1).to(dtype)
+    for norm in (RunningNorm(mean, var, gamma, beta, bias, 1e-3), RunningNorm(mean, var, eps=0.0)):
+        numbers, trace = executed(target, lambda norm=norm: bn_from_running(norm))
+        assert trace.by_kernel() == {"bn_running_kernel": 1}
+        exact = bn_from_running.reference(norm, torch.float64)
+        for name, ours, theirs in zip(numbers._fields, numbers, exact, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6, msg=name)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from fusedres.offline import TARGETS
-from fusedres.ops.contract import ConvInput, Geometry
+from fusedres.ops.contract import ConvInput, Geometry, RunningNorm
 from fusedres.ops.contractions import conv_shape
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.relu_mask import pack_relu_mask
@@ -55,6 +55,20 @@ class Operands:
             formed = (torch.rand(48) + 0.5, torch.randn(48)) if "formed" in shortcut else (None, None)
             u = ConvInput(other.input(dtype), *formed)
             self.second = Contraction(u, other.weight(dtype), other.geometry, other_scale, other_shift)
+
+    def evaluated(self, *, biased: bool) -> tuple[Contraction, Contraction | None]:
+        """Both convolutions with a batch norm in evaluation that comes to their numbers."""
+
+        def stored(branch: Contraction) -> Contraction:
+            dtype, k = branch.weight.dtype, branch.weight.shape[0]
+            mean, gamma, beta, bias = torch.randn(4, k).to(dtype)
+            norm = RunningNorm(mean, (torch.rand(k) + 0.5).to(dtype), gamma, beta, bias if biased else None, 1e-3)
+            return Contraction(*branch[:3], running=norm)
+
+        main, second = stored(self.main), self.second and stored(self.second)
+        self.main = Contraction(*main[:3], *main.numbers)
+        self.second = second and Contraction(*second[:3], *second.numbers)
+        return main, second
 
     @property
     def keywords(self) -> dict[str, object]:
@@ -124,6 +138,37 @@ def test_agrees(case: str, target: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("shortcut", "target", "dtype"), covering(SHORTCUTS, offset=3, contraction=True))
 def test_every_shortcut(shortcut: str, target: str, dtype: torch.dtype, prologue: bool) -> None:
     check(target, CASES["tails of pixels, K and C"], dtype, shortcut, prologue=prologue)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("shortcut", "target", "dtype"), covering(("plain", "projection", "3x3 projection"), offset=1, contraction=True)
+)
+def test_running_statistics(shortcut: str, target: str, dtype: torch.dtype, biased: bool) -> None:
+    """Scale and shift are formed in the pass, as accurately as if they had been formed before it."""
+    conv = CASES["tails of pixels, K and C"]
+    operands = Operands(conv, dtype, shortcut, prologue=False)
+    main, second = operands.evaluated(biased=biased)
+    keywords = {**operands.keywords, "second": second}
+    (z, _, _), trace = executed(target, lambda: conv_bn_act(main, **keywords))
+    apart = {"conv_forward_kernel": 1, "bn_running_kernel": 1} if shortcut == "3x3 projection" else {}
+    assert trace.by_kernel() == {"conv_bn_act_kernel": 1, **apart}
+    tf32 = None
+    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and target.startswith("sm"):
+        tf32 = operands.computed(torch.float64, tf32=True)
+    assert_as_accurate(z, operands.computed(dtype), operands.computed(torch.float64), tf32, conv.depth)
+
+
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(["tails of pixels, K and C"], contraction=True))
+def test_a_shift_alone(case: str, target: str, dtype: torch.dtype) -> None:
+    """A convolution with a bias, as a frozen model has it."""
+    operands = Operands(CASES[case], dtype, "plain", prologue=False)
+    operands.main = operands.main._replace(scale=torch.ones_like(operands.main.shift))
+    (z, _, _), _ = executed(target, lambda: conv_bn_act(operands.main._replace(scale=None), **operands.keywords))
+    tf32 = None
+    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and target.startswith("sm"):
+        tf32 = operands.computed(torch.float64, tf32=True)
+    assert_as_accurate(z, operands.computed(dtype), operands.computed(torch.float64), tf32, CASES[case].depth)
 
 
 @pytest.mark.slow

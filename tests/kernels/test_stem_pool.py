@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, max_pool2d
 
-from fusedres.ops.contract import OutputGrad, PoolGeometry
+from fusedres.ops.bn_finalize import bn_from_running
+from fusedres.ops.contract import OutputGrad, PoolGeometry, RunningNorm
 from fusedres.ops.stem_pool import NO_GRADIENT, stem_pool, stem_pool_backward
 from fusedres.plan.tiles import pinned, row_tiles
 from tests.comparison import assert_as_accurate_as_eager
@@ -74,6 +75,20 @@ def test_forward(case: str, target: str, dtype: torch.dtype) -> None:
     u = torch.relu(y.double() * scale.double().view(1, -1, 1, 1) + shift.double().view(1, -1, 1, 1))
     assert ((gathered(index, u, pool) - z).abs() <= torch.finfo(dtype).eps * (1 + z.abs())).all()
     assert torch.equal(index == NO_GRADIENT, z == 0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("case", "target", "dtype"), covering(["the stem of ResNet, scaled down", "odd C"]))
+def test_running_statistics(case: str, target: str, dtype: torch.dtype, biased: bool) -> None:
+    size, pool = CASES[case]
+    y = activation(size, dtype)
+    mean, gamma, beta, bias = torch.randn(4, size[1]).to(dtype)
+    norm = RunningNorm(mean, (torch.rand(size[1]) + 0.5).to(dtype), gamma, beta, bias if biased else None, 1e-3)
+    (z, _), trace = executed(target, lambda: stem_pool(y, None, None, pool, indices=False, running=norm))
+    assert trace.by_kernel() == {"stem_pool_kernel": 1}
+    numbers = bn_from_running.reference(norm, torch.float64)
+    exact, _ = eager(y.double(), numbers.scale, numbers.shift, pool)
+    assert_as_accurate_as_eager(z, eager(y, numbers.scale.float(), numbers.shift.float(), pool)[0], exact)
 
 
 @pytest.mark.parametrize(("case", "target", "dtype"), covering(CASES, offset=1))

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedres
 from fusedres.nn.fused import Fused
 from fusedres.plan import AUTO, SCHEDULES
+from tests.comparison import relative_error
 from tests.nn.twins import (
     assert_same_pass,
     assert_twins,
@@ -442,10 +443,17 @@ def test_transforms_of_functions_are_those_of_the_plain_model(resnet):
     torch.testing.assert_close(*gradients)
 
 
-def test_batches_of_gradients_are_refused(small):
-    z = fusedres.fuse(small)(tensor(*IMAGES))
-    with pytest.raises(RuntimeError, match=r"one gradient at a time.*call fusedres.unfuse\(model\)"):
-        torch.autograd.grad(z.sum(), list(small.parameters())[:1], torch.ones(3), is_grads_batched=True)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batches_of_gradients(small, create_graph):
+    x, found = tensor(*IMAGES), []
+    for model in (small, fusedres.fuse(copy.deepcopy(small))):
+        z = model(x)
+        parameters, dz = list(model.parameters()), tensor(3, *z.shape)
+        found.append(torch.autograd.grad(z, parameters, dz, is_grads_batched=True, create_graph=create_graph))
+        assert found[-1][0].requires_grad is create_graph
+    largest = max(float(grad.norm()) for grad in found[0])
+    for theirs, ours in zip(*found, strict=True):
+        assert relative_error(ours, theirs, max(float(theirs.norm()), 1e-3 * largest)) <= 1e-10
 
 
 def test_models_run_without_memory(resnet):
