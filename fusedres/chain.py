@@ -78,6 +78,8 @@ def run_chain(
     """
     check_activation("x", x)
     check_act(act)
+    # Kernels read memory, and know nothing of a sign that is applied later.
+    x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()
     dtype = contraction_dtype(x)
     size = checked_size("x", x, layers[0], tuple(x.shape), dtype)
     for i, layer in enumerate(layers[1:], start=2):
@@ -141,6 +143,7 @@ def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUT
         ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
+    x = x.resolve_neg()
     dtype = contraction_dtype(x)
     _, _, height, width = checked_size("x", x, layer, tuple(x.shape), dtype)
     if min(pool.output_size(height, width)) < 1:

@@ -50,6 +50,7 @@ def run_dense(x: Tensor, layers: Sequence[DenseLayerParts], *, schedule: str = A
         ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
+    x = x.resolve_neg()
     n, channels, h, w = x.shape
     for i, (norm, convs) in enumerate(layers, start=1):
         size: Size = (n, channels, h, w)

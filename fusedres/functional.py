@@ -135,6 +135,7 @@ def bn_add_act(
         batch_stats = _check_norm_tensors(other, channels, training, y.device, " of residual_norm")
         other_norm = NormSpec(eps, momentum, batch_stats)
     check_norm("y", norm, pixels(y))
+    y, residual = y.resolve_neg(), None if residual is None else residual.resolve_neg()
     z: Tensor = BNAddAct.apply(y, residual, BNAddActSpec(norm, other_norm, act), *main, *other)
     return z
 
@@ -158,5 +159,5 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     check_act(act)
-    z: Tensor = AddAct.apply(x, residual, act)
+    z: Tensor = AddAct.apply(x.resolve_neg(), residual.resolve_neg(), act)
     return z

@@ -340,6 +340,10 @@ def _check(kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any], unmov
                     f"{kernel.__name__}: {name}: expected a tensor on {first[1]}, where {first[0]} is, got one on "
                     f"{value.device}"
                 )
+            if value.is_neg():
+                raise ValueError(
+                    f"{kernel.__name__}: {name}: expected values as they lie in memory, got a negated view"
+                )
         elif isinstance(value, int) and not -(2**31) <= value < 2**31:
             raise ValueError(f"{kernel.__name__}: {name}: expected a number of 32 bits, got {value}")
 

@@ -61,6 +61,7 @@ def run_preact(
         ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
+    x = x.resolve_neg()
     dtype = contraction_dtype(x)
     if norm is not None:
         check_norm_of(tuple(x.shape), norm)
@@ -115,6 +116,7 @@ def run_bn_act(x: Tensor, norm: Norm) -> Tensor:
         ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
+    x = x.resolve_neg()
     check_norm_of(tuple(x.shape), norm)
     spec = BNAddActSpec(norm.spec, partials=partials_of(x, norm))
     z: Tensor = BNAddAct.apply(x, None, spec, *norm.tensors, *NormTensors())

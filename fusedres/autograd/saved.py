@@ -154,7 +154,7 @@ def fused_or_composed(backward: Callable[..., Any]) -> Callable[..., Any]:
             if differentiated or torch._C._functorch.is_legacy_batchedtensor(dz):
                 return composed_gradients(ctx, dz, create_graph=differentiated)
             try:
-                return backward(ctx, *grads)
+                return backward(ctx, dz.resolve_neg(), *grads[1:])
             except LaunchFailed as failure:
                 contact.give_up(getattr(ctx, "owner", None), failure)
                 return composed_gradients(ctx, dz, create_graph=False)

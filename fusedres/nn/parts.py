@@ -203,7 +203,7 @@ def _tensor(name: str, module: nn.Module) -> Tensor | None:
     tensor = getattr(module, name, None)
     if tensor is not None and type(tensor) not in PLAIN_TENSORS:
         raise NotFusable(f"{name} of a {type(module).__name__} is a {type(tensor).__name__}, not a plain tensor")
-    return tensor
+    return None if tensor is None else tensor.resolve_neg()
 
 
 PLAIN_TENSORS = (nn.Parameter, Tensor, nn.Buffer)
