@@ -29,6 +29,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rung", default=ALL, help="all, a schedule, or several with commas between them")
     parser.add_argument("--size", type=_size, metavar="CxHxW", help="of an image (default: what the model is made for)")
     parser.add_argument("--infer", action="store_true", help="inference in place of a training step")
+    parser.add_argument(
+        "--cast", action="store_true", help="inference of a model that has the dtype itself, in place of autocast"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="also draw a picture")
     parser.set_defaults(run=run)
@@ -49,8 +52,15 @@ def run(options: argparse.Namespace) -> int:
     rungs = () if options.rung == ALL else tuple(dict.fromkeys(options.rung.split(",")))
     found = explain(
         Question(
-            options.model, options.batch, options.dtype, options.gpu, rungs, infer=options.infer, size=options.size
-        )
+            options.model,
+            options.batch,
+            options.dtype,
+            options.gpu,
+            rungs,
+            infer=options.infer,
+            size=options.size,
+            cast=options.cast,
+        )  # fmt: skip
     )
     if out is not None:
         from .picture import draw

@@ -34,6 +34,7 @@ class Question:
         infer: inference in place of a training step.
         size: (C, H, W) of an image, the model's own if None.
         images_grad: whether the images come from another block: in ``dtype``, and a gradient of them is asked for.
+        cast: inference of a model whose parameters and images have ``dtype`` themselves, without autocast.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Question:
     infer: bool = False
     size: Size | None = None
     images_grad: bool = False
+    cast: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Explanation:
             "dtype": question.dtype,
             "gpu": self.gpu.name,
             "mode": "inference" if question.infer else "training",
+            "cast": question.cast,
             "size": list(question.size or ()),
             EAGER: described(self.eager),
             "rungs": {name: described(step) for name, step in self.rungs.items()},
@@ -189,20 +192,24 @@ def explain(question: Question, *, model: Source | None = None) -> Explanation:
     for rung in question.rungs:
         if rung not in known:
             raise ValueError(f"rung: expected all or one of {', '.join(known)}, got {rung!r}")
+    if question.cast and not question.infer:
+        raise ValueError("cast: expected False for a training step, whose parameters are fp32, got True")
     if question.batch < 1:
         raise ValueError(f"batch: expected at least 1, got {question.batch}")
     found = model or source(question.model)
     size = question.size or found.size
     network = found.on_meta()
+    if question.cast:
+        network.to(DTYPES[question.dtype])
     twins = Twins.of(network)
-    arriving = DTYPES[question.dtype] if question.images_grad else torch.float32
+    arriving = DTYPES[question.dtype] if question.images_grad or question.cast else torch.float32
     images = torch.empty(question.batch, *size, dtype=arriving, device="meta")
     images = images.contiguous(memory_format=torch.channels_last)
 
     def step(rung: str | None) -> Step:
         return run_step(
             twins, images, rung, gpu=gpu, dtype=DTYPES[question.dtype], infer=question.infer,
-            images_grad=question.images_grad,
+            images_grad=question.images_grad, cast=question.cast,
         )  # fmt: skip
 
     rungs = {name: step(name) for name in question.rungs or known}

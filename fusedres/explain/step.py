@@ -108,7 +108,7 @@ def _names(model: nn.Module, blocks: set[str], networks: set[str]) -> list[str]:
 
 def run_step(
     twins: Twins, images: Tensor, rung: str | None, *, gpu: Gpu, dtype: torch.dtype, infer: bool = False,
-    images_grad: bool = False,
+    images_grad: bool = False, cast: bool = False,
 ) -> Step:  # fmt: skip
     """Count one step of the model alone: forward, and in training backward from a gradient that is there.
 
@@ -120,14 +120,15 @@ def run_step(
         dtype: bf16 and fp16 by autocast, or fp32.
         infer: the forward pass in evaluation mode, without gradients.
         images_grad: whether the images need a gradient too (they do where they are another block's output).
+        cast: whether the model has ``dtype`` itself, and no autocast is needed.
     """
     model, names = (twins.plain, twins.plain_names) if rung is None else (twins.fused, twins.fused_names)
     model.train(not infer)
     if rung is not None:
         fuse(model, schedule=rung)
-        # Weights are gathered and folded by now, as in every step but the first.
+        # Constants that kernels read are there by now, as in every step but the first.
         account = Account(names, rest=twins.rest, target=gpu.target)
-        with account, assume_gpu(gpu), _as_in_a_step(dtype, infer):
+        with account, assume_gpu(gpu), _as_in_a_step(dtype, infer=infer, cast=cast):
             try:
                 model(images)
             except ValueError as error:
@@ -140,7 +141,7 @@ def run_step(
     saved = 0
 
     def forward(module: nn.Module) -> Tensor:
-        with _as_in_a_step(dtype, infer):
+        with _as_in_a_step(dtype, infer=infer, cast=cast):
             outputs.append(_tensor_of(module(images)))
         return outputs[0]
 
@@ -166,6 +167,6 @@ def _tensor_of(output: object) -> Tensor:
 
 
 @contextmanager
-def _as_in_a_step(dtype: torch.dtype, infer: bool) -> Iterator[None]:
-    with torch.set_grad_enabled(not infer), meta_autocast(dtype if dtype.itemsize == 2 else None):
+def _as_in_a_step(dtype: torch.dtype, *, infer: bool, cast: bool) -> Iterator[None]:
+    with torch.set_grad_enabled(not infer), meta_autocast(None if cast or dtype.itemsize != 2 else dtype):
         yield

@@ -35,7 +35,7 @@ def _summary(found: Explanation) -> Table:
     question = found.question
     mode = "inference" if question.infer else "training step"
     title = (
-        f"{question.model}, {mode}, batch {question.batch}, {question.dtype}, "
+        f"{question.model}, {mode}, batch {question.batch}, {'cast to ' * question.cast}{question.dtype}, "
         f"{' x '.join(map(str, question.size or ()))}, {found.gpu.name}; per image"
     )
     caption = (

@@ -121,7 +121,8 @@ class Fused(nn.Module):
             return [buffer for norm in parts.norms for buffer in norm.buffers()]
 
         try:
-            return attempt(self, written, lambda: run(*args), kernels=wants_kernels(args[0]))
+            x: Tensor = args[0]
+            return attempt(self, written, lambda: run(*args), kernels=wants_kernels(x) and not x.is_meta)
         except NotFusable:  # before anything was launched: tensors of a kind that passes do not take
             return None
 

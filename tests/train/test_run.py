@@ -34,6 +34,8 @@ def same_threads():
     torch.set_num_threads(threads)
 
 
+pytestmark = pytest.mark.usefixtures("plain_where_small")  # as in the processes that are started
+
 # Here bits are compared, which a GPU gives again with --deterministic alone.
 TRAIN = ["train", "--device", "cpu"]
 
