@@ -124,6 +124,21 @@ def _fused(schedule: str) -> Callable[[Case, Setting, tuple[Any, ...]], Step]:
     return prepare
 
 
+def _frozen(case: Case, setting: Setting, operands: tuple[Any, ...]) -> Step:
+    model, x, target = operands
+    frozen = fusedres.freeze(model)
+    why = why_not_fused(frozen)
+    if why is not None:
+        raise NotSupported(why)
+    return model_step(case, setting, frozen, x, target)
+
+
+def _why_not_frozen(case: Case, setting: Setting) -> str | None:
+    if isinstance(case, OpCase):
+        return "an op has no batch norm to fold"
+    return "a frozen model can not be trained" if setting.mode == "train" else None
+
+
 def _rung_only(case: Case, _setting: Setting) -> str | None:
     return "an op has no schedule" if isinstance(case, OpCase) else None
 
@@ -188,6 +203,9 @@ _EVERY = (
     *(
         Contender(f"fused-{rung}", f"fusedres.fuse(model, schedule={rung!r})", _fused(rung), _rung_only, rung)
         for rung in SCHEDULES
+    ),
+    Contender(
+        "frozen", "fusedres.freeze(model): batch norms folded once", _frozen, _why_not_frozen, schedule=AUTO,
     ),
     Contender("fused-graph", "fusedres.fuse(model), as a CUDA graph", _graphed(_fused(AUTO)), _why_no_graph, AUTO),
 )  # fmt: skip

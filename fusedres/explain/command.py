@@ -50,18 +50,8 @@ def run(options: argparse.Namespace) -> int:
     from .table import tables
 
     rungs = () if options.rung == ALL else tuple(dict.fromkeys(options.rung.split(",")))
-    found = explain(
-        Question(
-            options.model,
-            options.batch,
-            options.dtype,
-            options.gpu,
-            rungs,
-            infer=options.infer,
-            size=options.size,
-            cast=options.cast,
-        )  # fmt: skip
-    )
+    asked = options.model, options.batch, options.dtype, options.gpu, rungs
+    found = explain(Question(*asked, infer=options.infer, size=options.size, cast=options.cast))
     if out is not None:
         from .picture import draw
 
