@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fusedres.bench import cudnn
 from fusedres.bench.cases import OpCase
+from fusedres.bench.eager import normalised
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_backward import bn_backward
@@ -50,11 +51,6 @@ def _numbers(channels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
 
 
-def _normalised(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """One library call, as batch norm in evaluation is."""
-    return F.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, training=False, eps=0.0)
-
-
 def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, invstd) by the library's own reduction where it has one alone."""
     if y.is_cuda:
@@ -74,7 +70,7 @@ def _conv_operands(width: int, n: int, px: int, dtype: torch.dtype, generator: t
 
 
 def _conv_plain(y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    out = F.conv2d(F.relu(_normalised(y, scale, shift)), weight, padding=1)
+    out = F.conv2d(F.relu(normalised(y, scale, shift)), weight, padding=1)
     return out, *_statistics(out)
 
 
@@ -94,8 +90,8 @@ def _end_operands(width: int, n: int, px: int, dtype: torch.dtype, generator: to
 def _end_plain(
     y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out_scale: Tensor, out_shift: Tensor, residual: Tensor
 ) -> Tensor:
-    out = F.conv2d(F.relu(_normalised(y, scale, shift)), weight)
-    return F.relu(_normalised(out, out_scale, out_shift) + residual)
+    out = F.conv2d(F.relu(normalised(y, scale, shift)), weight)
+    return F.relu(normalised(out, out_scale, out_shift) + residual)
 
 
 def _end_fused(
@@ -111,7 +107,7 @@ def _inference_operands(width: int, n: int, px: int, dtype: torch.dtype, generat
 
 
 def _inference_plain(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
-    return F.relu(_normalised(F.conv2d(x, weight, padding=1), scale, shift) + residual)
+    return F.relu(normalised(F.conv2d(x, weight, padding=1), scale, shift) + residual)
 
 
 def _inference_fused(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
@@ -124,7 +120,7 @@ def _act_operands(width: int, n: int, px: int, dtype: torch.dtype, generator: to
 
 
 def _act_plain(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
-    return F.relu(_normalised(y, scale, shift) + residual)
+    return F.relu(normalised(y, scale, shift) + residual)
 
 
 def _act_fused(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
@@ -178,7 +174,7 @@ def _convolution_backward(dy: Tensor, u: Tensor, weight: Tensor, mask: list[bool
 
 
 def _weight_grad_plain(dy: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    u = F.relu(_normalised(y, scale, shift))
+    u = F.relu(normalised(y, scale, shift))
     dw: Tensor = _convolution_backward(dy, u, weight, [False, True, False])[1]
     return dw
 
@@ -210,7 +206,7 @@ def _moments_operands(width: int, n: int, px: int, dtype: torch.dtype, generator
 
 
 def _moments_plain(y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    rows = as_rows(F.relu(_normalised(y, scale, shift)))
+    rows = as_rows(F.relu(normalised(y, scale, shift)))
     mean, gram = rows.mean(0), rows.t() @ rows
     return mean, gram - len(rows) * torch.outer(mean, mean)
 
@@ -225,7 +221,7 @@ def _stem_operands(width: int, n: int, px: int, dtype: torch.dtype, generator: t
 
 
 def _stem_plain(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return F.max_pool2d(F.relu(_normalised(y, scale, shift)), *POOL, return_indices=True)[0]
+    return F.max_pool2d(F.relu(normalised(y, scale, shift)), *POOL, return_indices=True)[0]
 
 
 def _stem_fused(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

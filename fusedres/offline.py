@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 try:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 except ImportError:  # no wheels for this platform
     triton = None
 
@@ -110,6 +111,14 @@ def require_triton() -> None:
     """Raise the error that says what to install where Triton is missing."""
     if triton is None:
         raise Unavailable("triton is not installed, and kernels can not be compiled without it: pip install triton")
+
+
+@cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the Triton that compiles here, by which compilers and launchers that differ are told apart."""
+    require_triton()
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def target_named(name: str) -> Target:
@@ -232,24 +241,32 @@ def compile_for(
     require_triton()
     spec = target_named(target)
     positions = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+    gpu = GPUTarget(spec.backend, spec.arch, spec.warp_size)
     source = ASTSource(
         kernel,
         dict(specialisation.signature),
         {positions[name]: value for name, value in specialisation.constants},
-        {positions[name]: promises for name, promises in _promises(kernel, specialisation, spec.backend)},
+        {positions[name]: promises for name, promises in _promises(kernel, specialisation, gpu)},
     )
     options = compile_options(spec.backend, num_warps, num_stages, all_registers=all_registers)
-    return triton.compile(source, target=GPUTarget(spec.backend, spec.arch, spec.warp_size), options=options)
+    return triton.compile(source, target=gpu, options=options)
 
 
-def _promises(kernel: Any, specialisation: Specialisation, backend: str) -> Iterator[tuple[str, list[list[Any]]]]:
-    """What the compiler is promised of each argument, empty lists included: Triton's cache tells binaries by them."""
-    types = dict(specialisation.signature)
+def _promises(kernel: Any, specialisation: Specialisation, target: Any) -> Iterator[tuple[str, list[list[Any]]]]:
+    """What the compiler is promised of each argument, empty lists included: Triton's cache tells binaries by them.
+
+    They are spelled in the launcher's letters: D for divisible, S for small. Of a constant nothing is promised. From
+    3.7 on the launcher says so of each; 3.6 leaves constants out, but takes one that is a string for such letters.
+    """
+    backend = make_backend(target)
+    types, constants = dict(specialisation.signature), dict(specialisation.constants)
+    ranges = target.backend == "hip" and triton.knobs.amd.use_buffer_ops
     for parameter in kernel.params:
         name = parameter.name
-        promises: list[list[Any]] = [["tt.divisibility", ALIGNMENT]] if name in specialisation.aligned else []
-        if backend == "hip" and name in specialisation.small and triton.knobs.amd.use_buffer_ops:
-            promises.append(["tt.pointer_range", 32])
-        looked_at = not parameter.do_not_specialize and types[name] not in ("fp32", "u1")
-        if promises or looked_at or types[name] == "constexpr":
-            yield name, promises
+        letters: Any = None
+        if types[name] == "constexpr":
+            letters = "" if triton_version() >= (3, 7) else constants[name]
+        elif not parameter.do_not_specialize and types[name] not in ("fp32", "u1"):
+            letters = "D" * (name in specialisation.aligned) + "S" * (ranges and name in specialisation.small)
+        if isinstance(letters, str):
+            yield name, backend.parse_attr(letters)

@@ -8,6 +8,8 @@ normalised and rectified on load it comes from registers, and copies stay asynch
 import triton
 import triton.language as tl
 
+from .rows import along_columns
+
 # Sizes that are not worth a binary of their own. Channels are not among them: 16 dividing them widens every access.
 SIZES = (
     "pixels", "groups", "H", "W", "P", "Q", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
@@ -129,6 +131,7 @@ def contract(
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides every tile's channels
     PAIRS: tl.constexpr,  # see `widened`
     PRECISION: tl.constexpr,  # of `tl.dot`
+    C_MULTIPLE: tl.constexpr,  # a power of two that divides C
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -155,7 +158,7 @@ def contract(
             h, column = o_h[:, None] + (r * dilation_h)[None, :], (o_w * C)[:, None] + e[None, :]
             m = (d < R * run)[None, :] & (h >= 0) & (h < H) & (column >= 0) & (column < W * C)
             o_run = (r * dilation_h * W * C + e - o_d)[None, :]
-            x = tl.load(x_ptrs + o_run, mask=m, other=0.0)
+            x = tl.load(along_columns(x_ptrs, o_run, C_MULTIPLE), mask=m, other=0.0)
             w = tl.load(w_ptrs + start, mask=(d < R * run)[:, None], other=0.0)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
         return acc

@@ -137,7 +137,7 @@ def conv_bn_act_kernel(
     acc = contract(
         x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, ones_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q,
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C,
-        PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+        PAIRS, PRECISION, C_MULTIPLE, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
     first = i_pixel.to(tl.int64) * BLOCK_PIXELS
@@ -153,7 +153,7 @@ def conv_bn_act_kernel(
         acc = contract(
             second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, None, acc, o_pixel, 0, o_out, 1,
             second_C, groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1, second_C, 1,
-            1, False, False, 1, SECOND_EVEN_C, PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+            1, False, False, 1, SECOND_EVEN_C, PAIRS, PRECISION, SECOND_C_MULTIPLE, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         z += normalised(
             acc, second_scale_ptr, second_shift_ptr, second_running_mean_ptr, second_running_var_ptr, second_gamma_ptr,

@@ -61,7 +61,7 @@ def conv_forward_kernel(
     acc = contract(
         x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, ones_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q,
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C,
-        PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+        PAIRS, PRECISION, C_MULTIPLE, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
     y = in_rows(acc.to(y_ptr.dtype.element_ty), APART, BLOCK_PIXELS, BLOCK_K)

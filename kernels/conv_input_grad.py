@@ -317,7 +317,7 @@ def conv_input_grad_kernel(
             acc = contract(
                 x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, None, acc, seen, 0, o_c, 1, C, C, x_H, x_W, P, Q,
                 x_stride_h, x_stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, False, 1, EVEN_DEPTH, PAIRS, DIGITS,
-                BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+                C_MULTIPLE, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(constants):

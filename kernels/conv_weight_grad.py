@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .contraction import SIZES, formed, in_rows, kept, of_channels, widened
 from .relu_mask import load_masked
-from .rows import row_of
+from .rows import along_columns, row_of
 from .stem_pool import unpooled
 
 
@@ -155,7 +155,7 @@ def conv_weight_grad_kernel(
                 m &= ((h + row_e).to(tl.uint32) < H.to(tl.uint32))[None, :]
                 m &= (w * C + along).to(tl.uint32) < (W * C).to(tl.uint32)
             from_w = x_ptr + ((n.to(tl.int64) * H + h) * W + w) * C
-            u = tl.load(from_w + ((row_e * (W * C))[None, :] + along), mask=m, other=0.0)
+            u = tl.load(along_columns(from_w, (row_e * (W * C))[None, :] + along, C_MULTIPLE), mask=m, other=0.0)
         else:
             if COUNTED:
                 h = o_p * stride_h - pad_h + tap_r * dilation_h

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .contraction import widened
+from .rows import along_columns
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def word_pointers(
         pointers = (mask_ptr + first + (o_c // 32).to(tl.int64) * rows)[None, :] + o_row[:, None]
     else:
         bytes_ = tl.cdiv(C, 8)
-        pointers = mask_ptr + first * bytes_ + (o_row[:, None] * bytes_ + (o_c // 8)[None, :])
+        pointers = along_columns(mask_ptr + first * bytes_, o_row[:, None] * bytes_ + (o_c // 8)[None, :], 1)
     return pointers
 
 

@@ -33,4 +33,20 @@ def load_in_fours(
     """
     o_c = first_c + tl.arange(0, COLUMNS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     m = m_row[:, None, None] & (o_c < last_c)[None, :, :]
-    return tl.reshape(tl.load(ptr + o_row[:, None, None] * C + o_c[None, :, :], mask=m, other=0.0), (ROWS, COLUMNS))
+    # As in `along_columns`, of the fours.
+    ptrs = tl.max_contiguous(ptr + o_row[:, None, None] * C + o_c[None, :, :], [1, 2, 4])
+    return tl.reshape(tl.load(ptrs, mask=m, other=0.0), (ROWS, COLUMNS))
+
+
+@triton.jit
+def along_columns(
+    ptrs,  # (ROWS, COLUMNS) or fewer dimensions
+    o,  # (ROWS, COLUMNS)
+    RUN: tl.constexpr,  # columns that are known to lie one after the other; 1: none
+):
+    """``ptrs + o``, of which neighbouring threads are to take neighbouring columns."""
+    # Where it sees no run the compiler of Triton 3.6 lays threads along the rows, a sector for every value, and that
+    # of 3.8 along the columns. A pair decides it for both. None is read at once: that takes an alignment of two too,
+    # which columns without a run do not have.
+    PAIR: tl.constexpr = RUN if RUN > 2 else 2
+    return tl.max_contiguous(ptrs + o, [1, PAIR])

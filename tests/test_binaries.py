@@ -9,6 +9,7 @@ import torch
 
 from fusedres.binaries import Figures, _disassembled, main_loops, owes_wide_access, read_figures, violations
 from fusedres.offline import TARGETS, Binary, Specialisation, Unavailable, compile_binary
+from tests.budgets import held_to
 from tests.small_kernels import copy, copy_kernel, hoard, matmul
 
 # Multiply-adds of 16-bit numbers that tensor cores do in a cycle, from NVIDIA's 312 and 989 TFLOPS:
@@ -51,7 +52,8 @@ def test_spills(target):
     assert spilling.tensor_core == 0  # sm_80 has HFMA2.MMA, which is no tensor-core instruction
     if target.startswith("gfx"):
         # A spilled vector register is stored once.
-        assert spilling.spill_stores == 4 * spilling.spilled_registers
+        unused = held_to(0, "registers that have a place and are not stored")
+        assert spilling.spill_stores == 4 * (spilling.spilled_registers - unused)
         assert spilling.registers == 512
 
 
@@ -77,7 +79,9 @@ def test_spilled_bytes_are_those_that_the_assembler_states(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx950"])
-def test_pipelining_shows_in_async_copies_and_shared_memory(target):
+def test_pipelining_shows_in_async_copies_and_shared_memory(target, monkeypatch):
+    if target == "gfx950":
+        monkeypatch.setenv("TRITON_HIP_USE_ASYNC_COPY", "1")  # where Triton 3.6 makes none unasked
     one, two, four = (figures(matmul(num_stages=stages), target) for stages in (1, 2, 4))
     assert one.async_copies == 0
     assert four.async_copies > two.async_copies or target == "gfx950"

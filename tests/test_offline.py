@@ -5,7 +5,7 @@ import torch
 
 from fusedres import offline
 from fusedres.offline import TARGETS, Binary, Unavailable, compile_binary, compile_for, compile_options, specialise
-from tests.small_kernels import copy, copy_kernel, fill_kernel, triton
+from tests.small_kernels import copy, copy_kernel, fill_kernel, tl, triton
 
 
 def arguments(**changed):
@@ -104,6 +104,16 @@ def launched(monkeypatch):
 
 
 X = torch.zeros(2, 64, dtype=torch.bfloat16)
+
+
+@triton.jit
+def choose_kernel(
+    y_ptr,  # (1,) out
+    HOW: tl.constexpr,
+):
+    tl.store(y_ptr, 1.0 if HOW == "DENSE" else 0.0)
+
+
 GENERAL = triton.jit(copy_kernel.fn, do_not_specialize=["x_ptr", "rows"], do_not_specialize_on_alignment=["C"])
 
 
@@ -116,6 +126,7 @@ GENERAL = triton.jit(copy_kernel.fn, do_not_specialize=["x_ptr", "rows"], do_not
         pytest.param(copy_kernel, arguments(x_ptr=X, y_ptr=X, rows=1), id="a constant 1"),
         pytest.param(copy_kernel, arguments(x_ptr=X, y_ptr=X.bool(), rows=True), id="bool"),
         pytest.param(copy_kernel, arguments(x_ptr=X, y_ptr=X, rows=2.0), id="float"),
+        pytest.param(choose_kernel, {"y_ptr": X, "HOW": "DENSE"}, id="a constant string"),
         pytest.param(GENERAL, arguments(x_ptr=X, y_ptr=X, rows=1, C=64), id="values that are not looked at"),
         pytest.param(GENERAL, arguments(x_ptr=X, y_ptr=X, rows=64, C=1), id="values that are partly looked at"),
         pytest.param(fill_kernel, {"y_ptr": X, "x_ptr": None, "n": 16, "BLOCK": 64}, id="none, an annotated number"),

@@ -17,6 +17,7 @@ import fusedres
 from fusedres import vgpu
 from fusedres.launch import Launch, Trace
 from fusedres.plan.conv_tiles import NARROWEST
+from tests.budgets import seen
 from tests.comparison import STORAGE
 from tests.kernels.on_device import DEVICE, TARGET, on_device
 from tests.vgpu_support import skip_module_without_vgpu
@@ -152,6 +153,11 @@ def check_traffic(launch: Launch, target: str) -> None:
     if launch.name in ("conv_input_grad_kernel", "conv_weight_grad_kernel"):
         left_out = left_out | MASKS
         check_masks(launch)
+    times = seen("sectors of a narrow tile's words")
+    if times is not None and has_narrow_words(launch):
+        left_out = left_out | {"mask_ptr"}
+        words = counters.arguments["mask_ptr"]
+        assert words.sectors <= times * words.ideal_sectors, f"{words.sectors} sectors, {words.ideal_sectors} ideal"
     if target == "sm_90" and "fp32" in str(launch.specialisation.signature[0]):
         # Its TF32 instruction wants both operands along the depth, and the compiler loads them in that order.
         along_depth = {"conv_weight_grad_kernel": {"x_ptr", "g_ptr"}, "conv_input_grad_kernel": {"w_ptr"}}
@@ -162,6 +168,14 @@ def check_traffic(launch: Launch, target: str) -> None:
     assert sectors <= allowed * ideal, f"{launch.name}: {sectors} sectors, {allowed} x {ideal} allowed; " + ", ".join(
         f"{name} {t.sectors}/{t.ideal_sectors}" for name, t in counters.arguments.items() if t.sectors
     )
+
+
+def has_narrow_words(launch: Launch) -> bool:
+    """Whether a step reads fewer words of bits than there are threads."""
+    types, constants = dict(launch.specialisation.signature), dict(launch.specialisation.constants)
+    if launch.name != "conv_backward_kernel" or types["mask_ptr"] != "*i32":
+        return False
+    return constants["BLOCK_PIXELS"] * constants["BLOCK_K"] // 32 < 32 * launch.binary.num_warps
 
 
 def check_masks(launch: Launch) -> None:

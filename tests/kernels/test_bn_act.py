@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm
 
+from fusedres.bench.eager import normalised
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.relu_mask import pack_relu_mask
@@ -36,11 +36,6 @@ def eager(
     residual_scale: Tensor | None = None, residual_shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What separate modules compute, each rounding to the storage dtype."""
-
-    def normalised(tensor: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)
-        return batch_norm(tensor, zeros, ones, weight, bias, training=False, eps=0.0)
-
     z = normalised(y, scale, shift)
     if residual is not None:
         residual = written(residual)

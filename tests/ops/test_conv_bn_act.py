@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch.nn.functional import batch_norm, conv2d
+from torch.nn.functional import conv2d
 
+from fusedres.bench.eager import normalised
 from fusedres.ops.contract import ConvInput, Geometry, RunningNorm
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.relu_mask import unpack_relu_mask
@@ -78,14 +79,10 @@ def exactly(main, residual=None, residual_scale=None, residual_shift=None, secon
 
 
 def eager_branch(branch: Contraction):
-    def norm(y, scale, shift):
-        zero, one = torch.zeros(y.shape[1]), torch.ones(y.shape[1])
-        return batch_norm(y, zero, one, scale, shift, eps=0.0)
-
     u = branch.u.tensor
     if branch.u.scale is not None:
-        u = norm(u, branch.u.scale, branch.u.shift).relu()
-    return norm(conv2d(u, branch.weight, None, *branch.geometry), branch.scale, branch.shift)
+        u = normalised(u, branch.u.scale, branch.u.shift).relu()
+    return normalised(conv2d(u, branch.weight, None, *branch.geometry), branch.scale, branch.shift)
 
 
 def eagerly(main, residual=None, residual_scale=None, residual_shift=None, second=None, act="relu"):
@@ -93,8 +90,7 @@ def eagerly(main, residual=None, residual_scale=None, residual_shift=None, secon
     if second is not None:
         z = z + eager_branch(second)
     if residual is not None and residual_scale is not None:
-        zero, one = torch.zeros(z.shape[1]), torch.ones(z.shape[1])
-        residual = batch_norm(residual, zero, one, residual_scale, residual_shift, eps=0.0)
+        residual = normalised(residual, residual_scale, residual_shift)
     if residual is not None:
         z = z + residual
     return z.relu() if act else z

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
+from fusedres.bench.eager import normalised
 from fusedres.ops.contract import ConvInput, Geometry
 from fusedres.ops.conv_forward import conv_forward, formed
 from tests.comparison import LOW, STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
@@ -87,9 +88,7 @@ def test_rounds_no_more_than_eager(case, prologue, dtype, each_backend):
     y, _ = conv_forward(u, weight, geometry)
     eager = u.tensor
     if prologue:
-        channels = eager.shape[1]
-        zero, one = torch.zeros(channels), torch.ones(channels)
-        eager = nn.functional.batch_norm(eager, zero, one, u.scale, u.shift, eps=0.0).relu()
+        eager = normalised(eager, u.scale, u.shift).relu()
     eager = conv2d(eager, weight, None, *geometry)
     wide = ConvInput(*(None if part is None else part.double() for part in u))
     assert_as_accurate_as_eager(y, eager, naive_conv(on_load(wide), weight.double(), *geometry))

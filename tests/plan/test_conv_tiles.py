@@ -21,6 +21,7 @@ from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.ops.stem_contractions import output_contraction, pooled_contraction
 from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, conv_tiles, pinned, weight_grad_tiles
 from fusedres.plan.gpus import target_gpu
+from tests.budgets import held_to
 
 Size = tuple[int, int, int, int]
 WINDOW = Geometry(padding=(1, 1))
@@ -197,7 +198,8 @@ def test_tensor_cores_need_not_wait_for_instructions(
     figures = read_figures(compile_binary(launch.binary, target), target)
     assert violations(launch.binary, target, figures) == []
     assert figures.issue is not None
-    assert figures.issue <= (FORMED if prologue else PLAIN)[which]
+    what = f"{which}, {'formed' if prologue else 'plain'}, {window}x{window}"
+    assert figures.issue <= held_to((FORMED if prologue else PLAIN)[which], what)
 
 
 # Of 1x1 and 3x3: what is formed of the operands, and the cycles above. Forming takes what is left of them.
@@ -222,7 +224,8 @@ def test_the_loop_over_pixels_is_not_spent_on_addresses(
         conv_weight_grad(dy, u, (window, window), Geometry(padding=(window // 2, window // 2)))
     figures = read_figures(compile_binary(trace.launches[0].binary, target), target)
     assert figures.issue is not None
-    assert figures.issue <= WEIGHT_GRADS[target, form][window // 2]
+    bar = WEIGHT_GRADS[target, form][window // 2]
+    assert figures.issue <= held_to(bar, f"{target}, {form}, {window}x{window}")
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_80"])
