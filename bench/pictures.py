@@ -19,7 +19,7 @@ COLORS = dict(
     zip(
         CONTENDERS,
         ("#b8b8b8", "#7a7a7a", "#6baed6", "#2171b5", "#525252", "#41ab5d", "#9e9ac8", "#e6550d", "#fdd0a2", "#fdae6b",
-         "#fd8d3c", "#f16913", "#a63603"),
+         "#fd8d3c", "#f16913", "#7f2704", "#a63603"),
         strict=True,
     )
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """The door of the dense blocks: tensors are checked, a schedule is chosen, and training or inference runs."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,9 +9,8 @@ from torch import Tensor
 from .autocast import contraction_dtype, no_autocast
 from .autograd import Dense
 from .autograd.dense import DenseLayerSpec, DenseSpec
-from .autograd.spec import LayerSpec
 from .carried import statistics
-from .chain import Layer, Size, check_joins, checked_size, is_differentiated
+from .chain import Layer, Size, check_joins, checked_size, is_differentiated, layer_specs
 from .inference import Evaluated, evaluated
 from .launch import wants_kernels
 from .ops.contract import ConvInput, Partials, RunningNorm, check_activation
@@ -66,10 +66,12 @@ def run_dense(x: Tensor, layers: Sequence[DenseLayerParts], *, schedule: str = A
     if not measures and not is_differentiated(x, None, every, norms):
         with no_autocast(x.device.type):
             return _infer(x, layers, channels)
+    specs = layer_specs(every, x.dtype)
+    firsts = [0, *itertools.accumulate(len(layer.convs) for layer in layers)][: len(layers)]
     spec = DenseSpec(
         tuple(
-            DenseLayerSpec(norm.spec, tuple(LayerSpec(conv.geometry, conv.norm) for conv in convs))
-            for norm, convs in layers
+            DenseLayerSpec(layer.norm.spec, specs[first : first + len(layer.convs)])
+            for layer, first in zip(layers, firsts, strict=True)
         ),
         schedule_for(schedule, x),
         statistics.take(x) if layers and layers[0].norm.spec.batch_stats else None,

@@ -239,7 +239,7 @@ def _layer_forward(
         u, step = _inner_forward(u, conv, conv_spec, spec.schedule)
         # What the first convolution consumed is a slice of the features, or ``rectified``: kept as that alone.
         inner.append(step if inner else step._replace(branch=step.branch._replace(source=ConvInput(ELSEWHERE))))
-    weight = tensors.convs[-1].weight.to(x.dtype)
+    weight = layer.layers[-1].weight(tensors.convs[-1], x.dtype)
     _, of_y = conv_forward(u, weight, layer.layers[-1].geometry, statistics=measured is not None, out=out)
     last = u if inner else None
     learnt = tuple(conv.parameters for conv in tensors.convs)
