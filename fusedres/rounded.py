@@ -18,7 +18,7 @@ from torch import Tensor
 ALIGNMENT = 64
 
 
-class _Copies(threading.local):
+class _Pass(threading.local):
     """Of the network whose forward pass runs on this thread: id -> (tensor, its version and address, its copy)."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class _Copies(threading.local):
         self.known: dict[int, tuple[Tensor, tuple[int, int], Tensor]] = {}
 
 
-_copies = _Copies()
+_current = _Pass()
 
 
 @contextmanager
@@ -39,19 +39,19 @@ def of_network(x: Tensor, dtype: torch.dtype, weights: Callable[[], Sequence[Ten
         weights: gives (K, C, R, S) tensors, on the device of x; asked for only where something has to be rounded.
     """
     # A network inside another has been rounded for.
-    if _copies.dtype is not None or x.dtype == dtype:
+    if _current.dtype is not None or x.dtype == dtype:
         yield
         return
     chosen = [weight for weight in weights() if _fits(weight, x, dtype)]
     if not torch.is_grad_enabled() and x.dim() == 4:
         chosen.append(x)
-    copies = _together(chosen, dtype)
-    _copies.dtype = dtype
-    _copies.known = {id(one): (one, _state(one), copy) for one, copy in zip(chosen, copies, strict=True)}
+    copies = _copies(chosen, dtype)
+    _current.dtype = dtype
+    _current.known = {id(one): (one, _state(one), copy) for one, copy in zip(chosen, copies, strict=True)}
     try:
         yield
     finally:
-        _copies.dtype, _copies.known = None, {}
+        _current.dtype, _current.known = None, {}
 
 
 def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -65,17 +65,21 @@ def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     alike = len({(tensors[i].dtype, tensors[i].device) for i in missing}) == 1
     plain = all(type(tensors[i]) in (Tensor, torch.nn.Parameter) for i in missing)
     if len(missing) > 1 and alike and plain:
-        copies = _together([tensors[i] for i in missing], dtype)
+        copies = _copies([tensors[i] for i in missing], dtype)
     else:
-        copies = [tensors[i].detach().to(dtype, memory_format=torch.channels_last) for i in missing]
+        copies = [_alone(tensors[i], dtype) for i in missing]
     for i, copy in zip(missing, copies, strict=True):
         found[i] = copy
     return [copy for copy in found if copy is not None]
 
 
+def _alone(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype, memory_format=torch.channels_last)
+
+
 def _at_hand(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    known = _copies.known.get(id(tensor))
-    if known is None or _copies.dtype != dtype:
+    known = _current.known.get(id(tensor))
+    if known is None or _current.dtype != dtype:
         return None
     of, state, copy = known
     return copy if of is tensor and state == _state(tensor) else None
@@ -95,7 +99,7 @@ def _fits(weight: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def _together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Channels_last copies of tensors on one device, in one piece of memory."""
     if not tensors:
         return []
