@@ -26,6 +26,9 @@ class Owner(Protocol):
     fused_failure: str | None
     """Why it runs its plain forward from now on."""
 
+    fused_reordered: tuple[int, ...] | None
+    """Strides of the last gradient that arrived in another layout than channels_last, and was copied."""
+
 
 class Contact:
     """A pass under way: whose it is, and how to undo what it wrote."""

@@ -161,7 +161,7 @@ class ConvChain(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         sums, saved = carried.reduced.take(dz), kept(ctx)
         dx, reduced, dresidual, grads = replayed(
-            _backward, arrived(dz, lambda: _first_weight(saved)), sums, ctx.spec, saved, ctx.needs_input_grad,
+            _backward, arrived(dz, ctx.owner), sums, ctx.spec, saved, ctx.needs_input_grad,
             ctx.input_dtype, ctx.input_size, ctx.residual_dtype,
         )  # fmt: skip
         if dx is not None and reduced is not None:
@@ -182,11 +182,6 @@ class ConvChain(torch.autograd.Function):
 
         tensors = (tensor for layer in saved.parameters for tensor in layer)
         return Composed((x, joining(dz, ctx.residual_dtype), None, *tensors), form, saved.mask)
-
-
-def _first_weight(saved: Packed) -> Tensor:
-    whole: Kept = unpacked(saved)
-    return whole.parameters[0].weight
 
 
 def _forward(

@@ -34,6 +34,9 @@ from .parts import (
     why_not_pairs,
 )
 
+OF_INSTANCES = ("fused_schedule", "fused_failure", "fused_reordered")
+"""What fused modules have of their own, beside their class."""
+
 
 def plain_base(cls: type) -> type[nn.Module] | None:
     """The plain class behind a fused one, if it has one already."""
@@ -53,6 +56,9 @@ class Fused(nn.Module):
 
     fused_failure: str | None = None
     """Why no kernel is tried any more; set on the instance where one could not be started."""
+
+    fused_reordered: tuple[int, ...] | None = None
+    """Strides of the last gradient that arrived in another layout than channels_last, and was copied."""
 
     fused_watches: tuple[Watch, ...] = ()
     """The plain code that the fused pass stands for."""
@@ -180,8 +186,8 @@ def twin_of_class(module: nn.Module, of: type[nn.Module]) -> nn.Module:
     """
     twin: nn.Module = of.__new__(of)
     twin.__dict__.update(module.__dict__)
-    twin.__dict__.pop("fused_schedule", None)
-    twin.__dict__.pop("fused_failure", None)
+    for name in OF_INSTANCES:
+        twin.__dict__.pop(name, None)
     twin.__dict__["_modules"] = {name: _with_own_children(child) for name, child in module._modules.items()}
     return twin
 

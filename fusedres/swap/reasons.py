@@ -1,11 +1,9 @@
 """report: what the next call of each module of a model does, and why. Nothing is changed to find out."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
-from ..autograd.layouts import reordered
 from ..launch import why_not_on
 from ..nn.fused import Fused, FusedPass, FusedStem, plain_base, traced_everywhere
 from ..nn.parts import PLAIN_TENSORS
@@ -119,9 +117,8 @@ def _note(module: Fused) -> str:
     if parameter is not None and parameter.is_cuda and why_not_on(parameter.get_device()):
         runs = "the plain modules" if module.fused_schedule == AUTO else "the library's calls"
         return f"runs {runs}: {why_not_on(parameter.get_device())}"
-    convs: Any = type(module).parts_of(module).convs
-    strides = reordered(convs[0].weight) if convs else None
-    if strides is not None:
+    if module.fused_reordered is not None:
+        strides = module.fused_reordered
         return f"its gradient arrives with strides {strides} and is copied at every step; channels_last would not be"
     return ""
 

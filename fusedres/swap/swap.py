@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..nn.fused import Fused, fused_subclass, plain_base
+from ..nn.fused import OF_INSTANCES, Fused, fused_subclass, plain_base
 from ..nn.genuine import Watch
 from ..plan import AUTO, check_schedule
 from .families import families
@@ -67,8 +67,8 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         plain = plain_class(type(module))
         if plain is not None:
-            module.__dict__.pop("fused_schedule", None)
-            module.__dict__.pop("fused_failure", None)
+            for name in OF_INSTANCES:
+                module.__dict__.pop(name, None)
             live: Any = module
             live.__class__ = plain
     return model

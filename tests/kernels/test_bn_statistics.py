@@ -211,7 +211,7 @@ def test_what_is_not_finite_stays_in_its_channel(target: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 24, 130])
 def test_numbers_of_running_statistics(channels: int, dtype: torch.dtype, target: str) -> None:
-    mean, gamma, beta, bias = torch.randn(4, channels).to(dtype)
+    mean, gamma, beta, bias = (torch.randn(channels).to(dtype) for _ in range(4))
     var = (torch.rand(channels) + 0.1).to(dtype)
     for norm in (RunningNorm(mean, var, gamma, beta, bias, 1e-3), RunningNorm(mean, var, eps=0.0)):
         numbers, trace = executed(target, lambda norm=norm: bn_from_running(norm))
