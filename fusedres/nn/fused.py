@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -237,15 +237,24 @@ def network_pass(network: nn.Module, x: Tensor) -> AbstractContextManager[None]:
 
     def weights() -> list[Tensor]:
         found: list[Tensor] = []
-        for module in network.modules():
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if module is not network and not all(isinstance(hook, Bystander) for hook in hooks):
-                return []
-            if isinstance(module, Fused) and type(module).why_plain(module) is None:
-                found += (conv.weight for conv in module.parts_of(module).convs)
-        return found
+        if isinstance(network, Fused):
+            with suppress(NotFusable):
+                found += (conv.weight for conv in network.parts_of(network).convs)
+        unseen = all(_collect(child, False, found) for child in network._modules.values() if child is not None)
+        return found if unseen else []
 
     return of_network(x, contraction_dtype(x), weights)
+
+
+def _collect(module: nn.Module, fused: bool, found: list[Tensor]) -> bool:
+    """Add the weights of the convolutions in fused blocks to ``found``; whether no hook looks at a module."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not isinstance(hook, Bystander):
+            return False
+    fused = fused or isinstance(module, FusedPass)
+    if fused and type(module) is nn.Conv2d and module.weight is not None:
+        found.append(module.weight)
+    return all(_collect(child, fused, found) for child in module._modules.values() if child is not None)
 
 
 class Bystander:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
+from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -78,10 +80,26 @@ _TORCH = (
 )
 
 
+def _by_owner(watches: Iterable[Watch]) -> list[tuple[Callable[[Any], tuple[Any, ...]], Any, tuple[Any, ...]]]:
+    """How to look up all that is watched of a class at once, and what is to be found."""
+    owners: dict[Any, list[Watch]] = {}
+    for watch in watches:
+        owners.setdefault(watch.owner, []).append(watch)
+    return [
+        (operator.attrgetter(*(watch.name for watch in of)), owner, tuple(watch.function for watch in of))
+        for owner, of in owners.items()
+    ]
+
+
+_TORCH_BY_OWNER = _by_owner(_TORCH)
+
+
 def why_patched(watches: tuple[Watch, ...]) -> str | None:
     """What stands in the place of shipped code, among these and in PyTorch's own layers, or None."""
-    for owner, name, function in (*watches, *_TORCH):
-        if getattr(owner, name, None) is not function or function is None:
+    # Asked at every call of every block: all names of a class are looked up at once.
+    as_shipped = all(names(owner) == functions for names, owner, functions in _TORCH_BY_OWNER)
+    for owner, name, function in watches if as_shipped else (*watches, *_TORCH):
+        if function is None or getattr(owner, name, None) is not function:
             return f"{owner.__name__}.{name} was replaced"
     return None
 
@@ -93,9 +111,9 @@ _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "_
 def why_overridden(name: str, module: nn.Module) -> str | None:
     """What somebody put in the place of a method of this one module, or None."""
     own = module.__dict__
-    for method in _OVERRIDES:
-        if method in own:
-            return f"{name}.{method} was replaced".lstrip(".")
+    if not own.keys().isdisjoint(_OVERRIDES):
+        method = next(method for method in _OVERRIDES if method in own)
+        return f"{name}.{method} was replaced".lstrip(".")
     if own.get("_compiled_call_impl") is not None:
         return f"{name} was compiled on its own" if name else "it was compiled on its own"
     return None
