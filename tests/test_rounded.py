@@ -218,7 +218,9 @@ def test_nothing_is_kept_of_weights_that_are_gone():
 
 def network() -> nn.Module:
     torch.manual_seed(3)
-    blocks = [fusedres.nn.BasicBlock(4, 4), fusedres.nn.Bottleneck(4, 2, 2), fusedres.nn.ConvBNAct(8, 8)]
+    # With 2 to 6 input channels oneDNN's fp32 weight gradient of a strided 1x1 convolution, the projection's here,
+    # writes beyond its memory (PyTorch 2.11 and 2.14): processes ended in a later free().
+    blocks = [fusedres.nn.BasicBlock(8, 8), fusedres.nn.Bottleneck(8, 2, 2), fusedres.nn.ConvBNAct(8, 8)]
     return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
 
 
@@ -233,7 +235,7 @@ def step(model: nn.Module, x: Tensor, *, checkpointed: bool = False) -> None:
 @pytest.mark.parametrize("schedule", ["auto", "prologue", "moments"])
 def test_a_training_step_rounds_once(schedule):
     model = fusedres.fuse(network(), schedule=schedule)
-    x = torch.randn(2, 4, 6, 6)
+    x = torch.randn(2, 8, 6, 6)
     weights = sum(isinstance(part, nn.Conv2d) for part in model.modules())
     step(model, x)
     seen = roundings(lambda: step(model, x))
@@ -245,7 +247,7 @@ def test_a_training_step_rounds_once(schedule):
 def test_training_is_as_with_every_weight_rounded_alone(checkpointed, monkeypatch):
     """Three steps, bit by bit, with and without checkpointing."""
     models = [network() for _ in range(2)]
-    x = torch.randn(2, 4, 6, 6)
+    x = torch.randn(2, 8, 6, 6)
     for model, alone in zip(models, (False, True), strict=True):
         if alone:
             monkeypatch.setattr("fusedres.chain.rounded", module._alone)
@@ -259,7 +261,7 @@ def test_training_is_as_with_every_weight_rounded_alone(checkpointed, monkeypatc
 
 
 def test_a_copy_of_a_model_trains_on_its_own_weights():
-    model, x = network(), torch.randn(2, 4, 6, 6)
+    model, x = network(), torch.randn(2, 8, 6, 6)
     step(model, x)
     step(model, x)
     twin = copy.deepcopy(model)
