@@ -151,7 +151,7 @@ def test_an_error_in_a_pass_leaves_nothing_behind():
 
 def network() -> nn.Module:
     torch.manual_seed(3)
-    blocks = [fusedres.nn.BasicBlock(4, 4), fusedres.nn.Bottleneck(4, 2, 2), fusedres.nn.ConvBNAct(8, 8)]
+    blocks = [fusedres.nn.BasicBlock(8, 8), fusedres.nn.Bottleneck(8, 2, 2), fusedres.nn.ConvBNAct(8, 8)]
     return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
 
 
@@ -166,7 +166,7 @@ def step(model: nn.Module, x: Tensor, *, checkpointed: bool = False) -> None:
 @pytest.mark.parametrize("schedule", ["auto", "prologue", "moments"])
 def test_blocks_on_their_own_round_once_each(schedule):
     model = fusedres.fuse(network(), schedule=schedule)
-    seen = roundings(lambda: step(model, torch.randn(2, 4, 6, 6)))
+    seen = roundings(lambda: step(model, torch.randn(2, 8, 6, 6)))
     assert [call for call in seen if call > 1] == [2, 4]
 
 
@@ -205,7 +205,7 @@ def test_a_hook_may_write_to_what_comes_behind_it():
 def test_training_is_as_with_every_weight_rounded_alone(checkpointed, monkeypatch):
     """Three steps, bit by bit, with and without checkpointing."""
     models = [network() for _ in range(2)]
-    x = torch.randn(2, 4, 6, 6)
+    x = torch.randn(2, 8, 6, 6)
     for model, alone in zip(models, (False, True), strict=True):
         if alone:
             monkeypatch.setattr(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -34,7 +34,7 @@ from .parts import (
     why_not_pairs,
 )
 
-OF_INSTANCES = ("fused_schedule", "fused_failure", "fused_reordered")
+OF_INSTANCES = ("fused_schedule", "fused_failure", "fused_reordered", "fused_weights")
 """What fused modules have of their own, beside their class."""
 
 
@@ -59,6 +59,9 @@ class Fused(nn.Module):
 
     fused_reordered: tuple[int, ...] | None = None
     """Strides of the last gradient that arrived in another layout than channels_last, and was copied."""
+
+    fused_weights: int | None = None
+    """How many weights its convolutions had: by them ``"auto"`` tells on a CPU whether a call is worth a fused pass."""
 
     fused_watches: tuple[Watch, ...] = ()
     """The plain code that the fused pass stands for."""
@@ -106,14 +109,20 @@ class Fused(nn.Module):
 
     def parts_now(self, x: Any) -> Any:
         """The module taken apart for a call on ``x``; None: it runs the plain modules."""
+        auto = self.fused_schedule == AUTO
+        # Asked first, of what the block weighed the last time: where little is computed, asking is felt.
+        if auto and self.fused_weights is not None and too_small(x, self.fused_weights):
+            return None
         if self.goes_plain(x) or why_patched(self.fused_watches) is not None:
             return None
         try:
             parts = self.parts_of(self)
         except NotFusable:
             return None
-        if self.fused_schedule == AUTO and too_small(x, parts.convs):
-            return None
+        if auto and x.device.type == "cpu":
+            self.fused_weights = sum(conv.weight.numel() for conv in parts.convs)
+            if too_small(x, self.fused_weights):
+                return None
         # Without a batch norm there is inference alone.
         folded = any(type(norm) is nn.Identity for norm in parts.norms)
         if folded and torch.is_grad_enabled() and (x.requires_grad or parts.convs[0].weight.requires_grad):
@@ -219,13 +228,13 @@ def traced_everywhere() -> str | None:
 LEAST_WORK_PER_THREAD = 2**28
 
 
-def too_small(x: Tensor, convs: Sequence[nn.Module]) -> bool:
-    """Whether a block is left to its plain modules on a CPU, where a fused pass saves less than it costs."""
-    if x.device.type != "cpu" or backends.current() != "auto" or x.dim() != 4:
+def too_small(x: Any, weights: int) -> bool:
+    """Whether a block of so many ``weights`` is left to its plain modules on a CPU: a fused pass saves less than it
+    costs."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dim() != 4 or backends.current() != "auto":
         return False
-    weights = sum(conv.weight.numel() for conv in convs)  # type: ignore[misc,operator]
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return pixels * weights < LEAST_WORK_PER_THREAD * torch.get_num_threads()
+    n, _, h, w = x.shape
+    return n * h * w * weights < LEAST_WORK_PER_THREAD * torch.get_num_threads()
 
 
 def network_pass(network: nn.Module, x: Tensor) -> AbstractContextManager[None]:

@@ -21,20 +21,21 @@ def through(stage: nn.Module, x: Tensor) -> Tensor:
         z: Tensor = stage(x)
         return z
     modules: list[Any] = list(stage._modules.values())
-    for module, following in zip(modules, [*modules[1:], None], strict=True):
-        hands_over = _is_unseen(module) and _is_unseen(following)
-        x = module(x, hands_over=True) if hands_over else module(x)
+    unseen = [*map(_is_unseen, modules), False]
+    for i, module in enumerate(modules):
+        x = module(x, hands_over=True) if unseen[i] and unseen[i + 1] else module(x)
     return x
 
 
-def _is_unseen(module: nn.Module | None) -> bool:
+def _is_unseen(module: nn.Module) -> bool:
     """Whether a module is a fused block that nobody else looks into."""
     known = isinstance(module, (FusedBasicBlock, FusedBottleneck)) and type(module).forward is FusedBlock.forward
-    return known and module is not None and not _is_watched(module)
+    return known and not _is_watched(module)
 
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody waits for the call of a module, or has put something in its place."""
-    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    others = any(not isinstance(hook, Bystander) for hook in forward)
-    return others or bool(module._backward_hooks or module._backward_pre_hooks) or bool(why_overridden("", module))
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not isinstance(hook, Bystander):
+            return True
+    return bool(module._backward_hooks or module._backward_pre_hooks) or why_overridden("", module) is not None
