@@ -46,8 +46,10 @@ def normalised_sum(
     residual = written(residual)
     if residual is not None:
         branch = residual.to(z.dtype)
-        if residual_scale is not None and residual_shift is not None:
-            branch = branch * per_channel(residual_scale) + per_channel(residual_shift)
+        if residual_scale is not None:
+            branch = branch * per_channel(residual_scale)
+        if residual_shift is not None:
+            branch = branch + per_channel(residual_shift)
         z = z + branch
     return torch.relu(z) if act == "relu" else z
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..launch import launch
@@ -190,8 +191,10 @@ def _normalises(branch: Contraction) -> bool:
 
 
 def _launched_numbers(branch: Contraction) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift, by a launch where they have to be formed."""
+    """Scale and shift, by a launch where they have to be formed; both or neither."""
     if branch.running is None:
+        if branch.scale is None and branch.shift is not None:
+            return torch.ones_like(branch.shift), branch.shift
         return branch.scale, branch.shift
     norm = bn_from_running(branch.running)
     return norm.scale, norm.shift

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..nn.fused import Fused
 from ..nn.parts import NotFusable, Pair
-from .swap import check_model, frozen_class, fuse, unfuse
+from .swap import Frozen, check_model, frozen_class, fuse, unfuse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,6 +34,8 @@ def freeze(model: Model) -> Model:
         TypeError: the model is no module.
     """
     check_model(model)
+    if issubclass(type(model), Frozen):
+        return fuse(copy.deepcopy(model))
     frozen = fuse(unfuse(copy.deepcopy(model))).requires_grad_(False).eval()
     pairs = [pair for module in frozen.modules() if isinstance(module, Fused) for pair in _pairs_of(module)]
     uses = Counter(id(part) for pair in pairs for part in pair[:2])
