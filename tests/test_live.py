@@ -2,6 +2,7 @@
 
 import copy
 import types
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -405,3 +406,28 @@ def test_blocks_that_are_left_alone_have_rows(name):
     report = fusedres.report(fusedres.fuse(timm.create_model(name)))
     unknown = [row for row in report if "fusedres does not know" in row.reason]
     assert len(unknown) >= 8 and report.fused <= 1
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["any size", "small for a CPU"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_and_exported_as_the_plain_network(autocast, small, monkeypatch):
+    """Whole graphs, of any batch, after calls that were fused."""
+    from fusedres.nn import fused as module
+
+    monkeypatch.setattr(module, "LEAST_WORK_PER_THREAD", 2**28 if small else 0)
+    torch.manual_seed(0)
+    plain = randomised(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)).eval()
+    fused = fusedres.fuse(copy.deepcopy(plain))
+    compiled = torch.compile(fused, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for batch in (2, 3):
+            x = torch.randn(batch, 3, 32, 32)
+            fused(x)
+            assert torch.equal(compiled(x), plain(x))
+        exported = torch.export.export(fused, (x,)).module()
+        assert torch.equal(exported(x), plain(x))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", torch.jit.TracerWarning)
+            if autocast:  # whose casts `torch.jit.trace` takes for constants
+                return
+            assert torch.equal(torch.jit.trace(fused, x)(x), plain(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -111,7 +111,8 @@ class Fused(nn.Module):
         """The module taken apart for a call on ``x``; None: it runs the plain modules."""
         auto = self.fused_schedule == AUTO
         # Asked first, of what the block weighed the last time: where little is computed, asking is felt.
-        if auto and self.fused_weights is not None and too_small(x, self.fused_weights):
+        known = self.fused_weights
+        if auto and known is not None and not _is_read() and too_small(x, known):
             return None
         if self.goes_plain(x) or why_patched(self.fused_watches) is not None:
             return None
@@ -212,10 +213,15 @@ def _with_own_children(module: nn.Module | None) -> nn.Module | None:
 def traced(x: Any) -> bool:
     """Whether somebody reads the forward pass, transforms it, or waits for every module's call: they get the plain
     modules."""
-    if type(x) not in PLAIN_TENSORS or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if type(x) not in PLAIN_TENSORS or _is_read():
         return True  # who compiles is not to see what follows
     transforms = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     return transforms or _has_any_global_hook()
+
+
+def _is_read() -> bool:
+    """Whether a compiler or a tracer goes through the code."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def traced_everywhere() -> str | None:
@@ -252,7 +258,7 @@ def network_pass(network: nn.Module, x: Tensor) -> AbstractContextManager[None]:
         unseen = all(_collect(child, False, found) for child in network._modules.values() if child is not None)
         return found if unseen else []
 
-    return of_network(x, contraction_dtype(x), weights)
+    return nullcontext() if traced(x) else of_network(x, contraction_dtype(x), weights)
 
 
 def _collect(module: nn.Module, fused: bool, found: list[Tensor]) -> bool:

@@ -6,7 +6,7 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models import resnet
 from torch import Tensor, nn
 
-from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, network_pass
+from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, network_pass, traced
 from ..nn.genuine import why_patched
 from ..nn.parts import BlockParts, NotFusable, residual_parts
 from ..nn.stage import through
@@ -55,7 +55,7 @@ class FusedTimmResNet(FusedStem, resnet.ResNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         modules: Any = self
-        if modules.grad_checkpointing or why_patched(self.fused_watches) is not None:
+        if modules.grad_checkpointing or traced(x) or why_patched(self.fused_watches) is not None:
             plain: Tensor = super().forward_features(x)
             return plain
         with network_pass(self, x):

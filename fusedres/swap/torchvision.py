@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet
 
-from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, network_pass, pooled
+from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, network_pass, pooled, traced
 from ..nn.genuine import why_patched
 from ..nn.stage import through
 
@@ -28,7 +28,7 @@ class FusedTorchvisionResNet(FusedStem, resnet.ResNet):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         modules: Any = self
-        if why_patched(self.fused_watches) is not None:
+        if traced(x) or why_patched(self.fused_watches) is not None:
             plain: Tensor = super()._forward_impl(x)
             return plain
         with network_pass(self, x):
