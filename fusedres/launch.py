@@ -297,6 +297,8 @@ class LaunchFailed(RuntimeError):
 def _started(kernel: Any, device: torch.device, start: Callable[[], Any]) -> Any:
     try:
         return start()
+    except torch.OutOfMemoryError:  # the plain modules need no less
+        raise
     except Exception as error:
         # On the CPU an exception may also be what the emulation saw in a kernel, which is for whoever wrote it.
         if device.type == "cuda" or isinstance(error, _compiler_errors()):
