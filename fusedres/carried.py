@@ -43,7 +43,7 @@ statistics: Carried[Partials] = Carried()
 """Of a block's output: what a block that ends without a batch norm measured as it wrote it."""
 
 ends: Carried[Producer] = Carried()
-"""Of a block's output: the batch norm before its sum and its ReLU, inside a `FusedStage`."""
+"""Of a block's output: the batch norm before its sum and its ReLU, in a network that hands it over."""
 
 reduced: Carried[NormSums] = Carried()
 """Of a gradient at a block's output, already behind its ReLU: the sums that the batch norm there needs."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel.replicate import replicate  # noqa: F401 (what replicas are made by, for readers)
 from torch.optim.swa_utils import AveragedModel
 
 import fusedres

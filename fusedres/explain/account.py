@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..launch import Launch, record
-from ..nn.fused import Bystander
+from ..nn.network import Bystander
 from .aten import KINDS, Cost, costs
 
 # By the first words of a kernel's name; the longest that fits counts.

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fusedres.nn import blocks, plain
-from fusedres.nn.fused import FusedStem, network_pass, pooled
+from fusedres.nn.fused import FusedStem, pooled
+from fusedres.nn.network import network_pass, through
 from fusedres.nn.plain.variants import gated_modules
-from fusedres.nn.stage import through
 
 __all__ = ["FusedResNet", "ResNet", "build", "cifar_depth", "initialise", "library", "residual_stages"]
 

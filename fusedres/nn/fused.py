@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from ..chain import run_chain, run_stem
 from ..contact import attempt
 from ..launch import left_to_library, wants_kernels
 from ..plan import AUTO
-from ..rounded import of_network
 from .genuine import Watch, watched, why_overridden, why_patched
 from .parts import (
     PLAIN_TENSORS,
@@ -241,45 +239,6 @@ def too_small(x: Any, weights: int) -> bool:
         return False
     n, _, h, w = x.shape
     return n * h * w * weights < LEAST_WORK_PER_THREAD * torch.get_num_threads()
-
-
-def network_pass(network: nn.Module, x: Tensor) -> AbstractContextManager[None]:
-    """Surrounds the forward pass of a network whose own code runs nothing but its modules.
-
-    Under autocast the weights of all its fused blocks are rounded together at its beginning, unless a hook might write
-    to them after that.
-    """
-
-    def weights() -> list[Tensor]:
-        found: list[Tensor] = []
-        if isinstance(network, Fused):
-            with suppress(NotFusable):
-                found += (conv.weight for conv in network.parts_of(network).convs)
-        unseen = all(_collect(child, False, found) for child in network._modules.values() if child is not None)
-        return found if unseen else []
-
-    return nullcontext() if traced(x) else of_network(x, contraction_dtype(x), weights)
-
-
-def _collect(module: nn.Module, fused: bool, found: list[Tensor]) -> bool:
-    """Add the weights of the convolutions in fused blocks to ``found``; whether no hook looks at a module."""
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if not isinstance(hook, Bystander):
-            return False
-    fused = fused or isinstance(module, FusedPass)
-    if fused and type(module) is nn.Conv2d and module.weight is not None:
-        found.append(module.weight)
-    return all(_collect(child, fused, found) for child in module._modules.values() if child is not None)
-
-
-class Bystander:
-    """A forward hook that neither keeps nor changes what it is shown: blocks go on as if it were not there."""
-
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self.hook = hook
-
-    def __call__(self, *shown: Any) -> None:
-        self.hook(*shown)
 
 
 def _is_unseen(x: Tensor) -> bool:

@@ -15,8 +15,9 @@ from ..launch import wants_kernels
 from ..ops.contract import Geometry
 from ..plan import AUTO
 from ..preact_chain import run_bn_act, run_preact
-from .fused import Fused, FusedPass, network_pass
+from .fused import Fused, FusedPass
 from .genuine import watched, why_patched
+from .network import network_pass
 from .parts import (
     NotFusable,
     Pair,

@@ -6,10 +6,10 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models import resnet
 from torch import Tensor, nn
 
-from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, network_pass, traced
+from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, traced
 from ..nn.genuine import why_patched
+from ..nn.network import network_pass, through
 from ..nn.parts import BlockParts, NotFusable, residual_parts
-from ..nn.stage import through
 
 
 def _parts(block: nn.Module, depth: int) -> BlockParts:

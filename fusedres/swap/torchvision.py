@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet
 
-from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, network_pass, pooled, traced
+from ..nn.fused import FusedBasicBlock, FusedBottleneck, FusedStem, pooled, traced
 from ..nn.genuine import why_patched
-from ..nn.stage import through
+from ..nn.network import network_pass, through
 
 
 class FusedTorchvisionBasicBlock(FusedBasicBlock, resnet.BasicBlock):

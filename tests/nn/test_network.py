@@ -1,4 +1,4 @@
-"""fusedres.nn.stage: blocks that hand over compute what plain ones do, and only where nobody looks between them."""
+"""fusedres.nn.network: blocks that hand over compute what plain ones do, and only where nobody looks between them."""
 
 import copy
 from collections import Counter
@@ -14,8 +14,8 @@ from fusedres import carried
 from fusedres.backends import backend
 from fusedres.models import cifar_resnet
 from fusedres.nn import blocks, plain
-from fusedres.nn.fused import Bystander, FusedBlock
-from fusedres.nn.stage import through
+from fusedres.nn.fused import FusedBlock
+from fusedres.nn.network import Bystander, through
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import assert_same_pass, randomised, run, tensor
 from tests.vgpu_support import needs_vgpu
