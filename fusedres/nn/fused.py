@@ -118,12 +118,14 @@ class Fused(nn.Module):
             parts = self.parts_of(self)
         except NotFusable:
             return None
+        folded = any(type(norm) is nn.Identity for norm in parts.norms)
         if auto and x.device.type == "cpu":
             self.fused_weights = sum(conv.weight.numel() for conv in parts.convs)
-            if too_small(x, self.fused_weights):
+            # Evaluation gains by folding, which each pass would have to do anew: within noise of nothing, or less.
+            gains = folded or self.training or torch.is_grad_enabled()
+            if too_small(x, self.fused_weights if gains else 0):
                 return None
         # Without a batch norm there is inference alone.
-        folded = any(type(norm) is nn.Identity for norm in parts.norms)
         if folded and torch.is_grad_enabled() and (x.requires_grad or parts.convs[0].weight.requires_grad):
             return None
         return parts

@@ -47,7 +47,7 @@ def report(model: nn.Module) -> Report:
     )
 
 
-SMALL = "on a CPU, auto leaves small inputs to the plain modules"
+SMALL = "on a CPU, auto leaves small inputs and evaluation to the plain modules"
 
 
 def _on_cpu(model: nn.Module) -> bool:

@@ -465,3 +465,22 @@ def test_the_pass_can_be_repeated_to_the_bit(case):
     first, second = run(fused, case.x(torch.float32)), run(again, case.x(torch.float32))
     assert torch.equal(first.z, second.z) and torch.equal(first.dx, second.dx)
     assert all(torch.equal(first.grads[name], second.grads[name]) for name in first.grads)
+
+
+@pytest.mark.parametrize(
+    ("training", "frozen", "runs"), [(True, False, True), (False, False, False), (False, True, True)]
+)
+def test_on_a_cpu_auto_takes_what_gains(training, frozen, runs, plain_where_small, monkeypatch):
+    from fusedres.nn.fused import Fused
+
+    block = fusedres.nn.BasicBlock(32, 32).train(training)
+    block = fusedres.freeze(block) if frozen else block
+    seen = []
+    attempt = Fused.attempt
+    monkeypatch.setattr(Fused, "attempt", lambda self, *args: (seen.append(self), attempt(self, *args))[1])
+    with torch.set_grad_enabled(training):
+        block(torch.randn(1, 32, 6, 6))
+        assert not seen, "too small"
+        monkeypatch.setattr("fusedres.nn.fused.LEAST_WORK_PER_THREAD", 2**10)
+        block(torch.randn(1, 32, 6, 6))
+    assert bool(seen) == runs

@@ -78,7 +78,7 @@ def test_printed_as_a_table(resnet):
 
 def test_what_auto_does_on_a_cpu_is_said_once(resnet):
     assert str(fusedres.report(fusedres.fuse(resnet))).splitlines()[-1] == (
-        "3 of 3 candidates fused; on a CPU, auto leaves small inputs to the plain modules"
+        "3 of 3 candidates fused; on a CPU, auto leaves small inputs and evaluation to the plain modules"
     )
 
 
