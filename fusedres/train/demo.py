@@ -123,6 +123,8 @@ def channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
+# With the passes themselves at any size: "auto" would leave these small ones to the plain modules on a CPU.
+@fusedres.backend("native")
 def train_twins(
     digits: Digits,
     *,
@@ -176,6 +178,8 @@ def saved_by_schedule(
     return saved
 
 
+# With the passes themselves at any size: "auto" would leave these small ones to the plain modules on a CPU.
+@fusedres.backend("native")
 def check_resnet50(
     seed: int,
     *,
