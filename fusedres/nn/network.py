@@ -14,7 +14,7 @@ from .genuine import why_overridden, why_patched
 from .parts import NotFusable
 
 
-def network_pass(network: nn.Module, x: Tensor) -> AbstractContextManager[None]:
+def network_pass(network: Fused, x: Tensor) -> AbstractContextManager[None]:
     """Surrounds the forward pass of a network whose own code runs nothing but its modules.
 
     Under autocast the weights of all its fused blocks are rounded together at its beginning, unless a hook might write
@@ -23,13 +23,12 @@ def network_pass(network: nn.Module, x: Tensor) -> AbstractContextManager[None]:
 
     def weights() -> list[Tensor]:
         found: list[Tensor] = []
-        if isinstance(network, Fused):
-            with suppress(NotFusable):
-                found += (conv.weight for conv in network.parts_of(network).convs)
+        with suppress(NotFusable):
+            found += (conv.weight for conv in network.parts_of(network).convs)
         unseen = all(_collect(child, False, found) for child in network._modules.values() if child is not None)
         return found if unseen else []
 
-    return nullcontext() if traced(x) else of_network(x, contraction_dtype(x), weights)
+    return nullcontext() if network.goes_plain(x) else of_network(x, contraction_dtype(x), weights)
 
 
 def _collect(module: nn.Module, fused: bool, found: list[Tensor]) -> bool:
