@@ -2,10 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, models, nn
-from .backends import backend
-from .launch import record
-from .swap import freeze, fuse, report, unfuse
+from fusedres import functional, models, nn
+from fusedres.runtime.backends import backend
+from fusedres.runtime.launch import record
+from fusedres.swap import freeze, fuse, report, unfuse
 
 try:
     __version__ = version("fusedres")

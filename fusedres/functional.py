@@ -3,14 +3,18 @@
 import torch
 from torch import Tensor
 
-from .autograd import AddAct, BNAddAct
-from .autograd.bn_add_act import BNAddActSpec
-from .autograd.spec import ConvBN, NormSpec, NormTensors
-from .chain import Layer, check_norm, run_chain
-from .ops.bn_act import check_act
-from .ops.bn_finalize import check_norm_vectors
-from .ops.contract import Geometry, check_activation, pixels
-from .plan import AUTO, check_schedule
+from fusedres.activation import activation_named
+from fusedres.autograd import AddAct, BNAddAct
+from fusedres.autograd.ends import AddActSpec, BNAddActSpec
+from fusedres.autograd.shortcut import NO_SHORTCUT, Residual
+from fusedres.operands import Geometry, Layer, Norm, NormNumbers
+from fusedres.ops.bn_finalize import check_norm
+from fusedres.ops.checks import check_activation
+from fusedres.ops.rows import pixels
+from fusedres.patterns.chain import run_chain
+from fusedres.patterns.choose import AUTO, check_schedule
+from fusedres.patterns.door import check_norm_numbers
+from fusedres.runtime.call import Call
 
 IntPair = int | tuple[int, int]
 
@@ -23,11 +27,9 @@ def _pair(name: str, value: IntPair) -> tuple[int, int]:
     raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
 
 
-def _check_norm_tensors(
-    tensors: NormTensors, channels: int, training: bool, device: torch.device, of: str = ""
-) -> bool:
-    """Whether batch statistics normalise; refuses what `check_norm_vectors` does."""
-    check_norm_vectors(channels, *tensors.vectors, device=device, of=of)
+def _check_norm_tensors(tensors: Norm, channels: int, training: bool, device: torch.device, of: str = "") -> bool:
+    """Whether batch statistics normalise; refuses what `check_norm` does."""
+    check_norm(channels, tensors, device=device, of=of)
     return training or tensors.running_mean is None
 
 
@@ -66,7 +68,7 @@ def conv_bn_act(
         groups: channel groups.
         momentum: weight of the new value in the running statistics.
         eps: added to the variance.
-        act: ``"relu"`` or None.
+        act: the name of an activation (`fusedres.activation.NAMED`), or None.
         schedule: ``"auto"`` or a rung: ``"block_end"``, ``"stats"``, ``"prologue"``, ``"moments"``.
 
     Returns:
@@ -76,12 +78,12 @@ def conv_bn_act(
         ValueError, TypeError: naming the argument; no running statistic has changed then.
     """
     check_schedule(schedule)
-    tensors = ConvBN(weight, bias, gamma, beta, running_mean, running_var)
-    batch_stats = _check_norm_tensors(tensors.norm, weight.shape[0], training, x.device)
+    norm = Norm(gamma, beta, running_mean, running_var, bias)
+    batch_stats = _check_norm_tensors(norm, weight.shape[0], training, x.device)
     geometry = Geometry(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
-    layer = Layer(tensors, geometry, NormSpec(eps, momentum, batch_stats))
-    shortcut = "none" if residual is None else "residual"
-    return run_chain(x, [layer], shortcut=shortcut, residual=residual, act=act, schedule=schedule)
+    layer = Layer(weight, geometry, norm._replace(numbers=NormNumbers(eps, momentum, batch_stats)))
+    shortcut = NO_SHORTCUT if residual is None else Residual(residual)
+    return run_chain(x, [layer], shortcut=shortcut, act=activation_named(act), schedule=schedule)
 
 
 def bn_add_act(
@@ -108,7 +110,7 @@ def bn_add_act(
         residual_norm: (gamma, beta, running_mean, running_var) of the residual's own batch norm when the residual is
             a raw projection, else None.
         momentum, eps: of both batch norms.
-        act: ``"relu"`` or None.
+        act: the name of an activation (`fusedres.activation.NAMED`), or None.
 
     Returns:
         (N, K, P, Q), channels_last.
@@ -117,7 +119,7 @@ def bn_add_act(
         ValueError, TypeError: naming the argument; no running statistic has changed then.
     """
     check_activation("y", y)
-    check_act(act)
+    activation = activation_named(act)
     if residual is not None:
         check_activation("residual", residual, device=y.device)
         if residual.shape != y.shape:
@@ -125,18 +127,20 @@ def bn_add_act(
     if residual is None and residual_norm is not None:
         raise ValueError("residual_norm: expected None without a residual")
     channels = y.shape[1]
-    main = NormTensors(gamma, beta, running_mean, running_var)
-    norm = NormSpec(eps, momentum, _check_norm_tensors(main, channels, training, y.device))
-    other, other_norm = NormTensors(), None
+    main = Norm(gamma, beta, running_mean, running_var)
+    norm = NormNumbers(eps, momentum, _check_norm_tensors(main, channels, training, y.device))
+    other, other_norm = Norm(), None
     if residual_norm is not None:
         if len(residual_norm) != 4:
             raise ValueError(f"residual_norm: expected 4 vectors or None each, got {len(residual_norm)}")
-        other = NormTensors(*residual_norm)
+        other = Norm(*residual_norm)
         batch_stats = _check_norm_tensors(other, channels, training, y.device, " of residual_norm")
-        other_norm = NormSpec(eps, momentum, batch_stats)
-    check_norm("y", norm, pixels(y))
+        other_norm = NormNumbers(eps, momentum, batch_stats)
+    check_norm_numbers("y", norm, pixels(y))
     y, residual = y.resolve_neg(), None if residual is None else residual.resolve_neg()
-    z: Tensor = BNAddAct.apply(y, residual, BNAddActSpec(norm, other_norm, act), *main, *other)
+    call = Call.on(y, (residual, *main.tensors, *other.tensors))
+    spec = BNAddActSpec(call, norm, other_norm, activation)
+    z: Tensor = BNAddAct.apply(y, residual, spec, *main.tensors, *other.tensors)
     return z
 
 
@@ -146,7 +150,7 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
     Args:
         x: (N, C, H, W), fp64, fp32, bf16 or fp16; channels_last is fastest.
         residual: (N, C, H, W).
-        act: ``"relu"`` or None.
+        act: the name of an activation (`fusedres.activation.NAMED`), or None.
 
     Returns:
         (N, C, H, W), channels_last, in the wider dtype of the two.
@@ -158,6 +162,6 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
     check_activation("residual", residual, device=x.device)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    check_act(act)
-    z: Tensor = AddAct.apply(x.resolve_neg(), residual.resolve_neg(), act)
+    spec = AddActSpec(Call.on(x, (residual,)), activation_named(act))
+    z: Tensor = AddAct.apply(x.resolve_neg(), residual.resolve_neg(), spec)
     return z

@@ -4,7 +4,7 @@ A budget stands in its test, and whatever version is not listed here is held to 
 seen of it, rounded up.
 """
 
-from fusedres.offline import triton_version
+from fusedres.compiler.targets import triton_version
 
 SEEN = {
     # Between warps 3.6 passes the sums of a reduction value by value, the channels of eight threads by one bank: 2688

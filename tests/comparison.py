@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.backends import backend
+from fusedres.runtime.backends import backend
 
 LOW = (torch.bfloat16, torch.float16)
 STORAGE = (torch.float32, *LOW)

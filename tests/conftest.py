@@ -8,8 +8,8 @@ os.environ["FUSEDRES_STRICT"] = "1"
 
 import pytest
 
-from fusedres import replay
-from fusedres.nn import fused
+from fusedres.nn import size_rule
+from fusedres.runtime import replay
 
 
 @pytest.fixture(autouse=True)
@@ -20,19 +20,19 @@ def nothing_noted():
     replay._unchecked.clear()
 
 
-LEAST_WORK = fused.LEAST_WORK_PER_THREAD
+LEAST_WORK = size_rule.LEAST_WORK_PER_THREAD
 
 
 @pytest.fixture(autouse=True)
 def fused_at_any_size(monkeypatch):
     """Tests of fused passes use tensors for which a CPU runs the plain modules by default."""
-    monkeypatch.setattr(fused, "LEAST_WORK_PER_THREAD", 0)
+    monkeypatch.setattr(size_rule, "LEAST_WORK_PER_THREAD", 0)
 
 
 @pytest.fixture
 def plain_where_small(fused_at_any_size, monkeypatch):
     """As everywhere but in tests, and so in the processes that they start."""
-    monkeypatch.setattr(fused, "LEAST_WORK_PER_THREAD", LEAST_WORK)
+    monkeypatch.setattr(size_rule, "LEAST_WORK_PER_THREAD", LEAST_WORK)
 
 
 @pytest.fixture

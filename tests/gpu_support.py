@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedres.devices import gpus
+from fusedres.runtime.devices import gpus
 
 needs_gpu = pytest.mark.skipif(not gpus(), reason="PyTorch sees no GPU here")
 

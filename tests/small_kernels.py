@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton", reason="compiling needs Triton: pip install triton")
 tl = triton.language
 
-from fusedres.offline import Binary, specialise  # noqa: E402
+from fusedres.compiler.binary import Binary, specialise  # noqa: E402
 
 
 @triton.jit

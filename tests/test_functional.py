@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedres.functional import add_act, bn_add_act, conv_bn_act
-from fusedres.plan import AUTO, SCHEDULES
+from fusedres.patterns.choose import AUTO
+from fusedres.plan.schedule import SCHEDULES
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import tensor
 

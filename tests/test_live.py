@@ -275,7 +275,7 @@ INSTANCES = {
     "a forward of its own": (
         lambda block: setattr(block.bn2, "forward", lambda x: x * 2), "bn2.forward was replaced"
     ),
-    "another class": (lambda block: setattr(block, "relu", nn.LeakyReLU(0.1)), "relu is a LeakyReLU"),
+    "another class": (lambda block: setattr(block, "relu", nn.GELU()), "relu is a GELU"),
 }  # fmt: skip
 
 
@@ -411,7 +411,7 @@ def test_blocks_that_are_left_alone_have_rows(name):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_and_exported_as_the_plain_network(autocast, small, monkeypatch):
     """Whole graphs, of any batch, after calls that were fused."""
-    from fusedres.nn import fused as module
+    from fusedres.nn import size_rule as module
 
     monkeypatch.setattr(module, "LEAST_WORK_PER_THREAD", 2**28 if small else 0)
     torch.manual_seed(0)

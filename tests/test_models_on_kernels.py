@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import fusedres
 from fusedres import vgpu
 from fusedres.models import cifar_resnet
-from fusedres.plan import SCHEDULES
+from fusedres.plan.schedule import SCHEDULES
 from tests.comparison import assert_as_accurate_as_eager, assert_close, seeded
 from tests.vgpu_support import skip_module_without_vgpu
 

@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Where each installed package lies in the repository.
-TREES = {
-    "fusedres": ROOT / "fusedres",
-    "fusedres/kernels": ROOT / "kernels",
-    "fusedres/bench": ROOT / "bench",
-}
-
+PACKAGE = ROOT / "fusedres"
 
 # Triton's minor version that each of torch's is published with, on Linux.
 TRITON_OF_TORCH = {(2, 9): (3, 5), (2, 10): (3, 6), (2, 11): (3, 6)}
@@ -67,9 +61,7 @@ def test_the_readme_says_which_versions():
 
 def sources() -> set[str]:
     """Every Python file of the library, named as it is to be installed."""
-    return {
-        f"{prefix}/{path.relative_to(tree).as_posix()}" for prefix, tree in TREES.items() for path in tree.rglob("*.py")
-    }
+    return {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +70,7 @@ def wheel_names(tmp_path_factory):
     # Built from a copy, so that no build folder appears in the checkout.
     copy = folder / "source"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fusedres", "kernels", "bench"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "fusedres"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],
@@ -111,9 +103,8 @@ def test_wheel_is_typed_and_licensed(wheel_names):
 
 
 def test_every_folder_of_the_library_is_a_package():
-    for tree in TREES.values():
-        for path in tree.rglob("*.py"):
-            assert (path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py"
+    for path in PACKAGE.rglob("*.py"):
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py"
 
 
 def run_elsewhere(code: str) -> str:

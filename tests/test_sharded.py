@@ -58,8 +58,9 @@ def trained(model: nn.Module, rank: int) -> list[list[float]]:
 
 def work(rank: int, folder: str) -> None:
     from fusedres.nn import fused as module
+    from fusedres.nn import size_rule
 
-    module.LEAST_WORK_PER_THREAD = 0
+    size_rule.LEAST_WORK_PER_THREAD = 0
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(f"{folder}/store", 2), rank=rank, world_size=2

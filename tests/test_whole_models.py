@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusedres
-from fusedres import replay
-from fusedres.bench.saved_activations import image_loss, per_image, saved_bytes
+from fusedres.bench.saved_activations import image_loss
 from fusedres.ops.bn_backward import NormSums
-from fusedres.plan import AUTO, SCHEDULES
+from fusedres.patterns.choose import AUTO
+from fusedres.plan.schedule import SCHEDULES
+from fusedres.runtime import replay
+from fusedres.traffic.saved import per_image, saved_bytes
 from tests.comparison import relative_error
 
 models = pytest.importorskip("torchvision").models

@@ -6,132 +6,140 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.bn_backward import NormSums, bn_backward, bn_backward_apply, bn_backward_reduce, output_grad
-from ..ops.bn_finalize import bn_finalize, bn_from_running
-from ..ops.bn_statistics import bn_statistics
-from ..ops.contract import (
+from fusedres.activation import Activation
+from fusedres.operands import (
     ConvInput,
+    Layer,
     Moments,
+    Norm,
     Normaliser,
+    NormNumbers,
     OutputGrad,
     Partials,
     Producer,
-    RunningNorm,
     statistics_dtype,
 )
-from ..ops.conv_backward import conv_backward, conv_producer_backward
-from ..ops.conv_bn_act import Contraction
-from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import ProducerGrad, conv_input_grad, conv_producer_grad
-from ..ops.conv_weight_grad import conv_weight_grad
-from ..ops.features import FeatureGrads
-from ..ops.input_moments import input_moments, moments_finalize
-from ..ops.moments_backward import (
+from fusedres.ops.bn_backward import (
+    NormSums,
+    bias_grad,
+    bn_backward,
+    bn_backward_apply,
+    bn_backward_reduce,
+    output_grad,
+)
+from fusedres.ops.bn_finalize import bn_finalize, bn_from_running
+from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.conv_backward import conv_backward, conv_producer_backward
+from fusedres.ops.conv_bn_act import Contraction
+from fusedres.ops.conv_forward import conv_forward
+from fusedres.ops.conv_input_grad import ProducerGrad, conv_input_grad, conv_producer_grad
+from fusedres.ops.conv_weight_grad import conv_weight_grad
+from fusedres.ops.features import FeatureGrads
+from fusedres.ops.input_moments import input_moments, moments_finalize
+from fusedres.ops.moments_backward import (
     frozen_matrices,
     moments_backward,
     moments_contraction,
     moments_input_grad,
     moments_producer_grad,
 )
-from ..ops.zero_pad_shortcut import Added, ZeroPaddedGrad
-from ..plan import Schedule
-from .spec import ConvBN, LayerSpec, NormSpec, NormTensors
-
-PARAMETERS = len(ConvBN._fields)
-NORM = len(NormTensors._fields)
+from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad
+from fusedres.plan.schedule import Schedule
 
 
 class Branch(NamedTuple):
-    """A convolution measured for its batch norm: its input, and its raw output or (in the moments form) moments."""
+    """A convolution measured for its batch norm: its input, and its raw output or (in the moments form) moments.
+
+    Of one without a batch norm there is the input alone.
+    """
 
     source: ConvInput
-    norm: Normaliser
-    y: Tensor | None
-    moments: Moments | None
+    norm: Normaliser | None = None
+    y: Tensor | None = None
+    moments: Moments | None = None
+
+    @property
+    def numbers(self) -> Normaliser:
+        """Those of its batch norm."""
+        assert self.norm is not None
+        return self.norm
+
+    @property
+    def raw(self) -> Tensor:
+        """Its output, which was written."""
+        assert self.y is not None
+        return self.y
+
+    def producer(self, act: Activation) -> Producer:
+        """What made the input of the layer behind it."""
+        return Producer(self.raw, self.numbers, act=act)
 
 
 class Needs(NamedTuple):
     """Which gradients of a layer somebody asked for."""
 
     weight: bool
-    bias: bool
     gamma: bool
     beta: bool
+    bias: bool
     source: bool
 
     @property
     def any(self) -> bool:
         return True in self
 
-
-def needs_of(asked: Sequence[bool], source: bool) -> Needs:
-    """From ``ctx.needs_input_grad`` of a layer's `ConvBN` tensors, and whether its source's gradient is needed."""
-    weight, bias, gamma, beta = asked[:4]
-    return Needs(weight, bias, gamma, beta, source)
+    @staticmethod
+    def of(asked: Sequence[bool], source: bool) -> "Needs":
+        """From ``ctx.needs_input_grad`` of a layer's tensors, and whether its source's gradient is needed."""
+        weight, gamma, beta, _, _, bias, _ = asked
+        return Needs(weight, gamma, beta, bias, source)
 
 
 class LayerGrads(NamedTuple):
-    """A layer's gradients in the order of `ConvBN` (running statistics have none)."""
+    """A layer's gradients in the order of its tensors (running statistics have none)."""
 
     weight: Tensor | None = None
-    bias: Tensor | None = None
     gamma: Tensor | None = None
     beta: Tensor | None = None
     running_mean: None = None
     running_var: None = None
+    bias: Tensor | None = None
     counted: None = None
 
 
-def grouped(tensors: tuple[Tensor | None, ...]) -> list[ConvBN]:
-    """A flat argument list back as one `ConvBN` per layer."""
-    return [ConvBN(*tensors[i : i + PARAMETERS]) for i in range(0, len(tensors), PARAMETERS)]  # type: ignore[arg-type]
-
-
-def is_idle(norm: NormSpec, needs: Needs) -> bool:
+def is_idle(norm: NormNumbers, needs: Needs) -> bool:
     """Whether a batch norm is a constant scale and shift that nobody asked a gradient of: no sums are needed."""
     return not (norm.batch_stats or needs.gamma or needs.beta or needs.bias)
 
 
-def normaliser_of(partials: Partials | None, tensors: NormTensors, spec: NormSpec, dtype: torch.dtype) -> Normaliser:
+def normaliser_of(partials: Partials | None, norm: Norm, dtype: torch.dtype) -> Normaliser:
     """From the batch's statistics, moving the running ones, or from the running ones."""
-    gamma, beta, running_mean, running_var, bias, counted = tensors
-    if partials is not None:
-        return bn_finalize(
-            partials, gamma, beta, running_mean, running_var, bias=bias, eps=spec.eps, momentum=spec.momentum,
-            counted=counted,
-        )  # fmt: skip
-    assert running_mean is not None and running_var is not None
-    running = RunningNorm(running_mean, running_var, gamma, beta, bias, spec.eps)
-    return bn_from_running(running, statistics_dtype(dtype))
+    return bn_from_running(norm, statistics_dtype(dtype)) if partials is None else bn_finalize(partials, norm)
 
 
-def measure(u: ConvInput, layer: ConvBN, spec: LayerSpec, schedule: Schedule) -> Branch:
+def measure(u: ConvInput, layer: Layer, schedule: Schedule) -> Branch:
     """Convolve and measure, or in the moments form only measure."""
-    weight = spec.weight(layer, u.tensor.dtype)
-    if spec.moments and not spec.norm.batch_stats:
-        return Branch(u, normaliser_of(None, layer.norm, spec.norm, weight.dtype), None, None)
-    if spec.moments:
-        moments = input_moments(u, spec.geometry.stride)
-        gamma, beta, running_mean, running_var, bias, counted = layer.norm
-        norm = moments_finalize(
-            moments, weight, gamma, beta, running_mean, running_var, bias=bias, eps=spec.norm.eps,
-            momentum=spec.norm.momentum, counted=counted,
-        )  # fmt: skip
-        return Branch(u, norm, None, moments)
-    y, partials = conv_forward(u, weight, spec.geometry, statistics=schedule.statistics and spec.norm.batch_stats)
-    if spec.norm.batch_stats and partials is None:
+    weight, norm = layer.weight_in(u.tensor.dtype), layer.norm
+    batch_stats = norm.numbers.batch_stats
+    if layer.moments and not batch_stats:
+        return Branch(u, normaliser_of(None, norm, weight.dtype))
+    if layer.moments:
+        moments = input_moments(u, layer.geometry.stride)
+        return Branch(u, moments_finalize(moments, weight, norm), None, moments)
+    y, partials = conv_forward(u, weight, layer.geometry, statistics=schedule.statistics and batch_stats)
+    if batch_stats and partials is None:
         partials = bn_statistics(y)
-    return Branch(u, normaliser_of(partials, layer.norm, spec.norm, y.dtype), y, None)
+    return Branch(u, normaliser_of(partials, norm, y.dtype), y)
 
 
-def contraction(branch: Branch, layer: ConvBN, spec: LayerSpec) -> Contraction:
+def contraction(branch: Branch, layer: Layer) -> Contraction:
     """A moments-form branch as the operand of `conv_bn_act`."""
-    weight = spec.weight(layer, branch.source.tensor.dtype)
-    return Contraction(branch.source, weight, spec.geometry, branch.norm.scale, branch.norm.shift)
+    weight = layer.weight_in(branch.source.tensor.dtype)
+    return Contraction(branch.source, weight, layer.geometry, branch.numbers.scale, branch.numbers.shift)
 
 
 SourceGrad = Tensor | ProducerGrad | None
-"""The gradient of a layer's source, behind the ReLU of the layer below and with its sums where there is one."""
+"""The gradient of a layer's source, behind the activation of the layer below and with its sums where there is one."""
 
 
 class Below(NamedTuple):
@@ -147,25 +155,29 @@ class Below(NamedTuple):
     features: FeatureGrads | None = None
 
 
-def samples(layer: ConvBN, spec: LayerSpec) -> bool:
+def samples(layer: Layer) -> bool:
     """Whether a convolution leaves pixels of its source unread, every one between two that it reads."""
-    stride, padding, _, _ = spec.geometry
-    return layer.weight.shape[2:] == (1, 1) and padding == (0, 0) and stride != (1, 1)
+    stride, padding, _, _ = layer.geometry
+    return layer.window == (1, 1) and padding == (0, 0) and stride != (1, 1)
 
 
-def shortcut_grad(du: SourceGrad, size: tuple[int, ...], layer: ConvBN, spec: LayerSpec) -> Added | None:
-    """What a projection sends to its source of ``size``, computed with ``Below(compact=samples(layer, spec))``."""
+def projection_grad(
+    g: OutputGrad, branch: Branch, layer: Layer, schedule: Schedule, needs: Needs, size: tuple[int, ...]
+) -> tuple[LayerGrads, Added | None]:
+    """The gradients of a projection, and what it sends to its source of ``size``."""
+    compact = samples(layer)
+    grads, du = branch_backward(g, branch, layer, schedule, needs, Below(compact=compact))
     if not isinstance(du, Tensor):
-        return None
+        return grads, None
     grad = OutputGrad(du, scratch=True)
-    return ZeroPaddedGrad(grad, size, spec.geometry.stride) if samples(layer, spec) else grad
+    return grads, ZeroPaddedGrad(grad, size, layer.geometry.stride) if compact else grad
 
 
 def convolution_backward(
-    dy: OutputGrad, source: ConvInput, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
+    dy: OutputGrad, source: ConvInput, layer: Layer, needs: Needs, below: Below
 ) -> tuple[Tensor | None, SourceGrad]:
     """dW, laid out as the weight, and the source's gradient of a convolution, each if asked for."""
-    dweight, du = _convolution_backward(dy, source, layer, spec, needs, below)
+    dweight, du = _convolution_backward(dy, source, layer, needs, below)
     strides = layer.weight.stride()
     # Of a 1x1 weight the strides along its sides say nothing, but distributed training compares them.
     if dweight is not None and dweight.shape[2:] == (1, 1) and dweight.stride()[:2] == strides[:2]:
@@ -174,97 +186,99 @@ def convolution_backward(
 
 
 def _convolution_backward(
-    dy: OutputGrad, source: ConvInput, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
+    dy: OutputGrad, source: ConvInput, layer: Layer, needs: Needs, below: Below
 ) -> tuple[Tensor | None, SourceGrad]:
-    weight = spec.weight(layer, source.tensor.dtype)
-    window = (weight.shape[2], weight.shape[3])
+    weight, geometry = layer.weight_in(source.tensor.dtype), layer.geometry
     if below.compact and needs.source:
         at_read = (dy.g.shape[0], source.tensor.shape[1], *dy.g.shape[2:])
-        du = conv_input_grad(dy, weight, at_read, spec.geometry._replace(stride=(1, 1)))
-        return conv_weight_grad(dy, source, window, spec.geometry) if needs.weight else None, du
+        du = conv_input_grad(dy, weight, at_read, geometry._replace(stride=(1, 1)))
+        return conv_weight_grad(dy, source, layer.window, geometry) if needs.weight else None, du
     if below.producer is not None:
         joins: dict[str, Any] = {"add": below.add, "features": below.features}
         if needs.weight:
-            return conv_producer_backward(dy, source, weight, spec.geometry, below.producer, **joins)
-        return None, conv_producer_grad(dy, weight, spec.geometry, below.producer, **joins)
+            return conv_producer_backward(dy, source, weight, geometry, below.producer, **joins)
+        return None, conv_producer_grad(dy, weight, geometry, below.producer, **joins)
     if needs.weight and needs.source:
-        return conv_backward(dy, source, weight, spec.geometry, add=below.add)
+        return conv_backward(dy, source, weight, geometry, add=below.add)
     if needs.weight:
-        return conv_weight_grad(dy, source, window, spec.geometry), None
+        return conv_weight_grad(dy, source, layer.window, geometry), None
     if needs.source:
-        return None, conv_input_grad(dy, weight, tuple(source.tensor.shape), spec.geometry, add=below.add)
+        return None, conv_input_grad(dy, weight, tuple(source.tensor.shape), geometry, add=below.add)
     return None, None
 
 
 def branch_backward(
-    g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule, needs: Needs,
-    below: Below | None = None,
-) -> tuple[LayerGrads, SourceGrad]:  # fmt: skip
+    g: OutputGrad, branch: Branch, layer: Layer, schedule: Schedule, needs: Needs, below: Below
+) -> tuple[LayerGrads, SourceGrad]:
     """The gradients of a branch's parameters and of its source, from the gradient g behind its batch norm."""
-    below = below or Below()
+    if branch.norm is None:
+        return _bare_backward(g, branch, layer, needs, below)
     if branch.y is None:
-        return _moments_branch_backward(g, branch, layer, spec, needs, below)
-    if is_idle(spec.norm, needs):
+        return _moments_backward(g, branch, layer, needs, below)
+    if is_idle(layer.norm.numbers, needs):
         scaled = output_grad(g, None, branch.y, branch.norm)
         if not schedule.prologue:
             scaled = OutputGrad(bn_backward_apply(scaled))
-        dweight, du = convolution_backward(scaled, branch.source, layer, spec, needs, below)
-        return LayerGrads(None if dweight is None else dweight.to(layer.weight.dtype)), du
+        return _bare_backward(scaled, branch, layer, needs, below)
     if schedule.statistics:
         sums = bn_backward_reduce(g, branch.y, branch.norm)
-        return layer_backward(g, sums, branch, layer, spec, schedule, needs, below)
-    dy, dgamma, dbeta = bn_backward(g, branch.y, branch.norm, layer.gamma, batch_stats=spec.norm.batch_stats)
-    dweight, du = convolution_backward(OutputGrad(dy), branch.source, layer, spec, needs, below)
-    return in_parameter_dtypes(dweight, dgamma, dbeta, branch.norm, layer, spec, needs), du
+        return reduced_backward(g, sums, branch, layer, schedule, needs, below)
+    norm, batch_stats = layer.norm, layer.norm.numbers.batch_stats
+    dy, dgamma, dbeta = bn_backward(g, branch.y, branch.norm, norm.gamma, batch_stats=batch_stats)
+    dweight, du = convolution_backward(OutputGrad(dy), branch.source, layer, needs, below)
+    return in_parameter_dtypes(dweight, dgamma, dbeta, branch.norm, layer, needs), du
 
 
-def layer_backward(
-    g: OutputGrad, sums: NormSums, branch: Branch, layer: ConvBN, spec: LayerSpec, schedule: Schedule, needs: Needs,
-    below: Below,
-) -> tuple[LayerGrads, SourceGrad]:  # fmt: skip
+def _bare_backward(
+    dy: OutputGrad, branch: Branch, layer: Layer, needs: Needs, below: Below
+) -> tuple[LayerGrads, SourceGrad]:
+    """Of a convolution whose output's gradient is there."""
+    dweight, du = convolution_backward(dy, branch.source, layer, needs, below)
+    return LayerGrads(None if dweight is None else dweight.to(layer.weight.dtype)), du
+
+
+def reduced_backward(
+    g: OutputGrad, sums: NormSums, branch: Branch, layer: Layer, schedule: Schedule, needs: Needs, below: Below
+) -> tuple[LayerGrads, SourceGrad]:
     """As `branch_backward`, from a gradient that was already reduced; with prologues ops decide who forms dy."""
-    assert branch.y is not None
-    dy = output_grad(g, sums if spec.norm.batch_stats else None, branch.y, branch.norm)
+    norm = branch.numbers
+    dy = output_grad(g, sums if layer.norm.numbers.batch_stats else None, branch.raw, norm)
     if not schedule.prologue:
         dy = OutputGrad(bn_backward_apply(dy))
-    dweight, du = convolution_backward(dy, branch.source, layer, spec, needs, below)
-    return in_parameter_dtypes(dweight, sums.sum_gy, sums.sum_g, branch.norm, layer, spec, needs), du
+    dweight, du = convolution_backward(dy, branch.source, layer, needs, below)
+    return in_parameter_dtypes(dweight, sums.sum_gy, sums.sum_g, norm, layer, needs), du
 
 
-def _moments_branch_backward(
-    g: OutputGrad, branch: Branch, layer: ConvBN, spec: LayerSpec, needs: Needs, below: Below
+def _moments_backward(
+    g: OutputGrad, branch: Branch, layer: Layer, needs: Needs, below: Below
 ) -> tuple[LayerGrads, SourceGrad]:
-    weight = spec.weight(layer, branch.source.tensor.dtype)
-    if is_idle(spec.norm, needs) and not needs.weight:
-        grads, matrices = LayerGrads(), frozen_matrices(weight, branch.norm)
+    weight, norm, geometry = layer.weight_in(branch.source.tensor.dtype), branch.numbers, layer.geometry
+    if is_idle(layer.norm.numbers, needs) and not needs.weight:
+        grads, matrices = LayerGrads(), frozen_matrices(weight, norm)
     else:
-        d, sum_g = moments_contraction(g, branch.source, (1, 1), spec.geometry)
-        small, matrices = moments_backward(d, sum_g, branch.moments, weight, branch.norm)
+        d, sum_g = moments_contraction(g, branch.source, (1, 1), geometry)
+        small, matrices = moments_backward(d, sum_g, branch.moments, weight, norm)
         dweight = small.dweight.view(layer.weight.shape)
-        grads = in_parameter_dtypes(dweight, small.dgamma, small.dbeta, branch.norm, layer, spec, needs)
+        grads = in_parameter_dtypes(dweight, small.dgamma, small.dbeta, norm, layer, needs)
     if below.producer is not None:
-        return grads, moments_producer_grad(g, matrices, spec.geometry, below.producer, add=below.add)
+        return grads, moments_producer_grad(g, matrices, geometry, below.producer, add=below.add)
     if not needs.source:
         return grads, None
-    return grads, moments_input_grad(g, matrices, branch.source, spec.geometry, add=below.add, compact=below.compact)
+    return grads, moments_input_grad(g, matrices, branch.source, geometry, add=below.add, compact=below.compact)
 
 
 def in_parameter_dtypes(
-    dweight: Tensor | None, dgamma: Tensor, dbeta: Tensor, norm: Normaliser, layer: ConvBN, spec: LayerSpec,
-    needs: Needs,
-) -> LayerGrads:  # fmt: skip
+    dweight: Tensor | None, dgamma: Tensor, dbeta: Tensor, norm: Normaliser, layer: Layer, needs: Needs
+) -> LayerGrads:
     """What was asked for, each in its parameter's dtype."""
 
     def cast(grad: Tensor | None, parameter: Tensor | None, needed: bool) -> Tensor | None:
         return grad.to(parameter.dtype) if needed and grad is not None and parameter is not None else None
 
-    dbias = None
-    if needs.bias:
-        # Under batch statistics a constant added before the normalisation changes nothing.
-        dbias = torch.zeros_like(dbeta) if spec.norm.batch_stats else norm.scale * dbeta
+    dbias = bias_grad(dbeta, norm, batch_stats=layer.norm.numbers.batch_stats) if needs.bias else None
     return LayerGrads(
         cast(dweight, layer.weight, needs.weight),
-        cast(dbias, layer.bias, needs.bias),
-        cast(dgamma, layer.gamma, needs.gamma),
-        cast(dbeta, layer.beta, needs.beta),
+        cast(dgamma, layer.norm.gamma, needs.gamma),
+        cast(dbeta, layer.norm.beta, needs.beta),
+        bias=cast(dbias, layer.norm.bias, needs.bias),
     )

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from ..contact import Owner
-from ..launch import wants_kernels
-from ..ops.contract import channels_last
-from ..ops.relu_mask import is_pooled
+from fusedres.ops.act_mask import is_pooled
+from fusedres.ops.rows import channels_last
+from fusedres.runtime.call import Call
+from fusedres.runtime.fallback import Owner
 
 
-def arrived(dz: Tensor, owner: Owner | None = None) -> Tensor:
+def arrived(dz: Tensor, call: Call, owner: Owner | None) -> Tensor:
     """``dz`` (N, K, P, Q) channels_last, or as pooling expanded it where kernels read that.
 
     ``owner``, whose pass it is, is told the strides of a gradient that had to be copied.
     """
-    if is_pooled(dz) and wants_kernels(dz):
+    if is_pooled(dz) and call.kernels:
         return dz
     ordered = channels_last(dz)
     # Expanded gradients have no layout to keep.

@@ -8,317 +8,218 @@ read the arriving gradient and what they consumed, the latter masks and sums for
 x is dx = p * g + q * (x - mean) + r + dz, one pass (reads 12, writes 4).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .. import backends
-from ..autocast import no_autocast
-from ..ops.add_act import add_act
-from ..ops.bn_act import bn_act
-from ..ops.bn_backward import added, bn_backward, bn_backward_apply, output_grad
-from ..ops.bn_forward import bn_forward
-from ..ops.bn_statistics import bn_statistics
-from ..ops.contract import ConvInput, Normaliser, OutputGrad, Partials, Producer, channels_last
-from ..ops.conv_bn_act import Contraction, conv_bn_act
-from ..ops.conv_forward import conv_forward
-from ..ops.conv_input_grad import ProducerGrad, at_producer, joined
-from ..ops.zero_pad_shortcut import Added, ZeroPadded, ZeroPaddedGrad, written
-from ..plan import Schedule
-from ..replay import replayed
-from .composed import Composed, preact
-from .conv_chain import Inner, _behind_relu, _inner_forward
-from .layer import (
-    NORM,
-    PARAMETERS,
-    Below,
-    LayerGrads,
-    Needs,
-    SourceGrad,
-    branch_backward,
-    convolution_backward,
-    grouped,
-    is_idle,
-    layer_backward,
-    needs_of,
-    normaliser_of,
-    samples,
-    shortcut_grad,
+from fusedres.activation import IDENTITY, RELU, Activation
+from fusedres.autograd import walk
+from fusedres.autograd.composed import Composed, convolved, normalised, through
+from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
+from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, normaliser_of, projection_grad
+from fusedres.autograd.saved import Packed, attached, kept_with_anchors, packed, unpacked
+from fusedres.autograd.spec import LayeredSpec, layers_of
+from fusedres.operands import (
+    LAYER_TENSORS,
+    NORM_TENSORS,
+    ConvInput,
+    Layer,
+    Norm,
+    Normaliser,
+    NormNumbers,
+    OutputGrad,
+    Partials,
+    Producer,
 )
-from .saved import Packed, attached, fused_or_composed, keep, kept, kept_with_anchors, packed, unpacked
-from .spec import ConvBN, Layered, LayerSpec, NormSpec, NormTensors
-
-BARE = NormSpec(batch_stats=False)
-"""Of a convolution without a batch norm behind it."""
+from fusedres.ops.add_act import add_act
+from fusedres.ops.bn_act import bn_act
+from fusedres.ops.bn_backward import added, bn_backward, bn_backward_apply, output_grad
+from fusedres.ops.bn_forward import bn_forward
+from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
+from fusedres.ops.conv_forward import conv_forward
+from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, joined
+from fusedres.ops.rows import channels_last
+from fusedres.ops.zero_pad_shortcut import Added, written
+from fusedres.runtime.holding import HELD
 
 
 @dataclass(frozen=True)
-class PreActSpec(Layered):
-    """[bn-ReLU] conv-bn-ReLU-...-conv and what joins it.
+class PreActSpec(LayeredSpec):
+    """[bn-act] conv-bn-act-...-conv and what joins it; a projection takes what the first convolution consumes.
 
     Attributes:
         norm: of the batch norm before the first convolution; None where x is activated already.
-        layers: the convolutions, each but the last with the batch norm behind it.
-        schedule: what is written to memory.
-        dtype: of the contractions.
-        shortcut: ``"none"``, ``"identity"`` or ``"zero_pad"`` of x, or ``"projection"`` of what the first
-            convolution consumes.
-        projection: the shortcut's convolution.
-        zero_pad_stride: of the zero-pad shortcut.
-        partials: the statistics of x, where its producer measured it.
+        act: between them.
         measured: whether the output is to be measured.
+        partials: the statistics of x, where its producer measured it.
     """
 
-    norm: NormSpec | None
-    layers: tuple[LayerSpec, ...]
-    schedule: Schedule
-    dtype: torch.dtype
-    shortcut: str = "identity"
-    projection: LayerSpec | None = None
-    zero_pad_stride: tuple[int, int] = (1, 1)
-    partials: Partials | None = field(default=None, compare=False, repr=False)
+    norm: NormNumbers | None = None
+    act: Activation = RELU
     measured: bool = False
+    partials: Partials | None = field(default=None, compare=False, repr=False, metadata=HELD)
 
-    @property
-    def compared(self) -> tuple[Any, ...]:
-        return (
-            self.norm, self.compared_layers, self.schedule, self.dtype, self.shortcut, self.zero_pad_stride,
-            self.measured,
-        )  # fmt: skip
-
-    @property
-    def held(self) -> tuple[Tensor | None, ...]:
-        return (*super().held, *(self.partials or ()))
+    def head(self, tensors: tuple[Tensor | None, ...]) -> Norm | None:
+        """The batch norm of x."""
+        return None if self.norm is None else Norm.of(tensors[:NORM_TENSORS], self.norm)
 
 
 class Kept(NamedTuple):
-    """``source`` is what the first convolution consumed, ``last`` what the last one did."""
+    """``source`` is what the first convolution consumed; ``affine`` gamma and beta of the batch norm of x."""
 
     x: Tensor | None
-    norm: Normaliser | None
-    gamma: Tensor | None
-    beta: Tensor | None
+    numbers: Normaliser | None
+    affine: tuple[Tensor | None, ...]
     source: ConvInput
-    inner: tuple[Inner, ...]
-    last: ConvInput
-    parameters: tuple[ConvBN, ...]
+    steps: tuple[walk.Step, ...]
+    parameters: tuple[Tensor | None, ...]
 
 
-class PreAct(torch.autograd.Function):
-    """z = conv(relu(bn(... conv(relu(bn(x)))))) + shortcut, and the statistics of z where they are asked for.
+class PreAct(FusedFunction):
+    """z = conv(act(bn(... conv(act(bn(x)))))) + shortcut, and the statistics of z where they are asked for.
 
-    ``apply(x, spec, *tensors)``: x (N, C, H, W); tensors are the fields of the first batch norm's `NormTensors`, then
-    of one `ConvBN` per convolution, the projection's last. Returns (z, counts, mean, m2), the latter the `Partials`
-    of z, each None if it was not measured.
+    ``apply(x, None, spec, *tensors)``: x (N, C, H, W); tensors are those of the first batch norm, then of each layer,
+    the projection's last. Returns (z, counts, mean, m2), the latter the `Partials` of z, each None if it was not
+    measured.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: PreActSpec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        training = any(ctx.needs_input_grad)
-        with no_autocast(x.device.type):
-            z, partials, saved = replayed(_forward, x, spec, tensors, training)
-        if saved is not None:
-            ctx.backend, ctx.size, ctx.input_dtype = backends.current(), tuple(x.shape), x.dtype
-            ctx.norm_dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors[:2])
-            # The statistics of x were of use in the forward pass alone.
-            ctx.spec = replace(spec, partials=None)
-            keep(ctx, saved, x)
-        if partials is None:
-            return z, None, None, None
-        ctx.set_materialize_grads(False)  # nobody reads a gradient of statistics
-        ctx.mark_non_differentiable(*partials)
-        return z, *partials
+    measured = True
 
     @staticmethod
-    @fused_or_composed
-    def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
-        dx, head, grads = replayed(
-            _backward, dz, ctx.spec, kept(ctx), ctx.needs_input_grad, ctx.size, ctx.input_dtype, ctx.norm_dtypes
-        )  # fmt: skip
-        return (dx, None, *head, *grads)
+    def run(x: Tensor, residual: None, spec: PreActSpec, tensors: tuple[Tensor | None, ...], under: None) -> Passed:
+        head, every = spec.head(tensors), layers_of(spec.every, tensors[NORM_TENSORS:])
+        x = channels_last(x)
+        source, numbers = (ConvInput(x.to(spec.dtype)), None) if head is None else _activated(x, head, spec)
+        count = len(spec.layers)
+        u, steps = walk.forward(source, every[: count - 1], spec.schedule)
+        z, partials = _ended(x, source, u, every, spec)
+        if not spec.call.differentiated:
+            return Passed(z, None, partials)
+        saved = Kept(
+            None if head is None else x,
+            numbers,
+            (head or Norm()).affine.tensors,
+            source,
+            (*steps, walk.Step(Branch(u))),
+            tuple(tensor for layer in every for tensor in layer.parameters),
+        )
+        return Passed(z, packed(saved), partials)
+
+    @staticmethod
+    def go_back(dz: Tensor, sums: None, spec: PreActSpec, pack: Packed, given: Given) -> Gradients:
+        """The gradients of x, of the first batch norm's tensors and of every convolution's."""
+        saved: Kept = unpacked(pack)
+        every, count = layers_of(spec.every, saved.parameters), len(spec.layers)
+        asked_of_head, asked = given.tensors[:NORM_TENSORS], given.tensors[NORM_TENSORS:]
+        at_source = given.needed_x or any(asked_of_head[:2])
+        needs = walk.needs_of_layers(asked[: LAYER_TENSORS * count], at_source)
+        dz = channels_last(dz)
+        g = OutputGrad(dz.to(spec.dtype))
+        beside: tuple[LayerGrads, ...] = ()
+        at_input: Added | None = None
+        if spec.projection is not None:
+            wanted = Needs.of(asked[-LAYER_TENSORS:], at_source)
+            of_projection, at_input = projection_grad(
+                g, Branch(saved.source), every[-1], spec.schedule, wanted, given.size
+            )
+            beside = (of_projection,)
+        elif given.needed_x:
+            at_input = spec.shortcut.input_grad(OutputGrad(dz), given.size)
+
+        # A projection took what the first convolution consumed, the other shortcuts took x.
+        with_first = at_source and (spec.norm is None or spec.projection is not None)
+        first = Below(at_input if with_first else None, _under(saved, spec) if at_source else None)
+        grads, du = walk.backward(g, saved.steps, every[:count], spec.schedule, needs, first)
+        head: list[Tensor | None] = [None] * NORM_TENSORS
+        dx = du if isinstance(du, Tensor) else None
+        if spec.norm is not None and du is not None:
+            shortcut = at_input if given.needed_x and spec.projection is None else None
+            dx, *affine = _at_x(du, saved, spec, shortcut)
+            for i, (grad, parameter) in enumerate(zip(affine, saved.affine, strict=False)):
+                head[i] = grad.to(parameter.dtype) if asked_of_head[i] and parameter is not None else None
+        elif du is None and given.needed_x and at_input is not None:
+            dx = added(at_input)
+        out = dx.to(given.dtype) if given.needed_x and dx is not None else None
+        return Gradients(out, [*head, *(grad for layer in (*grads, *beside) for grad in layer)])
 
     @staticmethod
     def composed(ctx: Any, dz: Tensor) -> Composed:
         saved: Kept
         saved, (anchor,) = kept_with_anchors(ctx)
+        spec: PreActSpec = ctx.spec
+        numbers = [step.branch.norm for step in saved.steps[:-1]]
+
+        def form(x: Tensor, residual: None, _: None, *tensors: Tensor | None) -> Tensor:
+            head, every = spec.head(tensors), layers_of(spec.every, tensors[NORM_TENSORS:])
+            source = x if head is None else spec.act.value(normalised(x, head, saved.numbers)).to(x.dtype)
+            source = source.to(spec.dtype)
+            z = convolved(through(source, every, numbers), every[len(numbers)])
+            if spec.projection is not None:
+                return z + convolved(source, every[-1])
+            return spec.shortcut.joined(z, x)
+
         x = attached(saved.source.tensor if saved.x is None else saved.x, anchor)
-        norms = [saved.norm, *(step.branch.norm for step in saved.inner)]
-
-        def form(x: Tensor, _: None, *tensors: Tensor | None) -> Tensor:
-            first, layers = NormTensors(*tensors[:NORM]), grouped(tensors[NORM:])
-            return preact(x, ctx.spec, first, layers, norms)
-
-        tensors = (tensor for layer in saved.parameters for tensor in layer)
-        return Composed((x, None, *NormTensors(saved.gamma, saved.beta), *tensors), form)
+        return Composed((x, None, None, *saved.affine, *saved.parameters), form)
 
 
-def _activated(x: Tensor, spec: PreActSpec, tensors: NormTensors) -> tuple[ConvInput, Normaliser]:
-    """relu(bn(x)), formed on load where prologues are."""
-    assert spec.norm is not None
-    numbers = spec.norm
-    if numbers.batch_stats and spec.partials is None and not spec.schedule.statistics:
-        out, _, norm = bn_forward(
-            x, tensors.gamma, tensors.beta, tensors.running_mean, tensors.running_var, eps=numbers.eps,
-            momentum=numbers.momentum, counted=tensors.counted,
-        )  # fmt: skip
-        return ConvInput(out.to(spec.dtype)), norm
+def _activated(x: Tensor, norm: Norm, spec: PreActSpec) -> tuple[ConvInput, Normaliser]:
+    """act(bn(x)), formed on load where prologues are."""
     partials = spec.partials
-    if numbers.batch_stats and partials is None:
+    if norm.numbers.batch_stats and partials is None:
+        if not spec.schedule.statistics:
+            out, _, numbers = bn_forward(x, norm, act=spec.act)
+            return ConvInput(out.to(spec.dtype)), numbers
         partials = bn_statistics(x)
-    norm = normaliser_of(partials if numbers.batch_stats else None, tensors, numbers, x.dtype)
+    numbers = normaliser_of(partials if norm.numbers.batch_stats else None, norm, x.dtype)
     if spec.schedule.prologue and x.dtype == spec.dtype:
-        return ConvInput(x, norm.scale, norm.shift), norm
-    return ConvInput(bn_act(x, norm.scale, norm.shift)[0].to(spec.dtype)), norm
+        return ConvInput(x, numbers.scale, numbers.shift, spec.act), numbers
+    return ConvInput(bn_act(x, numbers.scale, numbers.shift, act=spec.act)[0].to(spec.dtype)), numbers
 
 
-def _end(
-    x: Tensor, source: ConvInput, last: ConvInput, spec: PreActSpec, parameters: tuple[ConvBN, ...]
+def _ended(
+    x: Tensor, source: ConvInput, u: ConvInput, every: tuple[Layer, ...], spec: PreActSpec
 ) -> tuple[Tensor, Partials | None]:
     """The last convolution and the sum, in one pass where the schedule has epilogues."""
-    residual: Tensor | ZeroPadded | None = None
-    if spec.shortcut == "identity":
-        residual = x
-    elif spec.shortcut == "zero_pad":
-        residual = ZeroPadded(x, parameters[-1].weight.shape[0], spec.zero_pad_stride)
-    last_spec = spec.layers[-1]
-    weight = last_spec.weight(parameters[len(spec.layers) - 1], spec.dtype)
-    if spec.schedule.statistics:
-        second = None
-        if spec.projection is not None:
-            second = Contraction(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
-        main = Contraction(last, weight, last_spec.geometry)
-        z, _, partials = conv_bn_act(main, residual=residual, second=second, act=None, statistics=spec.measured)
-        return z, partials
-    z, _ = conv_forward(last, weight, last_spec.geometry)
-    if spec.projection is not None:
-        residual, _ = conv_forward(source, spec.projection.weight(parameters[-1], spec.dtype), spec.projection.geometry)
-    joining = written(residual)
-    return z if joining is None else add_act(z, joining, act=None)[0], None
-
-
-def _forward(
-    x: Tensor, spec: PreActSpec, tensors: tuple[Tensor | None, ...], training: bool
-) -> tuple[Tensor, Partials | None, Packed | None]:
-    """z, its statistics, and the `Kept` if there is a backward pass."""
-    first, parameters = NormTensors(*tensors[:NORM]), tuple(grouped(tensors[NORM:]))
-    x = channels_last(x)
-    source, norm = (ConvInput(x.to(spec.dtype)), None) if spec.norm is None else _activated(x, spec, first)
-    u, inner = source, []
-    for layer, layer_spec in zip(parameters, spec.layers[:-1], strict=False):
-        u, step = _inner_forward(u, layer, layer_spec, spec.schedule)
-        inner.append(step)
-    z, partials = _end(x, source, u, spec, parameters)
-    if not training:
-        return z, partials, None
-    learnt = tuple(layer.parameters for layer in parameters)
-    saved = Kept(None if norm is None else x, norm, first.gamma, first.beta, source, tuple(inner), u, learnt)
-    return z, partials, packed(saved)
-
-
-def _backward(
-    dz: Tensor, spec: PreActSpec, pack: Packed, asked_of: tuple[bool, ...], size: tuple[int, ...],
-    input_dtype: torch.dtype, norm_dtypes: tuple[torch.dtype | None, ...],
-) -> tuple[Tensor | None, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:  # fmt: skip
-    """The gradients of x, of the first batch norm's tensors and of every convolution's."""
-    saved: Kept = unpacked(pack)
-    needed_x, flat = asked_of[0], asked_of[2:]
-    asked = [flat[i : i + PARAMETERS] for i in range(NORM, len(flat), PARAMETERS)]
     count = len(spec.layers)
-    at_source = needed_x or any(flat[:2])
-    needs, below = [], at_source
-    for of_layer in asked[:count]:
-        needs.append(needs_of(of_layer, below))
-        below = below or any(of_layer)
-
-    dz = channels_last(dz)
-    g = OutputGrad(dz.to(spec.dtype))
-    grads: list[LayerGrads] = [LayerGrads()] * len(saved.parameters)
-    at_input: Added | None = None
-    if spec.projection is not None:
-        wanted = needs_of(asked[-1], at_source)
-        layer, projection = saved.parameters[-1], spec.projection
-        below_it = Below(compact=samples(layer, projection))
-        dweight, du = convolution_backward(g, saved.source, layer, projection, wanted, below_it)
-        grads[-1] = _weight_alone(dweight, layer)
-        at_input = shortcut_grad(du, size, layer, projection)
-    elif spec.shortcut == "identity":
-        at_input = OutputGrad(dz)
-    elif spec.shortcut == "zero_pad" and needed_x:
-        at_input = ZeroPaddedGrad(OutputGrad(dz), size, spec.zero_pad_stride)
-
-    # A projection took what the first convolution consumed, the other shortcuts took x.
-    with_first = at_input if at_source and (spec.norm is None or spec.projection is not None) else None
-    du = _through(saved, spec, needs, g, grads, with_first)
-    head: list[Tensor | None] = [None] * NORM
-    dx = du if isinstance(du, Tensor) else None
-    if spec.norm is not None and du is not None:
-        shortcut = at_input if needed_x and spec.projection is None else None
-        dx, dgamma, dbeta = _at_x(du, saved, spec, shortcut)
-        for i, grad in enumerate((dgamma, dbeta)):
-            head[i] = grad.to(norm_dtypes[i]) if flat[i] else None
-    elif du is None and needed_x and at_input is not None:
-        dx = added(at_input)
-    out = dx.to(input_dtype) if needed_x and dx is not None else None
-    return out, tuple(head), tuple(grad for layer_grads in grads for grad in layer_grads)
+    last, projection = every[count - 1], every[count] if len(every) > count else None
+    residual = spec.shortcut.operand(x, last.weight.shape[0])
+    if spec.schedule.statistics:
+        second = None if projection is None else _contraction(source, projection, spec)
+        main = _contraction(u, last, spec)
+        z, _, partials = conv_bn_act(main, residual=residual, second=second, act=IDENTITY, statistics=spec.measured)
+        return z, partials
+    z, _ = conv_forward(u, last.weight_in(spec.dtype), last.geometry)
+    if projection is not None:
+        residual, _ = conv_forward(source, projection.weight_in(spec.dtype), projection.geometry)
+    joining = written(residual)
+    return z if joining is None else add_act(z, joining, act=IDENTITY)[0], None
 
 
-def _weight_alone(dweight: Tensor | None, layer: ConvBN) -> LayerGrads:
-    return LayerGrads(None if dweight is None else dweight.to(layer.weight.dtype))
+def _contraction(u: ConvInput, layer: Layer, spec: PreActSpec) -> Contraction:
+    return Contraction(u, layer.weight_in(spec.dtype), layer.geometry)
 
 
-def _through(
-    saved: Kept, spec: PreActSpec, needs: list[Needs], g: OutputGrad, grads: list[LayerGrads], add: Added | None
-) -> SourceGrad:
-    """The gradient at what the first convolution consumed, ``add`` joined; fills ``grads`` on its way."""
-    schedule, last = spec.schedule, len(spec.layers) - 1
-    du: SourceGrad = None
-    for i in range(last, -1, -1):
-        if not needs[i].any:
-            return None
-        below = Below(add if i == 0 else None)
-        under = _under(saved, spec, i, needs)
-        if under is not None and needs[i].source and schedule.statistics:
-            below = Below(below.add, under)
-        layer, layer_spec = saved.parameters[i], spec.layers[i]
-        if i == last:
-            dweight, du = convolution_backward(g, saved.last, layer, layer_spec, needs[i], below)
-            grads[i] = _weight_alone(dweight, layer)
-            continue
-        branch, out = saved.inner[i]
-        if isinstance(du, ProducerGrad):
-            arrived = OutputGrad(du.g)
-            grads[i], du = layer_backward(arrived, du.sums, branch, layer, layer_spec, schedule, needs[i], below)
-        else:
-            assert du is not None
-            arrived = _behind_relu(du, out, branch)
-            grads[i], du = branch_backward(arrived, branch, layer, layer_spec, schedule, needs[i], below)
-    return du
-
-
-def _under(saved: Kept, spec: PreActSpec, i: int, needs: list[Needs]) -> Producer | None:
-    """The batch norm and ReLU before convolution ``i``, if a gradient is to be summed for them."""
-    if i > 0:
-        branch = saved.inner[i - 1].branch
-        assert branch.y is not None
-        return None if is_idle(spec.layers[i - 1].norm, needs[i - 1]) else Producer(branch.y, branch.norm)
-    if saved.x is None or saved.norm is None or saved.x.dtype != spec.dtype:
+def _under(saved: Kept, spec: PreActSpec) -> Producer | None:
+    """The batch norm and activation of x, if its gradient is to be summed by the first convolution's pass."""
+    if saved.x is None or saved.numbers is None or saved.x.dtype != spec.dtype or not spec.schedule.statistics:
         return None
-    return Producer(saved.x, saved.norm)
+    return Producer(saved.x, saved.numbers, act=spec.act)
 
 
 def _at_x(
     du: Tensor | ProducerGrad, saved: Kept, spec: PreActSpec, shortcut: Added | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgamma and dbeta of the first batch norm, the shortcut's gradient joined."""
-    assert saved.x is not None and saved.norm is not None and spec.norm is not None
-    x, norm = saved.x, saved.norm
+    assert saved.x is not None and saved.numbers is not None and spec.norm is not None
+    x, numbers = saved.x, saved.numbers
     if isinstance(du, Tensor) and (spec.schedule.statistics or saved.source.scale is not None):
-        du = at_producer(du.to(x.dtype), Producer(x, norm))
+        du = at_producer(du.to(x.dtype), Producer(x, numbers, act=spec.act))
     if isinstance(du, ProducerGrad):
-        dy = output_grad(OutputGrad(du.g), du.sums if spec.norm.batch_stats else None, x, norm)
+        dy = output_grad(OutputGrad(du.g), du.sums if spec.norm.batch_stats else None, x, numbers)
         return bn_backward_apply(dy, add=shortcut), du.sums.sum_gy, du.sums.sum_g
-    g = OutputGrad(du.to(x.dtype), saved.source.tensor.to(x.dtype), scratch=True)
-    dx, dgamma, dbeta = bn_backward(g, x, norm, saved.gamma, batch_stats=spec.norm.batch_stats)
+    mask = walk.activation_mask(x, numbers, saved.source.tensor, spec.act)
+    g = OutputGrad(du.to(x.dtype), mask.to(x.dtype), scratch=True, act=spec.act)
+    dx, dgamma, dbeta = bn_backward(g, x, numbers, saved.affine[0], batch_stats=spec.norm.batch_stats)
     return joined(dx, shortcut), dgamma, dbeta

@@ -1,18 +1,14 @@
-"""Nested tuples of tensors kept for the backward pass, and which form that pass takes."""
+"""Nested tuples of tensors kept for the backward pass."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends, contact
-from ..autocast import no_autocast
-from ..launch import LaunchFailed
-from ..replay import Place, like
-from .composed import composed_gradients
+from fusedres.runtime import fallback
+from fusedres.runtime.notes import Place, like
 
 
 class Packed(NamedTuple):
@@ -70,18 +66,21 @@ class Anchor(torch.autograd.Function):
         return dz
 
 
-def keep(ctx: Any, pack: Packed, *inputs: Tensor | None) -> None:
+def keep(ctx: Any, pack: Packed, *inputs: Tensor | None, joined: Sequence[Tensor | None] = ()) -> None:
     """Save every tensor through ``ctx.save_for_backward``, so that saved-tensor hooks see it.
 
-    ``inputs`` are those that `attached` is to give back; each or a copy of it is among the tensors.
+    ``inputs`` are those that `attached` is to give back; each or a copy of it is among the tensors. Of ``joined`` there
+    is none: zeros stand for them, attached to their graph.
     """
     tensors = pack.tensors
     ctx.structure, ctx.count, ctx.unpacked = pack.structure, len(tensors), None
-    ctx.owner = contact.owner()
+    ctx.owner = fallback.owner()
     ctx.anchored = [x is not None and x.requires_grad and id(x) not in map(id, tensors) for x in inputs]
+    ctx.anchored += [x is not None and x.requires_grad for x in joined]
     if True in ctx.anchored:
+        every = zip((*inputs, *joined), ctx.anchored, strict=True)
         with torch.enable_grad():
-            tensors += tuple(Anchor.apply(x) for x, anchored in zip(inputs, ctx.anchored, strict=True) if anchored)
+            tensors += tuple(Anchor.apply(x) for x, anchored in every if anchored)
     ctx.save_for_backward(*tensors)
 
 
@@ -106,7 +105,7 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _unpacked_once(ctx: Any) -> Iterator[None]:
+def unpacked_once(ctx: Any) -> Iterator[None]:
     """Keep what was saved as long as a backward pass lasts: checkpointing gives it once."""
     ctx.unpacked = None
     try:
@@ -134,29 +133,3 @@ def _attach(part: Any, tensors: tuple[Tensor, ...]) -> Any:
     if isinstance(part, Place):
         return tensors[part]
     return like(part, [_attach(inner, tensors) for inner in part]) if isinstance(part, tuple) else part
-
-
-def fused_or_composed(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward: fused, or where what it returns is to be differentiated, by `composed_gradients`.
-
-    The latter also takes batches of gradients, and the place of a fused pass whose kernel can not be started: the owner
-    of the pass is told. All run on ``ctx.backend`` and outside autocast, on whichever thread they are called. Without a
-    gradient, as a Function that has none materialised may be called, there is none for anybody.
-    """
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor | None) -> Any:
-        dz = grads[0]
-        if dz is None:
-            return (None,) * len(ctx.needs_input_grad)
-        differentiated = torch.is_grad_enabled()
-        with backends.resumed(ctx.backend), no_autocast(dz.device.type), _unpacked_once(ctx):
-            if differentiated or torch._C._functorch.is_legacy_batchedtensor(dz):
-                return composed_gradients(ctx, dz, create_graph=differentiated)
-            try:
-                return backward(ctx, dz.resolve_neg(), *grads[1:])
-            except LaunchFailed as failure:
-                contact.give_up(getattr(ctx, "owner", None), failure)
-                return composed_gradients(ctx, dz, create_graph=False)
-
-    return run

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from ..launch import tf32_allowed
-from ..offline import TARGETS
-from ..plan import AUTO, SCHEDULES
-from ..plan.gpus import Gpu, gpu_named
-from .account import Entry, bytes_by_kind
-from .models import Size, Source, source
-from .step import Step, Twins, run_step
+from fusedres.compiler.targets import TARGETS
+from fusedres.explain.step import Step, Twins, run_step
+from fusedres.models.sources import Size, Source, source
+from fusedres.patterns.choose import AUTO
+from fusedres.plan.gpus import Gpu, gpu_named
+from fusedres.plan.schedule import SCHEDULES
+from fusedres.runtime.launch import tf32_allowed
+from fusedres.traffic.account import Entry, bytes_by_kind
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EAGER = "eager"

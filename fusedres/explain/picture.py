@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .account import KINDS, bytes_by_kind
-from .explanation import Explanation
+from fusedres.explain.explanation import Explanation
+from fusedres.traffic.account import KINDS, bytes_by_kind
 
 # Bytes per image below which a launch is not drawn, and the FLOP per byte at which the drawing begins.
 SMALL, LEAST_INTENSITY = 1e4, 1e-2

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..bench.saved_activations import saved_bytes
-from ..nn.fused import FusedStem
-from ..plan import Choice
-from ..plan.choose import listening
-from ..plan.gpus import Gpu, assume_gpu
-from ..swap import fuse, report, unfuse
-from .account import Account, Entry
-from .autocast import meta_autocast
+from fusedres.explain.meta_autocast import meta_autocast
+from fusedres.nn.stem import FusedStem
+from fusedres.patterns.choose import Choice, listening
+from fusedres.plan.gpus import Gpu, assume_gpu
+from fusedres.swap import fuse, report, unfuse
+from fusedres.traffic.account import Account, Entry
+from fusedres.traffic.saved import saved_bytes
 
 STEM, REST, HEAD = "stem", "between blocks", "head"
 

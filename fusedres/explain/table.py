@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from rich.console import Group
 from rich.table import Table
 
-from ..plan import AUTO
-from .account import KINDS, bytes_by_kind
-from .explanation import Explanation, Figures
+from fusedres.explain.explanation import Explanation, Figures
+from fusedres.patterns.choose import AUTO
+from fusedres.traffic.account import KINDS, bytes_by_kind
 
 MEGA, GIGA = 1e6, 1e9
 

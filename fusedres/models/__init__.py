@@ -2,14 +2,7 @@
 
 from fusedres.models.cifar import cifar_plain, cifar_resnet, plain, resnext, stochastic_resnet
 from fusedres.models.densenet import DenseNet, densenet, densenet121, densenet169, densenet201, imagenet_densenet
-from fusedres.models.imagenet import (
-    imagenet_resnet,
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-)
+from fusedres.models.imagenet import imagenet_resnet, resnet18, resnet34, resnet50, resnet101, resnet152
 from fusedres.models.network import ResNet
 from fusedres.models.preact import imagenet_preact_resnet, preact_resnet, wide_resnet
 from fusedres.models.registry import create, entry, names

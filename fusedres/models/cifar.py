@@ -8,15 +8,7 @@ from typing import Literal
 from torch import nn
 
 from fusedres.models.imagenet import imagenet_plain
-from fusedres.models.network import (
-    ResNet,
-    build,
-    check_choice,
-    check_sizes,
-    cifar_depth,
-    library,
-    residual_stages,
-)
+from fusedres.models.network import ResNet, build, check_choice, check_sizes, cifar_depth, library, residual_stages
 
 __all__ = ["cifar_plain", "cifar_resnet", "plain", "resnext", "stochastic_resnet"]
 

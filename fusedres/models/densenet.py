@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fusedres.models.cifar import cifar_stem
 from fusedres.models.imagenet import imagenet_stem
 from fusedres.models.network import check_choice, check_sizes, library
-from fusedres.nn.fused_dense import FusedDenseEnds
+from fusedres.nn.dense import FusedDenseEnds
 
 __all__ = ["DenseNet", "densenet", "densenet121", "densenet169", "densenet201", "imagenet_densenet"]
 

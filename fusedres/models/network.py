@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fusedres.nn import blocks, plain
-from fusedres.nn.fused import FusedStem, pooled
 from fusedres.nn.network import network_pass, through
 from fusedres.nn.plain.variants import gated_modules
+from fusedres.nn.pooling import global_pool
+from fusedres.nn.stem import FusedStem
 
 __all__ = ["FusedResNet", "ResNet", "build", "cifar_depth", "initialise", "library", "residual_stages"]
 
@@ -92,7 +93,7 @@ class FusedResNet(FusedStem, ResNet):
         return through(stage, x)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
-        return pooled(self.avgpool, x)
+        return global_pool(self.avgpool, x)
 
 
 MakeBlock = Callable[[int, int, int, int], nn.Module]

@@ -8,15 +8,7 @@ from typing import Any
 from torch import nn
 
 from fusedres.models.cifar import SHORTCUTS, WIDTHS, cifar_resnet, cifar_stem
-from fusedres.models.network import (
-    ResNet,
-    build,
-    check_choice,
-    check_sizes,
-    cifar_depth,
-    library,
-    residual_stages,
-)
+from fusedres.models.network import ResNet, build, check_choice, check_sizes, cifar_depth, library, residual_stages
 from fusedres.models.preact import preact_resnet
 
 __all__ = ["VARIANTS", "highway", "variant_resnet"]

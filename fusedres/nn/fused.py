@@ -1,39 +1,48 @@
-"""Fused forward passes for live modules, mixed into subclasses of the modules they serve."""
+"""The mixin of every fused class, placed before a module's own class: fused where possible at a call, else plain."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
-from .. import backends, switches
-from ..autocast import contraction_dtype
-from ..autograd import GlobalPool
-from ..chain import run_chain, run_stem
-from ..contact import attempt
-from ..launch import left_to_library, wants_kernels
-from ..plan import AUTO
-from .genuine import Watch, watched, why_overridden, why_patched
-from .parts import (
-    PLAIN_TENSORS,
-    BlockParts,
-    NotFusable,
-    StemParts,
-    layer_of,
-    pair_of,
-    residual_parts,
-    stem_parts,
-    why_not,
-    why_not_others,
-    why_not_pairs,
-)
+from fusedres.nn.parts import NotFusable, Pair, why_not_others, why_not_pairs
+from fusedres.nn.patched import Watch, watches_of, why_overridden, why_patched
+from fusedres.nn.scripting import twin_of_class
+from fusedres.nn.size_rule import too_small
+from fusedres.nn.tracing import is_read, is_traced
+from fusedres.patterns.choose import AUTO
+from fusedres.runtime import switches
+from fusedres.runtime.fallback import attempt
+from fusedres.runtime.launch import left_to_library, wants_kernels
 
-OF_INSTANCES = ("fused_schedule", "fused_failure", "fused_reordered", "fused_weights")
-"""What fused modules have of their own, beside their class."""
+
+class Parts(Protocol):
+    """A module taken apart, for a fused pass."""
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Convolutions with a batch norm behind them."""
+
+    @property
+    def convs(self) -> tuple[nn.Module, ...]:
+        """Every convolution that the pass runs."""
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        """Every batch norm, whose statistics it may move."""
+
+    @property
+    def others(self) -> tuple[tuple[str, nn.Module], ...]:
+        """What the plain forward calls besides, by name, and the fused pass does not."""
+
+
+PartsFunction = Callable[[Any], Parts]
+"""Takes a module of a plain class apart, every part of a kind that the fused pass replaces; else raises `NotFusable`
+with the reason."""
 
 
 def plain_base(cls: type) -> type[nn.Module] | None:
@@ -46,8 +55,11 @@ def plain_base(cls: type) -> type[nn.Module] | None:
 class Fused(nn.Module):
     """A mixin before a module's own class: fused where that is possible at this call, else the plain forward.
 
-    The parameters, buffers, names and state dict are those of the plain class; only ``__class__`` differs.
+    The parameters, buffers, names and state dict are those of the plain class; only ``__class__`` differs. A class has
+    ``fused_parts``, which takes a module apart, and ``fused_pass``, which runs on what that gives.
     """
+
+    fused_parts: PartsFunction
 
     fused_schedule: str = AUTO
     """The schedule asked for; what `fuse` sets on the instance."""
@@ -68,18 +80,31 @@ class Fused(nn.Module):
         super().__init_subclass__(**kwargs)
         plain = plain_base(cls)
         if plain is not None:
-            cls.fused_watches = watched(plain)
+            cls.fused_watches = watches_of(plain)
 
     @classmethod
     def parts_of(cls, module: nn.Module) -> Any:
-        """A module of the plain class or of this one taken apart, every part of a kind that the fused pass replaces;
-        what is given has ``convs``, the convolutions that it runs, ``norms``, whose statistics it may move, and
-        ``pairs`` of both where they follow each other.
+        """The `Parts` of a module of the plain class or of this one.
 
         Raises:
             NotFusable: with the reason.
         """
+        parts = cls.fused_parts(module)
+        reason = why_not_pairs(parts.pairs) or why_not_others(parts.others)
+        if reason is not None:
+            raise NotFusable(reason)
+        return parts
+
+    def fused_pass(self, x: Tensor, parts: Any) -> Tensor:
+        """The fused pass."""
         raise NotImplementedError
+
+    def fused_or(self, plain: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> Tensor:
+        """`fused_pass` with these options, or ``plain(x)`` where that can not be now."""
+        parts = self.parts_now(x)
+        run = partial(self.fused_pass, **options) if options else self.fused_pass
+        z = None if parts is None else self.attempt(parts, run, x, parts)
+        return plain(x) if z is None else z
 
     @classmethod
     def why_plain(cls, module: nn.Module) -> str | None:
@@ -99,9 +124,9 @@ class Fused(nn.Module):
         return None
 
     def goes_plain(self, x: Any) -> bool:
-        """Whether a call runs the plain modules: it is `traced`, there is nothing to compute, or ``"auto"`` has nothing
-        better on this GPU."""
-        if switches.DISABLED or self.fused_failure is not None or traced(x) or not x.numel():
+        """Whether a call runs the plain modules: somebody traces it, there is nothing to compute, or ``"auto"``
+        has nothing better on this GPU."""
+        if switches.DISABLED or self.fused_failure is not None or is_traced(x) or not x.numel():
             return True
         return self.fused_schedule == AUTO and left_to_library(x)
 
@@ -110,7 +135,7 @@ class Fused(nn.Module):
         auto = self.fused_schedule == AUTO
         # Asked first, of what the block weighed the last time: where little is computed, asking is felt.
         known = self.fused_weights
-        if auto and known is not None and not _is_read() and too_small(x, known):
+        if auto and known is not None and not is_read() and too_small(x, known):
             return None
         if self.goes_plain(x) or why_patched(self.fused_watches) is not None:
             return None
@@ -147,228 +172,41 @@ class Fused(nn.Module):
         return twin_of_class(self, plain_base(type(self)) or type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Classes made by `fused_subclass` are found by what they were made of.
-        made_of = type(self).__dict__.get("fused_made_of")
+        # A class that can not be found by its name is found by what makes it.
+        made_by = type(self).__dict__.get("fused_made_by")
         reduced: Any = super().__reduce_ex__(protocol)
-        return reduced if made_of is None else (_remade, made_of, *reduced[2:])
+        return reduced if made_by is None else (_remade, made_by, *reduced[2:])
 
 
 class FusedPass(Fused):
     """A module whose whole forward is one fused pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fused_or_plain(x, self._run)
+        return self.fused_or_plain(x)
 
-    def fused_or_plain(self, x: Tensor, run: Callable[[Tensor, Any], Tensor]) -> Tensor:
-        """``run(x, parts)``, or the plain forward where that can not be now."""
-        parts = self.parts_now(x)
-        z = None if parts is None else self.attempt(parts, run, x, parts)
-        if z is None:
-            z = super().forward(x)
-        return z
-
-    def _run(self, x: Tensor, parts: Any) -> Tensor:
-        """The fused pass."""
-        raise NotImplementedError
+    def fused_or_plain(self, x: Tensor, **options: Any) -> Tensor:
+        """`fused_pass` with these options, or the plain forward where that can not be now."""
+        return self.fused_or(super().forward, x, **options)
 
 
-def fused_subclass(fused: type[Fused], plain: type[nn.Module]) -> type[Fused]:
-    """The fused class of ``plain``, which derives from the plain class of ``fused`` and computes as that does."""
-    made_of: Any = (fused, plain)
-    if made_of not in _made:
-        own = {"fused_made_of": made_of, "__module__": plain.__module__, "__doc__": plain.__doc__}
-        _made[made_of] = type(f"Fused{plain.__name__}", (fused, plain), own)
-    return _made[made_of]
+def fused_type(
+    mixin: type[Fused], plain: type[nn.Module], parts: PartsFunction | None = None, *, name: str = "", **own: Any
+) -> type[Fused]:
+    """The fused class of a plain one.
 
-
-_made: dict[Any, type[Fused]] = {}
-
-
-def _remade(fused: type[Fused], plain: type[nn.Module]) -> Fused:
-    cls = fused_subclass(fused, plain)
-    return cls.__new__(cls)
-
-
-def twin_of_class(module: nn.Module, of: type[nn.Module]) -> nn.Module:
-    """A module of another class that shares everything with this one but the tables of who is whose child.
-
-    `torch.jit.script` puts what fused modules are to be compiled as into those tables.
+    Args:
+        mixin: what computes.
+        plain: the plain class.
+        parts: takes a module of the plain class apart; the mixin's own if not given.
+        name: of the class.
+        own: its other attributes.
     """
-    twin: nn.Module = of.__new__(of)
-    twin.__dict__.update(module.__dict__)
-    for name in OF_INSTANCES:
-        twin.__dict__.pop(name, None)
-    twin.__dict__["_modules"] = {name: _with_own_children(child) for name, child in module._modules.items()}
-    return twin
+    if parts is not None:
+        own["fused_parts"] = staticmethod(parts)
+    own = {"__module__": plain.__module__, "__doc__": plain.__doc__, **own}
+    return type(name or f"Fused{plain.__name__}", (mixin, plain), own)
 
 
-def _with_own_children(module: nn.Module | None) -> nn.Module | None:
-    """A module itself, where it is prepared for scripting as a whole or holds nothing that is."""
-    if module is None or hasattr(module, "__prepare_scriptable__"):
-        return module
-    holds = any(hasattr(inner, "__prepare_scriptable__") for inner in module.modules())
-    return twin_of_class(module, type(module)) if holds else module
-
-
-def traced(x: Any) -> bool:
-    """Whether somebody reads the forward pass, transforms it, or waits for every module's call: they get the plain
-    modules."""
-    if type(x) not in PLAIN_TENSORS or _is_read():
-        return True  # who compiles is not to see what follows
-    transforms = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    return transforms or _has_any_global_hook()
-
-
-def _is_read() -> bool:
-    """Whether a compiler or a tracer goes through the code."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def traced_everywhere() -> str | None:
-    """Why every module of the process runs as it is written now, or None."""
-    return "a hook for all modules waits for every call" if _has_any_global_hook() else None
-
-
-# On a CPU a fused block takes a tenth of a millisecond of Python more than its plain twin: where its convolutions
-# multiply less than this for each thread (some 5 ms), that would be felt.
-LEAST_WORK_PER_THREAD = 2**28
-
-
-def too_small(x: Any, weights: int) -> bool:
-    """Whether a block of so many ``weights`` is left to its plain modules on a CPU: a fused pass saves less than it
-    costs."""
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dim() != 4 or backends.current() != "auto":
-        return False
-    n, _, h, w = x.shape
-    return n * h * w * weights < LEAST_WORK_PER_THREAD * torch.get_num_threads()
-
-
-def _is_unseen(x: Tensor) -> bool:
-    """Whether nobody but a fused pass is given the gradient at ``x``, as far as can be told from here."""
-    made_by = getattr(x.grad_fn, "_forward_cls", None)
-    ours = x.grad_fn is None or (made_by is not None and made_by.__module__.startswith("fusedres."))
-    return ours and not x._backward_hooks and not x.retains_grad
-
-
-def pooled(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``; where it is global average pooling, with a gradient that is not written out."""
-    global_ = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-    fits = global_ and not traced(x) and x.dim() == 4 and not left_to_library(x)
-    if not fits or not _is_unseen(x) or why_not_others([("avgpool", module)]) is not None:
-        plain: Tensor = module(x)
-        return plain
-    z: Tensor = GlobalPool.apply(x)
-    return z
-
-
-class FusedBlock(FusedPass):
-    """A residual block (or a single conv-BN-act) as one autograd node."""
-
-    adds_in_place = False
-    """Whether the plain block adds its shortcut to what it is added to, so that autocast's dtype stays."""
-
-    @classmethod
-    def blocks_parts(cls, block: Any) -> BlockParts:
-        """The block taken apart.
-
-        Raises:
-            NotFusable: with the reason.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def parts_of(cls, module: nn.Module) -> BlockParts:
-        parts = cls.blocks_parts(module)
-        reason = why_not(parts)
-        if reason is not None:
-            raise NotFusable(reason)
-        return parts
-
-    def forward(self, x: Tensor, *, hands_over: bool = False) -> Tensor:
-        """The block; ``hands_over`` is what `through` says of blocks that are a chain."""
-        return self.fused_or_plain(x, self._run_on if hands_over else self._run)
-
-    def _run(self, x: Tensor, parts: BlockParts) -> Tensor:
-        return self._run_chain(x, parts)
-
-    def _run_on(self, x: Tensor, parts: BlockParts) -> Tensor:
-        return self._run_chain(x, parts, hands_over=True)
-
-    def _run_chain(self, x: Tensor, parts: BlockParts, *, gain: float = 1.0, hands_over: bool = False) -> Tensor:
-        """The block's chain with its own shortcut; ``gain`` multiplies the last batch norm's output."""
-        *inner, last = (layer_of(pair) for pair in parts.chain)
-        projection = None if parts.projection is None else layer_of(parts.projection)
-        shortcut, residual = parts.shortcut, None
-        if projection is not None and parts.pool is not None:
-            residual = run_chain(parts.pool(x), [projection], act=None, schedule=self.fused_schedule)
-            shortcut, projection = "residual", None
-        z = run_chain(
-            x,
-            [*inner, last if gain == 1 else last._replace(gain=gain)],
-            projection=projection,
-            shortcut=shortcut,
-            residual=residual,
-            zero_pad_stride=parts.zero_pad_stride,
-            act=parts.act,
-            schedule=self.fused_schedule,
-            hands_over=hands_over,
-        )
-        return z.to(contraction_dtype(x)) if self.adds_in_place else z
-
-
-class FusedBasicBlock(FusedBlock):
-    """conv1 bn1 relu conv2 bn2 + shortcut, relu."""
-
-    @classmethod
-    def blocks_parts(cls, block: Any) -> BlockParts:
-        return residual_parts(block, 2)
-
-
-class FusedBottleneck(FusedBlock):
-    """conv1 bn1 relu conv2 bn2 relu conv3 bn3 + shortcut, relu."""
-
-    @classmethod
-    def blocks_parts(cls, block: Any) -> BlockParts:
-        return residual_parts(block, 3)
-
-
-class FusedConvBNAct(FusedBlock):
-    """conv bn act, no shortcut."""
-
-    @classmethod
-    def blocks_parts(cls, block: Any) -> BlockParts:
-        return BlockParts((pair_of(block, "conv", "bn"),), None, "none", block.act, (1, 1), ())
-
-
-class FusedStem(Fused):
-    """A network whose conv1, bn1, relu and maxpool (if it has one) run as one autograd node."""
-
-    stem_relu = "relu"
-    """What its ReLU is called."""
-
-    @classmethod
-    def parts_of(cls, module: nn.Module) -> StemParts:
-        parts = stem_parts(module, cls.stem_relu)
-        reason = why_not_pairs(parts.pairs) or why_not_others(parts.others)
-        if reason is not None:
-            raise NotFusable(reason)
-        return parts
-
-    def stem(self, x: Tensor) -> Tensor:
-        """maxpool(relu(bn1(conv1(x))))."""
-        parts = self.parts_now(x)
-        z = None if parts is None else self.attempt(parts, self._run_stem, x, parts)
-        if z is not None:
-            return z
-        for name in ("conv1", "bn1", self.stem_relu, "maxpool"):
-            part = getattr(self, name, None)
-            x = x if part is None else part(x)
-        return x
-
-    def _run_stem(self, x: Tensor, parts: StemParts) -> Tensor:
-        if parts.before:
-            x = run_chain(x, [layer_of(pair) for pair in parts.before], schedule=self.fused_schedule)
-        layer = layer_of(parts.pair)
-        if parts.pool is None:
-            return run_chain(x, [layer], schedule=self.fused_schedule)
-        return run_stem(x, layer, parts.pool, schedule=self.fused_schedule)
+def _remade(maker: Callable[..., type[nn.Module]], *made_of: Any) -> nn.Module:
+    cls = maker(*made_of)
+    return cls.__new__(cls)

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import contraction_dtype
-from ..rounded import of_network
-from .fused import Fused, FusedBasicBlock, FusedBlock, FusedBottleneck, FusedPass, traced
-from .genuine import why_overridden, why_patched
-from .parts import NotFusable
+from fusedres.nn.chain import FusedResidual
+from fusedres.nn.fused import Fused, FusedPass
+from fusedres.nn.parts import NotFusable
+from fusedres.nn.patched import why_overridden, why_patched
+from fusedres.nn.tracing import is_traced
+from fusedres.runtime.autocast import contraction_dtype
+from fusedres.runtime.weights import of_network
 
 
 def network_pass(network: Fused, x: Tensor) -> AbstractContextManager[None]:
@@ -59,20 +61,20 @@ def through(stage: nn.Module, x: Tensor) -> Tensor:
     pass of the second, with the sums that the first one's batch norm needs. Blocks with hooks hand nothing over and are
     handed nothing: these are shown the gradients that plain blocks have. For the network whose forward calls the stage.
     """
-    chain = type(stage) is nn.Sequential and torch.is_grad_enabled() and not traced(x) and not _is_watched(stage)
+    chain = type(stage) is nn.Sequential and torch.is_grad_enabled() and not is_traced(x) and not _is_watched(stage)
     if not chain or why_patched(()) is not None:
         z: Tensor = stage(x)
         return z
     modules: list[Any] = list(stage._modules.values())
-    unseen = [*map(_is_unseen, modules), False]
+    unseen = [*map(_takes_part, modules), False]
     for i, module in enumerate(modules):
         x = module(x, hands_over=True) if unseen[i] and unseen[i + 1] else module(x)
     return x
 
 
-def _is_unseen(module: nn.Module) -> bool:
+def _takes_part(module: nn.Module) -> bool:
     """Whether a module is a fused block that nobody else looks into."""
-    known = isinstance(module, (FusedBasicBlock, FusedBottleneck)) and type(module).forward is FusedBlock.forward
+    known = isinstance(module, FusedResidual) and type(module).forward is FusedResidual.forward
     return known and not _is_watched(module)
 
 

@@ -1,13 +1,16 @@
-"""Normalise, add the shortcut, rectify: the pass over a convolution's output that was written to memory."""
+"""Normalise, add the shortcut, activate: the pass over a convolution's output that was written to memory."""
 
 import torch
 from torch import Tensor
 
-from .contract import check_activation, check_vector, per_channel, statistics_dtype
-from .op import Op
-from .relu_mask import pack_relu_mask
-from .rows import empty_mask, empty_rows, in_rows, launch_rows, pitch_of, storable
-from .zero_pad_shortcut import (
+from fusedres.activation import RELU, Activation
+from fusedres.operands import statistics_dtype
+from fusedres.ops.act_mask import activated
+from fusedres.ops.checks import check_activation, check_vector
+from fusedres.ops.device import device_activation
+from fusedres.ops.op import Op
+from fusedres.ops.rows import empty_mask, empty_rows, in_rows, launch_rows, per_channel, pitch_of, storable
+from fusedres.ops.zero_pad_shortcut import (
     ZeroPadded,
     add_shortcut,
     residual_arguments,
@@ -18,7 +21,10 @@ from .zero_pad_shortcut import (
 )
 
 
-def _check(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | ZeroPadded | None, act: str | None) -> None:
+def _check(
+    y: Tensor, scale: Tensor, shift: Tensor, *, residual: Tensor | ZeroPadded | None = None, act: Activation = RELU,
+    **others: object,
+) -> None:  # fmt: skip
     check_activation("y", y)
     check_vector("scale", scale, y.shape[1])
     check_vector("shift", shift, y.shape[1])
@@ -27,17 +33,17 @@ def _check(y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | ZeroPadde
     check_act(act)
 
 
-def check_act(act: str | None) -> None:
+def check_act(act: Activation) -> None:
     """Refuse an activation that no op has."""
-    if act not in ("relu", None):
-        raise ValueError(f"act: expected 'relu' or None, got {act!r}")
+    if not isinstance(act, Activation):
+        raise TypeError(f"act: expected an Activation, got {act!r}")
 
 
 def normalised_sum(
     y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | ZeroPadded | None,
-    residual_scale: Tensor | None, residual_shift: Tensor | None, act: str | None,
+    residual_scale: Tensor | None, residual_shift: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """act(y * scale + shift + residual * residual_scale + residual_shift), unrounded in the statistics dtype."""
+    """y * scale + shift + residual * residual_scale + residual_shift, unrounded in the statistics dtype."""
     z = y.to(statistics_dtype(y.dtype))
     if scale is not None:
         z = z * per_channel(scale)
@@ -51,7 +57,7 @@ def normalised_sum(
         if residual_shift is not None:
             branch = branch + per_channel(residual_shift)
         z = z + branch
-    return torch.relu(z) if act == "relu" else z
+    return z
 
 
 def output_dtype(y: Tensor, residual: Tensor | ZeroPadded | None, residual_scale: Tensor | None) -> torch.dtype:
@@ -69,7 +75,7 @@ def _bn_act(
     residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """z = act(y * scale + shift + residual), the residual itself optionally * residual_scale + residual_shift.
@@ -79,19 +85,17 @@ def _bn_act(
         scale, shift: (C,) in the statistics dtype (`Normaliser`).
         residual: (N, C, H, W), a `ZeroPadded` of that shape, or None.
         residual_scale, residual_shift: (C,) when the residual is a raw projection, else None.
-        act: ``"relu"`` or None.
-        bit_mask: whether to return the ReLU's open positions too.
+        act: the activation.
+        bit_mask: whether to return what a backward pass tells its slope from too.
 
     Returns:
-        z (N, C, H, W), rounded once to the storage dtype, and the bit mask (`pack_relu_mask`) or None.
+        z (N, C, H, W), rounded once to the storage dtype, and its mask (`activated`) or None.
     """
-    _check(y, scale, shift, residual, act)
-    z = normalised_sum(y, scale, shift, residual, residual_scale, residual_shift, act)
-    z = z.to(output_dtype(y, residual, residual_scale))
-    return z, pack_relu_mask(z) if bit_mask else None
+    v = normalised_sum(y, scale, shift, residual, residual_scale, residual_shift)
+    return activated(v, act, output_dtype(y, residual, residual_scale), bit_mask=bit_mask)
 
 
-bn_act = Op(_bn_act)
+bn_act = Op(_bn_act, check=_check)
 
 
 @bn_act.triton
@@ -103,36 +107,35 @@ def _bn_act_triton(
     residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if not storable(y, shortcut_input(residual)):
         return NotImplemented
-    _check(y, scale, shift, residual, act)
     z = empty_rows(y, output_dtype(y, residual, residual_scale))
     return launch_bn_act(y, (scale, shift), residual, (residual_scale, residual_shift), z, act, bit_mask)
 
 
 def launch_bn_act(
     y: Tensor, numbers: tuple[Tensor | None, Tensor | None], residual: Tensor | ZeroPadded | None,
-    residual_numbers: tuple[Tensor | None, Tensor | None], z: Tensor, act: str | None, bit_mask: bool,
+    residual_numbers: tuple[Tensor | None, Tensor | None], z: Tensor, act: Activation, bit_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Fill ``z`` and, if asked for, its bit mask; ``numbers`` are a scale and a shift each, or None."""
-    from ..kernels.bn_act import bn_act_kernel
+    """Fill ``z`` and, if asked for, its mask; ``numbers`` are a scale and a shift each, or None."""
+    from fusedres.kernels.bn_act import bn_act_kernel
 
-    rows, mask = in_rows(y), empty_mask(z) if bit_mask else None
+    rows, mask = in_rows(y), empty_mask(z, act) if bit_mask else None
     arguments = {
         "y_ptr": rows, "y_row": pitch_of(rows), "scale_ptr": numbers[0], "shift_ptr": numbers[1],
         **residual_arguments(residual, z.shape), "P": z.shape[2], "Q": z.shape[3],
         "residual_scale_ptr": residual_numbers[0], "residual_shift_ptr": residual_numbers[1],
-        "z_ptr": z, "mask_ptr": mask, "RELU": act == "relu",
+        "z_ptr": z, "mask_ptr": mask, "ACT": device_activation(act),
     }  # fmt: skip
     reads = ("y_ptr", "scale_ptr", "shift_ptr", "residual_ptr", "residual_scale_ptr", "residual_shift_ptr")
-    per_value = (
-        2 * (numbers[0] is not None) + (residual is not None) + 2 * (residual_numbers[0] is not None) + (act == "relu")
-    )
+    per_value = 2 * (numbers[0] is not None) + (residual is not None) + 2 * (residual_numbers[0] is not None)
+    per_value += not act.is_identity
     launch_rows(
-        bn_act_kernel, z, arguments, reads=reads, writes=("z_ptr", "mask_ptr"), flops=per_value * z.numel(),
+        bn_act_kernel, z, arguments, reads=reads,
+        kind="batch norm", writes=("z_ptr", "mask_ptr"), flops=per_value * z.numel(),
         partial=residual_read(residual), all_registers=True,
     )  # fmt: skip
     return z, mask
@@ -147,22 +150,19 @@ def _bn_act_native(
     residual: Tensor | ZeroPadded | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     # Two roundings in 16 bits where the formula has one, so only where storage is as wide as statistics.
     if y.dtype != statistics_dtype(y.dtype) or output_dtype(y, residual, residual_scale) != y.dtype:
         return NotImplemented
-    _check(y, scale, shift, residual, act)
     z = affine(y, scale, shift)
     if residual is not None:
         if residual_scale is not None and residual_shift is not None:
             wide = residual if isinstance(residual, Tensor) else zero_pad_shortcut(*residual)
             residual = affine(wide, residual_scale, residual_shift)
         add_shortcut(z, residual)
-    if act == "relu":
-        z.relu_()
-    return z, pack_relu_mask(z) if bit_mask else None
+    return activated(z, act, z.dtype, bit_mask=bit_mask, scratch=True)
 
 
 def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -6,18 +6,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import launch
-from ..plan.tiles import MOST_PARTS, PartialTile
-from .contract import Normaliser, OutputGrad, channels_last, per_channel, pixels, statistics_dtype
-from .op import Op
-from .relu_mask import gradient, is_bits, laid_out, relu_backward
-from .rows import empty_rows, in_rows, launch_reduction, launch_rows, pitch_of, reduction_parts, storable
-from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
+from fusedres.operands import Normaliser, OutputGrad, statistics_dtype
+from fusedres.ops.act_mask import act_backward, gradient, is_bits, mask_arguments
+from fusedres.ops.op import Op
+from fusedres.ops.rows import (
+    channels_last,
+    empty_rows,
+    in_rows,
+    launch_reduction,
+    launch_rows,
+    per_channel,
+    pitch_of,
+    pixels,
+    reduction_parts,
+    storable,
+)
+from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
+from fusedres.plan.tiles import MOST_PARTS, PartialTile
+from fusedres.runtime.launch import launch
 
 
 def masked(dy: OutputGrad) -> Tensor:
-    """The gradient behind the ReLU, without p, q, r."""
-    return dy.g if dy.mask is None else relu_backward(dy.g, dy.mask, scratch=dy.scratch)
+    """The gradient behind the activation, without p, q, r."""
+    if dy.mask is None or dy.act.is_identity:
+        return dy.g
+    return act_backward(dy.g, dy.mask, dy.act, scratch=dy.scratch)
 
 
 def added(add: Added) -> Tensor:
@@ -65,23 +78,23 @@ bn_backward_reduce = Op(_bn_backward_reduce)
 def _bn_backward_reduce_triton(g: OutputGrad, y: Tensor, norm: Normaliser) -> NormSums:
     if not storable(g.g, y):
         return NotImplemented
-    from ..kernels.bn_backward import bn_backward_reduce_kernel
+    from fusedres.kernels.bn_backward import bn_backward_reduce_kernel
 
     sums, products = torch.empty((2, reduction_parts(y), y.shape[1]), dtype=torch.float32, device=y.device)
     arguments = {
-        **gradient(g.g), "mask_ptr": laid_out(g.mask), "y_ptr": channels_last(y), "mean_ptr": norm.mean,
+        **gradient(g.g), **mask_arguments(g), "y_ptr": channels_last(y), "mean_ptr": norm.mean,
         "part_g_ptr": sums, "part_gd_ptr": products,
     }  # fmt: skip
     launch_reduction(
         bn_backward_reduce_kernel, y, arguments, reads=("g_ptr", "mask_ptr", "y_ptr", "mean_ptr"),
-        writes=("part_g_ptr", "part_gd_ptr"), flops=(4 + (g.mask is not None)) * y.numel(),
+        kind="batch norm", writes=("part_g_ptr", "part_gd_ptr"), flops=(4 + (g.mask is not None)) * y.numel(),
     )  # fmt: skip
     return finished(sums, products, pixels(y), norm)
 
 
 def finished(sums: Tensor, products: Tensor, count: int, norm: Normaliser) -> NormSums:
     """From (parts, K) partial sums of g and of g * (y - mean) over ``count`` pixels, by the kernels."""
-    from ..kernels.bn_backward import bn_backward_combine_kernel, bn_backward_finish_kernel
+    from fusedres.kernels.bn_backward import bn_backward_combine_kernel, bn_backward_finish_kernel
 
     tile = PartialTile()
     parts, channels = sums.shape
@@ -95,7 +108,7 @@ def finished(sums: Tensor, products: Tensor, count: int, norm: Normaliser) -> No
         launch(
             bn_backward_combine_kernel, (fewer, columns),
             {**read, "out_g_ptr": sums, "out_gd_ptr": products, "parts": parts, **numbers}, reads=names,
-            writes=("out_g_ptr", "out_gd_ptr"), flops=2 * parts * channels, num_warps=tile.num_warps,
+            kind="batch norm", writes=("out_g_ptr", "out_gd_ptr"), flops=2 * parts * channels, **tile.options,
         )  # fmt: skip
         parts = fewer
     results = NormSums(*torch.empty((4, channels), dtype=torch.float32, device=sums.device))
@@ -103,7 +116,7 @@ def finished(sums: Tensor, products: Tensor, count: int, norm: Normaliser) -> No
     written = {f"{name}_ptr": tensor for name, tensor in results._asdict().items()}
     launch(
         bn_backward_finish_kernel, (columns,), {**read, **written, "parts": parts, "rows": count, **numbers},
-        reads=tuple(read), writes=tuple(written), flops=2 * parts * channels, num_warps=tile.num_warps,
+        reads=tuple(read), kind="batch norm", writes=tuple(written), flops=2 * parts * channels, **tile.options,
     )  # fmt: skip
     return results
 
@@ -115,6 +128,11 @@ def bn_backward_coefficients(sum_g: Tensor, sum_gy: Tensor, count: int, norm: No
     p = a,  q = -a * m2 * invstd,  r = -a * m1.
     """
     return -norm.scale * norm.invstd * sum_gy / count, -norm.scale * sum_g / count
+
+
+def bias_grad(sum_g: Tensor, norm: Normaliser, *, batch_stats: bool) -> Tensor:
+    """The gradient (K,) of a bias before a batch norm, from sum(g); before batch statistics it changes nothing."""
+    return torch.zeros_like(sum_g) if batch_stats else norm.scale * sum_g
 
 
 def output_grad(g: OutputGrad, sums: NormSums | None, y: Tensor, norm: Normaliser) -> OutputGrad:
@@ -163,7 +181,7 @@ def gradient_arguments(dy: OutputGrad, layout: Callable[[Tensor], Tensor] = chan
     whole = dy.q is not None and dy.r is not None and dy.y is not None
     y_part = {"y_ptr": None if dy.y is None else layout(dy.y), "q_ptr": dy.q, "r_ptr": dy.r, "mean_ptr": dy.mean}
     return {
-        **gradient(dy.g, layout), "mask_ptr": laid_out(dy.mask), "p_ptr": dy.p,
+        **gradient(dy.g, layout), **mask_arguments(dy), "p_ptr": dy.p,
         **(y_part if whole else dict.fromkeys(y_part)),
     }  # fmt: skip
 
@@ -179,7 +197,7 @@ def _bn_backward_apply_triton(dy: OutputGrad, *, add: Added | None = None) -> Te
         return masked(dy)
     if dy.p is None or not storable(dy.g, dy.y, None if add is None else add.g):
         return NotImplemented
-    from ..kernels.bn_backward import bn_backward_apply_kernel
+    from fusedres.kernels.bn_backward import bn_backward_apply_kernel
 
     joining = None
     if add is not None:
@@ -196,7 +214,7 @@ def _bn_backward_apply_triton(dy: OutputGrad, *, add: Added | None = None) -> Te
     per_value = 1 + (dy.mask is not None) + 4 * (arguments["q_ptr"] is not None) + (joining is not None)
     launch_rows(
         bn_backward_apply_kernel, dy.g, {**arguments, **rows, "dy_ptr": out}, reads=(*GRADIENT, "add_ptr"),
-        writes=("dy_ptr",), flops=per_value * out.numel(),
+        kind="batch norm", writes=("dy_ptr",), flops=per_value * out.numel(),
         partial=added_read(add, None if joining is None else OutputGrad(joining)),
     )  # fmt: skip
     return out

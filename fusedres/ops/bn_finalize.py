@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import launch
-from ..plan.tiles import MOST_PARTS, PartialTile
-from .contract import Normaliser, Partials, RunningNorm, check_vector
-from .op import Op
-from .rows import empty_partials, storable
+from fusedres.operands import Norm, Normaliser, Partials
+from fusedres.ops.checks import check_vector
+from fusedres.ops.op import Op
+from fusedres.ops.rows import empty_partials, storable
+from fusedres.plan.tiles import MOST_PARTS, PartialTile
+from fusedres.runtime.launch import launch
 
 
 def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,18 +25,11 @@ def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
     return count, mean, (partials.m2 + between).sum(0)
 
 
-def _bn_finalize(
-    partials: Partials,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    momentum: float = 0.1,
-    counted: Tensor | None = None,
-) -> Normaliser:
+def _check(partials: Partials, norm: Norm) -> None:
+    check_norm(partials.mean.shape[1], norm)
+
+
+def _bn_finalize(partials: Partials, norm: Norm) -> Normaliser:
     """mean and invstd = (m2 / count + eps)^-1/2 of all partials; scale = gamma * invstd; shift = beta - mean * scale.
 
     Updates, in place and if given, running_mean += momentum * (mean + bias - running_mean) and running_var likewise
@@ -44,17 +38,12 @@ def _bn_finalize(
 
     Args:
         partials: statistics of the raw output, (T,) and (T, K).
-        gamma, beta: (K,) or None (1 and 0).
-        running_mean, running_var: (K,), both or neither.
-        bias: (K,) or None.
-        eps: added to the variance.
-        momentum: weight of the new value in the running statistics.
-        counted: () int64, the batches that the running statistics have seen, or None.
+        norm: the batch norm; running_mean and running_var both or neither.
 
     Returns:
         `Normaliser` in the statistics dtype.
     """
-    check_norm_vectors(partials.mean.shape[1], gamma, beta, running_mean, running_var, bias)
+    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, _) = norm
     count, mean, m2 = _combine(partials)
     if running_mean is not None and running_var is not None:
         measured = mean if bias is None else mean + bias
@@ -65,27 +54,15 @@ def _bn_finalize(
     return normaliser(mean, torch.rsqrt(m2 / count + eps), gamma, beta)
 
 
-bn_finalize = Op(_bn_finalize)
+bn_finalize = Op(_bn_finalize, check=_check)
 
 
 @bn_finalize.triton
-def _bn_finalize_triton(
-    partials: Partials,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    momentum: float = 0.1,
-    counted: Tensor | None = None,
-) -> Normaliser:
+def _bn_finalize_triton(partials: Partials, norm: Norm) -> Normaliser:
     parts, channels = partials.mean.shape
-    check_norm_vectors(channels, gamma, beta, running_mean, running_var, bias)
-    if not storable(*partials) or not finalisable(gamma, beta, running_mean, running_var, bias, counted):
+    if not storable(*partials) or not finalisable(norm):
         return NotImplemented
-    from ..kernels.bn_finalize import bn_finalize_kernel
+    from fusedres.kernels.bn_finalize import bn_finalize_kernel
 
     tile = PartialTile()
     if parts > MOST_PARTS:
@@ -95,30 +72,26 @@ def _bn_finalize_triton(
         "count_ptr": partials.counts.contiguous(), "part_mean_ptr": partials.mean.contiguous(),
         "part_m2_ptr": partials.m2.contiguous(),
     }  # fmt: skip
-    outputs = normaliser_outputs(
-        gamma, beta, running_mean, running_var, bias, counted, eps, momentum, channels, partials.mean.device
-    )
+    outputs = normaliser_outputs(norm, channels, partials.mean.device)
     launch(
         bn_finalize_kernel, (-(-channels // tile.block_c),),
         {
             **measured, **outputs.arguments, "parts": parts, "C": channels, "BLOCK_PARTS": tile.block_parts,
             "BLOCK_C": tile.block_c,
         },
-        reads=(*measured, *outputs.reads), writes=outputs.writes, flops=8 * parts * channels,
-        num_warps=tile.num_warps,
+        reads=(*measured, *outputs.reads), kind="batch norm", writes=outputs.writes, flops=8 * parts * channels,
+        **tile.options,
     )  # fmt: skip
     return outputs.norm
 
 
-def finalisable(
-    gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    bias: Tensor | None, counted: Tensor | None,
-) -> bool:  # fmt: skip
+def finalisable(norm: Norm) -> bool:
     """Whether kernels take the tensors of a batch norm."""
-    running = (running_mean, running_var)
+    counted = norm.counted
     if counted is not None and (counted.dtype != torch.int64 or counted.numel() != 1):
         return False
-    return storable(gamma, beta, *running, bias) and all(r is None or r.is_contiguous() for r in running)
+    running = (norm.running_mean, norm.running_var)
+    return storable(*norm.vectors) and all(r is None or r.is_contiguous() for r in running)
 
 
 class NormaliserOutputs(NamedTuple):
@@ -130,23 +103,23 @@ class NormaliserOutputs(NamedTuple):
     writes: tuple[str, ...]
 
 
-def normaliser_outputs(
-    gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    bias: Tensor | None, counted: Tensor | None, eps: float, momentum: float, channels: int, device: torch.device,
-) -> NormaliserOutputs:  # fmt: skip
-    """The arguments of `bn_finalize` in the form of a launch."""
-    norm = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=device))
+def normaliser_outputs(norm: Norm, channels: int, device: torch.device) -> NormaliserOutputs:
+    """The batch norm of `bn_finalize` in the form of a launch."""
+    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, _) = norm
+    normaliser = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=device))
     vectors = {"gamma_ptr": gamma, "beta_ptr": beta, "bias_ptr": None if running_mean is None else bias}
     read = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
     running = {"running_mean_ptr": running_mean, "running_var_ptr": running_var, "counted_ptr": counted}
-    written = {f"{name}_ptr": vector for name, vector in norm._asdict().items()}
+    written = {f"{name}_ptr": vector for name, vector in normaliser._asdict().items()}
     numbers = {"eps": float(eps), "momentum": float(momentum)}
-    return NormaliserOutputs(norm, {**read, **running, **written, **numbers}, (*read, *running), (*written, *running))
+    return NormaliserOutputs(
+        normaliser, {**read, **running, **written, **numbers}, (*read, *running), (*written, *running)
+    )
 
 
 def _combined(partials: Partials, tile: PartialTile) -> Partials:
     """``tile.block_parts`` parts made one each, by the kernel."""
-    from ..kernels.bn_finalize import bn_combine_kernel
+    from fusedres.kernels.bn_finalize import bn_combine_kernel
 
     parts, channels = partials.mean.shape
     fewer = -(-parts // tile.block_parts)
@@ -156,7 +129,7 @@ def _combined(partials: Partials, tile: PartialTile) -> Partials:
     launch(
         bn_combine_kernel, (fewer, -(-channels // tile.block_c)),
         {**read, **written, "parts": parts, "C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c},
-        reads=tuple(read), writes=tuple(written), flops=8 * parts * channels, num_warps=tile.num_warps,
+        reads=tuple(read), kind="batch norm", writes=tuple(written), flops=8 * parts * channels, **tile.options,
     )  # fmt: skip
     return combined
 
@@ -187,34 +160,23 @@ def _bn_combine_triton(partials: Partials) -> Partials:
     return partials
 
 
-def check_norm_vectors(
-    channels: int,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    bias: Tensor | None,
-    *,
-    device: torch.device | None = None,
-    of: str = "",
-) -> None:
+def check_norm(channels: int, norm: Norm, *, device: torch.device | None = None, of: str = "") -> None:
     """Refuse a vector of another length than ``channels`` or on another ``device``, and one running statistic alone.
 
     Args:
         channels: K.
-        gamma, beta, running_mean, running_var, bias: (K,) or None.
+        norm: the batch norm.
         device: where they must be, if given.
         of: what the message adds to a vector's name.
     """
-    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var, "bias": bias}
-    for name, vector in vectors.items():
+    for name, vector in zip(Norm._fields, norm.vectors, strict=False):
         if vector is not None:
             check_vector(f"{name}{of}", vector, channels, device)
-    if (running_mean is None) != (running_var is None):
+    if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one")
 
 
-def _bn_from_running(norm: RunningNorm, dtype: torch.dtype = torch.float32) -> Normaliser:
+def _bn_from_running(norm: Norm, dtype: torch.dtype = torch.float32) -> Normaliser:
     """The numbers of frozen or evaluated batch norm: mean = running_mean - bias, invstd = (running_var + eps)^-1/2.
 
     Args:
@@ -224,52 +186,55 @@ def _bn_from_running(norm: RunningNorm, dtype: torch.dtype = torch.float32) -> N
     Returns:
         `Normaliser` in the statistics dtype.
     """
-    _check_running(norm)
-    mean = norm.mean.to(dtype)
+    mean, var = _running(norm)
+    mean = mean.to(dtype)
     if norm.bias is not None:
         mean = mean - norm.bias.to(dtype)
-    return normaliser(mean, torch.rsqrt(norm.var.to(dtype) + norm.eps), norm.gamma, norm.beta)
+    return normaliser(mean, torch.rsqrt(var.to(dtype) + norm.numbers.eps), norm.gamma, norm.beta)
 
 
 bn_from_running = Op(_bn_from_running)
 
 
 @bn_from_running.triton
-def _bn_from_running_triton(norm: RunningNorm, dtype: torch.dtype = torch.float32) -> Normaliser:
-    _check_running(norm)
-    if dtype != torch.float32 or not storable(*norm[:5]):
+def _bn_from_running_triton(norm: Norm, dtype: torch.dtype = torch.float32) -> Normaliser:
+    mean, _ = _running(norm)
+    if dtype != torch.float32 or not storable(*norm.vectors):
         return NotImplemented
-    from ..kernels.bn_finalize import bn_running_kernel
+    from fusedres.kernels.bn_finalize import bn_running_kernel
 
-    tile, channels = PartialTile(), len(norm.mean)
+    tile, channels = PartialTile(), len(mean)
     read = running_arguments(norm)
-    numbers = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=norm.mean.device))
+    numbers = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=mean.device))
     written = {f"{name}_ptr": vector for name, vector in numbers._asdict().items()}
     launch(
         bn_running_kernel, (-(-channels // tile.block_c),),
-        {**read, **written, "eps": float(norm.eps), "C": channels, "BLOCK_C": tile.block_c},
-        reads=tuple(read), writes=tuple(written), flops=8 * channels, num_warps=tile.num_warps,
+        {**read, **written, "eps": float(norm.numbers.eps), "C": channels, "BLOCK_C": tile.block_c},
+        reads=tuple(read), kind="batch norm", writes=tuple(written), flops=8 * channels, **tile.options,
     )  # fmt: skip
     return numbers
 
 
-def running_arguments(norm: RunningNorm | None, prefix: str = "") -> dict[str, Tensor | None]:
+def running_arguments(norm: Norm | None, prefix: str = "") -> dict[str, Tensor | None]:
     """What kernels that form the numbers of a batch norm themselves are told of it, but its eps."""
-    names = ("running_mean", "running_var", "gamma", "beta", "bias")
-    vectors = (None,) * 5 if norm is None else norm[:5]
     return {
         f"{prefix}{name}_ptr": None if vector is None else vector.contiguous()
-        for name, vector in zip(names, vectors, strict=True)
+        for name, vector in zip(Norm._fields, (norm or Norm()).vectors, strict=False)
     }
 
 
-def eps_of(norm: RunningNorm | None) -> float:
+def eps_of(norm: Norm | None) -> float:
     """What kernels that form numbers themselves are told."""
-    return 0.0 if norm is None else float(norm.eps)
+    return 0.0 if norm is None else float(norm.numbers.eps)
 
 
-def _check_running(norm: RunningNorm) -> None:
-    check_norm_vectors(norm.mean.shape[0], norm.gamma, norm.beta, norm.mean, norm.var, norm.bias)
+def _running(norm: Norm) -> tuple[Tensor, Tensor]:
+    """The running statistics of a batch norm that is evaluated by them; refuses one that does not fit."""
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None:
+        raise ValueError("running_mean, running_var: expected both in evaluation, got None")
+    check_norm(len(mean), norm)
+    return mean, var
 
 
 def normaliser(mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normaliser:

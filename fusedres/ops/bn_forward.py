@@ -3,50 +3,55 @@
 import torch
 from torch import Tensor
 
-from .bn_act import bn_act, check_act
-from .bn_finalize import bn_finalize, check_norm_vectors, normaliser
-from .bn_statistics import bn_statistics
-from .contract import Normaliser, check_activation, statistics_dtype
-from .op import Op
-from .relu_mask import pack_relu_mask
-from .zero_pad_shortcut import ZeroPadded, add_shortcut
+from fusedres.activation import RELU, Activation
+from fusedres.operands import Norm, Normaliser, statistics_dtype
+from fusedres.ops.act_mask import activated
+from fusedres.ops.bn_act import bn_act, check_act
+from fusedres.ops.bn_finalize import bn_finalize, check_norm, normaliser
+from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.checks import check_activation
+from fusedres.ops.op import Op
+from fusedres.ops.zero_pad_shortcut import ZeroPadded, add_shortcut
+
+
+def _check(
+    y: Tensor,
+    norm: Norm,
+    *,
+    residual: Tensor | ZeroPadded | None = None,
+    act: Activation = RELU,
+    bit_mask: bool = False,
+) -> None:
+    check_activation("y", y)
+    check_act(act)
+    check_norm(y.shape[1], norm)
 
 
 def _bn_forward(
     y: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
+    norm: Norm,
     *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    momentum: float = 0.1,
-    counted: Tensor | None = None,
     residual: Tensor | ZeroPadded | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
     """act(bn(y) + residual) with the batch's own statistics: `bn_statistics`, `bn_finalize`, `bn_act`.
 
     Args:
         y: (N, C, H, W) raw convolution output.
-        gamma, beta, running_mean, running_var, bias, eps, momentum, counted: as in `bn_finalize`.
+        norm: as in `bn_finalize`.
         residual: (N, C, H, W) or a `ZeroPadded` of that shape, added before the activation, or None.
-        act: ``"relu"`` or None.
-        bit_mask: whether to return the ReLU's open positions too.
+        act: the activation.
+        bit_mask: whether to return what a backward pass tells its slope from too.
 
     Returns:
-        z (N, C, H, W), the bit mask (`pack_relu_mask`) or None, and the `Normaliser`.
+        z (N, C, H, W), its mask (`activated`) or None, and the `Normaliser`.
     """
-    norm = bn_finalize(
-        bn_statistics(y), gamma, beta, running_mean, running_var, bias=bias, eps=eps, momentum=momentum,
-        counted=counted,
-    )  # fmt: skip
-    return *bn_act(y, norm.scale, norm.shift, residual=residual, act=act, bit_mask=bit_mask), norm
+    numbers = bn_finalize(bn_statistics(y), norm)
+    return *bn_act(y, numbers.scale, numbers.shift, residual=residual, act=act, bit_mask=bit_mask), numbers
 
 
-bn_forward = Op(_bn_forward)
+bn_forward = Op(_bn_forward, check=_check)
 # Its three ops have kernels of their own.
 bn_forward.triton(_bn_forward)
 
@@ -54,32 +59,22 @@ bn_forward.triton(_bn_forward)
 @bn_forward.native
 def _bn_forward_native(
     y: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
+    norm: Norm,
     *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    momentum: float = 0.1,
-    counted: Tensor | None = None,
     residual: Tensor | ZeroPadded | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
+    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, _) = norm
     # With parameters in the statistics dtype, the library keeps its statistics there too, whatever y is stored in.
     if bias is not None or gamma is None or gamma.dtype != statistics_dtype(y.dtype):
         return NotImplemented
     if residual is not None and residual.dtype != y.dtype:
         return NotImplemented
-    check_activation("y", y)
-    check_act(act)
-    check_norm_vectors(y.shape[1], gamma, beta, running_mean, running_var, bias)
     out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
     if counted is not None:
         counted.add_(1)
     if residual is not None:
         add_shortcut(out, residual)
-    if act == "relu":
-        out.relu_()
-    return out, pack_relu_mask(out) if bit_mask else None, normaliser(mean, invstd, gamma, beta)
+    z, mask = activated(out, act, out.dtype, bit_mask=bit_mask, scratch=True)
+    return z, mask, normaliser(mean, invstd, gamma, beta)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from .contract import Partials, channels_last, check_activation, pixels, statistics_dtype
-from .op import Op
-from .rows import empty_partials, launch_reduction, reduction_parts, storable
+from fusedres.operands import Partials, statistics_dtype
+from fusedres.ops.checks import check_activation
+from fusedres.ops.op import Op
+from fusedres.ops.rows import channels_last, empty_partials, launch_reduction, pixels, reduction_parts, storable
 
 
 def _bn_statistics(y: Tensor) -> Partials:
@@ -36,14 +37,16 @@ def _bn_statistics_triton(y: Tensor) -> Partials:
     if not storable(y):
         return NotImplemented
     check_activation("y", y)
-    from ..kernels.bn_statistics import bn_statistics_kernel
+    from fusedres.kernels.bn_statistics import bn_statistics_kernel
 
     partials = empty_partials(reduction_parts(y), y.shape[1], y.device)
     arguments = {
         "y_ptr": channels_last(y), "count_ptr": partials.counts, "mean_ptr": partials.mean, "m2_ptr": partials.m2,
     }  # fmt: skip
     writes = ("count_ptr", "mean_ptr", "m2_ptr")
-    launch_reduction(bn_statistics_kernel, y, arguments, reads=("y_ptr",), writes=writes, flops=4 * y.numel())
+    launch_reduction(
+        bn_statistics_kernel, y, arguments, reads=("y_ptr",), kind="batch norm", writes=writes, flops=4 * y.numel()
+    )
     return partials
 
 

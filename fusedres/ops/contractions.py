@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import multiplies_in_tf32, target_of
-from ..offline import Target
-from ..plan.conv_tiles import ConvShape, ConvTile, conv_tile, depthwise, narrow_waves, wide
-from ..plan.tiles import alignment
-from ..replay import lasting
-from .contract import ConvInput, Geometry, channels_last
-from .rows import in_rows, pitch_of, storable
+from fusedres.compiler.targets import Target
+from fusedres.operands import ConvInput, Geometry
+from fusedres.ops.device import device_activation
+from fusedres.ops.rows import channels_last, in_rows, pitch_of, storable
+from fusedres.plan.conv_tiles import ConvTile, conv_tile
+from fusedres.plan.shapes import ConvVariant, depthwise, narrow_waves, wide
+from fusedres.plan.tiles import alignment
+from fusedres.runtime.launch import multiplies_in_tf32, target_of
+from fusedres.runtime.tracer import lasting
 
 # Fewer channels than an access is wide: depth runs along the rows of the window, which are single runs of memory.
 FLAT_CHANNELS = 7
@@ -24,7 +26,7 @@ LARGEST_WINDOW = 31  # taps along a side, a bit each
 class Contracted(NamedTuple):
     """A convolution that a kernel is launched for."""
 
-    shape: ConvShape
+    shape: ConvVariant
     tile: ConvTile
     size: tuple[int, int, int, int]  # (N, K, P, Q) of the output
     arguments: dict[str, Any]
@@ -51,7 +53,7 @@ def why_no_kernel(u: ConvInput, weight: Tensor, geometry: Geometry) -> str | Non
     return None
 
 
-def conv_shape(u: ConvInput, weight: Tensor, geometry: Geometry) -> ConvShape:
+def conv_shape(u: ConvInput, weight: Tensor, geometry: Geometry) -> ConvVariant:
     """What tiles depend on."""
     n, _, h, w = u.tensor.shape
     k, _, r, s = weight.shape
@@ -59,17 +61,17 @@ def conv_shape(u: ConvInput, weight: Tensor, geometry: Geometry) -> ConvShape:
     return shape_of(u, n * p * q, k, (r, s), geometry)
 
 
-def shape_of(u: ConvInput, pixels: int, k: int, kernel: tuple[int, int], geometry: Geometry) -> ConvShape:
+def shape_of(u: ConvInput, pixels: int, k: int, kernel: tuple[int, int], geometry: Geometry) -> ConvVariant:
     """The same from the output's pixels and channels and the window."""
     groups, formed = geometry.groups, u.scale is not None
     c = u.tensor.shape[1] // groups
     flat = c <= FLAT_CHANNELS and groups == 1 and geometry.dilation[1] == 1 and not formed
     flat = flat and pitch_of(u.tensor) is None
-    return ConvShape(pixels, c, k // groups, groups, *kernel, u.tensor.element_size(), flat, formed)
+    return ConvVariant(pixels, c, k // groups, groups, *kernel, u.tensor.element_size(), flat, formed)
 
 
 def window_arguments(
-    x: Tensor, shape: ConvShape, size: tuple[int, int], geometry: Geometry, *, c_rows: Sequence[int | None] = (),
+    x: Tensor, shape: ConvVariant, size: tuple[int, int], geometry: Geometry, *, c_rows: Sequence[int | None] = (),
     k_rows: Sequence[int | None] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What every kernel that goes through windows of ``x`` (N, C, H, W) is told of them; ``size`` is (P, Q).
@@ -87,16 +89,16 @@ def window_arguments(
 
 
 def contracted(
-    u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, joined: int = 0,
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, epilogue_bytes: int = 0,
     y_row: int | None = None,
 ) -> Contracted:  # fmt: skip
     """The convolution as both kernels are told of it.
 
-    ``second``: whether a projection follows; ``joined``: as of `ConvShape`; ``y_row``: the pitch of the output.
+    ``second`` and ``epilogue_bytes`` are those of `ConvVariant`, ``y_row`` the pitch of the output.
     """
     x, weight = in_rows(u.tensor), channels_last(weight)
     n, _, h, w = x.shape
-    shape = conv_shape(u, weight, geometry)._replace(second=second, joined=joined)
+    shape = conv_shape(u, weight, geometry)._replace(second=second, epilogue_bytes=epilogue_bytes)
     window, groups, x_row = (shape.r, shape.s), geometry.groups, pitch_of(x)
     size = geometry.output_size(h, w, window)
     target = target_of(x)
@@ -105,6 +107,7 @@ def contracted(
     ones = _ones(x.device) if pairs and padded and shape.prologue and wide(target) else None
     arguments = {
         "x_ptr": x, "w_ptr": weight, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift, "ones_ptr": ones,
+        "X_ACT": device_activation(u.act, u.scale),
         "x_row": x_row, **window_arguments(x, shape, size, geometry, c_rows=[x_row], k_rows=[y_row]),
         "PADDED": padded, "PAIRS": pairs, "APART": columns_apart(weight, target),
         "GROUPS_PER_TILE": tile.groups_per_tile,

@@ -9,39 +9,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import launch, target_of
-from ..plan.backward_tiles import BackwardTile, backward_tile, writing_pays
-from ..plan.conv_tiles import ConvShape, depthwise
-from .bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
-from .contract import (
-    ConvInput,
-    Geometry,
-    OutputGrad,
-    Producer,
-    channels_last,
-    check_activation,
-    check_producer,
-    pixels,
-    statistics_dtype,
-)
-from .contractions import window_arguments
-from .conv_forward import formed
-from .conv_input_grad import (
+from fusedres.operands import ConvInput, Geometry, OutputGrad, Producer, statistics_dtype
+from fusedres.ops.act_mask import gradient, is_bits, is_pooled, mask_arguments
+from fusedres.ops.bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
+from fusedres.ops.checks import check_activation
+from fusedres.ops.contractions import window_arguments
+from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_input_grad import (
     ProducerGrad,
     check_gradient,
+    check_producer_grad,
     conv_input_grad,
     conv_producer_grad,
     joined,
     joined_by_onednn,
     takes,
 )
-from .conv_weight_grad import conv_weight_grad, parts_summed
-from .features import FeatureGrads
-from .input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
-from .op import Op
-from .relu_mask import gradient, is_bits, is_pooled, laid_out
-from .rows import in_rows, pitch_of
-from .zero_pad_shortcut import Added, added_geometry, added_read
+from fusedres.ops.conv_weight_grad import conv_weight_grad, parts_summed
+from fusedres.ops.device import device_activation
+from fusedres.ops.features import FeatureGrads
+from fusedres.ops.input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
+from fusedres.ops.op import Op
+from fusedres.ops.rows import channels_last, in_rows, pitch_of, pixels
+from fusedres.ops.zero_pad_shortcut import Added, added_geometry, added_read
+from fusedres.plan.backward_tiles import BackwardTile, backward_tile, writing_pays
+from fusedres.plan.shapes import ConvVariant, depthwise
+from fusedres.runtime.launch import launch, target_of
+
+
+def _check(dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None) -> None:
+    check_activation("u", u.tensor)
+    check_gradient(dy, weight, tuple(u.tensor.shape), geometry)
 
 
 def _conv_backward(
@@ -64,14 +62,13 @@ def _conv_backward(
     return dweight, conv_input_grad(dy, weight, tuple(u.tensor.shape), geometry, add=add)
 
 
-conv_backward = Op(_conv_backward)
+conv_backward = Op(_conv_backward, check=_check)
 
 
 @conv_backward.triton
 def _conv_backward_triton(
     dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
-    check_gradient(dy, weight, tuple(u.tensor.shape), geometry)
     narrow = _narrow(dy, u, weight, geometry, add, producer=False)
     if narrow is not None:
         launched = _launched(dy, u, weight, geometry, *narrow, add=add)
@@ -87,14 +84,19 @@ def _conv_backward_native(
 ) -> tuple[Tensor, Tensor]:
     if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
         return NotImplemented
-    check_activation("dy", dy.g, weight.shape[0])
-    check_activation("u", u.tensor)
     stride, padding, dilation, groups = geometry
     du, dweight, _ = torch.ops.aten.convolution_backward(
         bn_backward_apply(dy), formed(u), weight, None, stride, padding, dilation, False, (0, 0), groups,
         (True, True, False),
     )  # fmt: skip
     return dweight.to(statistics_dtype(dweight.dtype)), joined(du, add)
+
+
+def _check_producer_backward(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
+    features: FeatureGrads | None = None,
+) -> None:  # fmt: skip
+    check_producer_grad(dy, weight, geometry, producer, add=add, features=features)
 
 
 def _conv_producer_backward(
@@ -112,7 +114,7 @@ def _conv_producer_backward(
     return dweight, conv_producer_grad(dy, weight, geometry, producer, add=add, features=features)
 
 
-conv_producer_backward = Op(_conv_producer_backward)
+conv_producer_backward = Op(_conv_producer_backward, check=_check_producer_backward)
 
 
 @conv_producer_backward.triton
@@ -126,11 +128,11 @@ def _conv_producer_backward_triton(
     add: Added | None = None,
     features: FeatureGrads | None = None,
 ) -> tuple[Tensor, ProducerGrad]:
-    check_producer(producer)
-    check_gradient(dy, weight, tuple(producer.y.shape), geometry)
     if features is not None and not takes(features, producer, weight):
         return NotImplemented
-    narrow = _narrow(dy, producer.output, weight, geometry, add, producer=True)
+    narrow = None
+    if producer.out is None or not producer.act.needs_input:  # the kernel tells the slope from what is convolved
+        narrow = _narrow(dy, producer.output, weight, geometry, add, producer=True)
     if narrow is None:
         dy = _at_hand(dy, weight, geometry)
         return _conv_producer_backward(dy, u, weight, geometry, producer, add=add, features=features)
@@ -147,7 +149,7 @@ class _Launched(NamedTuple):
 
 def _narrow(
     dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, add: Added | None, *, producer: bool
-) -> tuple[ConvShape, BackwardTile] | None:
+) -> tuple[ConvVariant, BackwardTile] | None:
     """The convolution and its tile where one launch makes both gradients."""
     x = u.tensor
     if math.prod(geometry.stride) > 1 or geometry.groups > 1 or x.dtype != weight.dtype:
@@ -155,7 +157,7 @@ def _narrow(
     if why_no_kernel(dy, weight, tuple(x.shape), geometry) is not None:
         return None
     k, c, r, s = weight.shape
-    shape = ConvShape(pixels(x), c, k, 1, r, s, weight.element_size(), prologue=producer, operands=operands_of(dy))
+    shape = ConvVariant(pixels(x), c, k, 1, r, s, weight.element_size(), prologue=producer, operands=operands_of(dy))
     other = from_elsewhere(add)
     unpacked = other is not None and (producer or is_pooled(other.g))
     masks = [dy.mask, other.mask if other is not None and unpacked else None]
@@ -168,7 +170,7 @@ def _at_hand(dy: OutputGrad, weight: Tensor, geometry: Geometry) -> OutputGrad:
     if dy.q is None:
         return dy
     k, c, r, s = weight.shape
-    shape = ConvShape(
+    shape = ConvVariant(
         pixels(dy.g), c, k // geometry.groups, geometry.groups, r, s, weight.element_size(), operands=operands_of(dy)
     )
     pays = depthwise(shape) or writing_pays(shape, target_of(weight))
@@ -176,11 +178,11 @@ def _at_hand(dy: OutputGrad, weight: Tensor, geometry: Geometry) -> OutputGrad:
 
 
 def _launched(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, shape: ConvShape, tile: BackwardTile, *,
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, shape: ConvVariant, tile: BackwardTile, *,
     add: Added | None, producer: Producer | None = None, features: FeatureGrads | None = None,
 ) -> _Launched:  # fmt: skip
     """The kernel, and what adds its parts."""
-    from ..kernels.conv_backward import conv_backward_kernel
+    from fusedres.kernels.conv_backward import conv_backward_kernel
 
     x, size = in_rows(u.tensor), (dy.g.shape[2], dy.g.shape[3])
     x_row = pitch_of(x)
@@ -195,10 +197,12 @@ def _launched(
         sums, products = torch.empty((2, tile.parts, shape.c), dtype=torch.float32, device=x.device)
     arriving = gradient_arguments(dy)
     pooled = arriving.pop("image") is not None
+    masks = mask_arguments(other, "add_")
+    act = device_activation(u.act, u.scale) if producer is None else device_activation(producer.act)
     beside: dict[str, Any] = {
         "w_ptr": channels_last(weight), "x_ptr": x, "x_scale_ptr": u.scale, "x_shift_ptr": u.shift,
         "x_mean_ptr": norm and norm.mean, "raw_ptr": raw, "add_ptr": other and gradient(other.g)["g_ptr"],
-        "add_mask_ptr": other and laid_out(other.mask), "onto_ptr": features and features.before,
+        "add_mask_ptr": masks["add_mask_ptr"], "onto_ptr": features and features.before,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products, "dw_ptr": parts}
     arguments = window_arguments(x, shape, size, geometry, c_rows=[x_row])
@@ -207,16 +211,17 @@ def _launched(
     launch(
         conv_backward_kernel, (tile.parts * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, **added_geometry(add), "x_row": x_row,
+            **arriving, **beside, **written, **arguments, **added_geometry(add), "x_row": x_row, "X_ACT": act,
+            "ADD_ACT": masks["ADD_ACT"],
             "pixels_per_part": tile.per_part(shape.pixels), "POOLED": pooled,
             "ADD_POOLED": other is not None and is_pooled(other.g),
             "WINDOWED": taps[:2] != (1, 1) or geometry.padding != (0, 0),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c, "BLOCK_K": tile.block_k,
         },
-        reads=(*GRADIENT, *beside), writes=tuple(written),
+        reads=(*GRADIENT, *beside), kind="both gradients", writes=tuple(written),
         partial=bytes_reached(dy, weight, tuple(x.shape), geometry) | added_read(add, other),
         flops=4 * pixels(dy.g) * weight.numel(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, all_registers=True,
+        **tile.options,
     )  # fmt: skip
     dw = parts_summed(parts).view(shape.k, *taps).permute(0, 3, 1, 2)
     if sums is None or products is None or norm is None:

@@ -1,37 +1,38 @@
-"""The single pass: convolve, normalise, add the shortcut, rectify; the raw output never exists."""
+"""The single pass: convolve, normalise, add the shortcut, activate; the raw output never exists."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..launch import launch
-from ..plan.tiles import alignment
-from . import onednn
-from .bn_act import affine, check_act, normalised_sum, output_dtype
-from .bn_finalize import bn_from_running, eps_of, running_arguments
-from .bn_statistics import bn_statistics
-from .contract import (
-    ConvInput,
-    Geometry,
-    Partials,
-    RunningNorm,
+from fusedres.activation import RELU, Activation
+from fusedres.operands import ConvInput, Geometry, Norm, Partials, statistics_dtype
+from fusedres.ops import onednn
+from fusedres.ops.act_mask import activated
+from fusedres.ops.bn_act import affine, check_act, normalised_sum, output_dtype
+from fusedres.ops.bn_finalize import bn_from_running, eps_of, running_arguments
+from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.checks import check_conv, check_vector
+from fusedres.ops.contractions import Contracted, bytes_in_windows, contracted, why_no_kernel
+from fusedres.ops.conv_forward import conv_forward, formed, wide_conv
+from fusedres.ops.device import device_activation
+from fusedres.ops.op import Op
+from fusedres.ops.rows import (
     channels_last,
-    check_conv,
-    check_vector,
+    empty_mask,
+    empty_partials,
+    empty_rows,
     per_channel,
-    statistics_dtype,
+    storable,
+    word_channels,
 )
-from .contractions import Contracted, bytes_in_windows, contracted, why_no_kernel
-from .conv_forward import accumulated, conv_forward, formed
-from .op import Op
-from .relu_mask import pack_relu_mask
-from .rows import empty_mask, empty_partials, empty_rows, storable, word_channels
-from .zero_pad_shortcut import ZeroPadded, residual_arguments, residual_read, shortcut_input, written
+from fusedres.ops.zero_pad_shortcut import ZeroPadded, residual_arguments, residual_read, shortcut_input, written
+from fusedres.plan.tiles import alignment
+from fusedres.runtime.launch import launch
 
 
-class Joined(NamedTuple):
-    """A block's output, its bit mask (`pack_relu_mask`) and its `Partials`, each of the latter if asked for."""
+class BlockOutput(NamedTuple):
+    """A block's output, its mask (`activated`) and its `Partials`, each of the latter if asked for."""
 
     z: Tensor
     mask: Tensor | None
@@ -50,7 +51,7 @@ class Contraction(NamedTuple):
     geometry: Geometry
     scale: Tensor | None = None
     shift: Tensor | None = None
-    running: RunningNorm | None = None
+    running: Norm | None = None
 
     @property
     def numbers(self) -> tuple[Tensor | None, Tensor | None]:
@@ -62,8 +63,9 @@ class Contraction(NamedTuple):
 
 
 def _check(
-    main: Contraction, residual: Tensor | ZeroPadded | None, second: Contraction | None, act: str | None
-) -> tuple[int, int, int, int]:
+    main: Contraction, *, residual: Tensor | ZeroPadded | None = None, second: Contraction | None = None,
+    act: Activation = RELU, **others: object,
+) -> None:  # fmt: skip
     check_act(act)
     sizes = []
     for branch in (main, second):
@@ -74,7 +76,7 @@ def _check(
             if branch.running is not None and branch.shift is not None:
                 raise ValueError("running: expected None beside a scale or a shift, got a batch norm")
             given = ("scale", branch.scale), ("shift", branch.shift)
-            stored = () if branch.running is None else zip(RunningNorm._fields, branch.running[:5], strict=False)
+            stored = () if branch.running is None else zip(Norm._fields, branch.running.vectors, strict=False)
             for name, vector in (*given, *stored):
                 if vector is not None:
                     check_vector(name, vector, branch.weight.shape[0])
@@ -87,7 +89,6 @@ def _check(
         raise ValueError(f"residual: expected shape {sizes[0]}, got {tuple(residual.shape)}")
     if residual is not None and second is not None:
         raise ValueError("second: expected None beside a residual, got a second contraction")
-    return sizes[0]
 
 
 def _conv_bn_act(
@@ -97,10 +98,10 @@ def _conv_bn_act(
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     second: Contraction | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
     statistics: bool = False,
-) -> Joined:
+) -> BlockOutput:
     """z = act(conv(u, W) * scale + shift + shortcut).
 
     The shortcut is nothing, ``residual`` as it is, residual * residual_scale + residual_shift (a projection that was
@@ -111,29 +112,24 @@ def _conv_bn_act(
         residual: (N, K, P, Q), a `ZeroPadded` of that shape, or None.
         residual_scale, residual_shift: (K,) or both None.
         second: the projection's `Contraction` or None; not together with ``residual``.
-        act: ``"relu"`` or None.
-        bit_mask: whether to return the ReLU's open positions too.
+        act: the activation.
+        bit_mask: whether to return what a backward pass tells its slope from too.
         statistics: whether to measure z (as stored) for a batch norm that follows.
 
     Returns:
-        z (N, K, P, Q), rounded once to the storage dtype; the bit mask or None; the statistics of z or None.
+        z (N, K, P, Q), rounded once to the storage dtype; its mask or None; the statistics of z or None.
     """
-    _check(main, residual, second, act)
-    y = accumulated(formed(main.u), main.weight, main.geometry)
+    y = wide_conv(formed(main.u), main.weight, main.geometry)
     dtype = output_dtype(main.weight, residual, residual_scale)
     if second is not None:
-        residual = accumulated(formed(second.u), second.weight, second.geometry)
+        residual = wide_conv(formed(second.u), second.weight, second.geometry)
         residual_scale, residual_shift = second.numbers
-    z = normalised_sum(y, *main.numbers, residual, residual_scale, residual_shift, act).to(dtype)
-    return joined(z, bit_mask=bit_mask, statistics=statistics)
+    v = normalised_sum(y, *main.numbers, residual, residual_scale, residual_shift)
+    z, mask = activated(v, act, dtype, bit_mask=bit_mask)
+    return BlockOutput(z, mask, bn_statistics(z) if statistics else None)
 
 
-def joined(z: Tensor, *, bit_mask: bool, statistics: bool) -> Joined:
-    """``z`` with what is asked for beside it, in passes of their own."""
-    return Joined(z, pack_relu_mask(z) if bit_mask else None, bn_statistics(z) if statistics else None)
-
-
-conv_bn_act = Op(_conv_bn_act)
+conv_bn_act = Op(_conv_bn_act, check=_check)
 
 
 @conv_bn_act.triton
@@ -144,24 +140,29 @@ def _conv_bn_act_triton(
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     second: Contraction | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
     statistics: bool = False,
-) -> Joined:
-    _check(main, residual, second, act)
+) -> BlockOutput:
     if why_no_kernel(main.u, main.weight, main.geometry) is not None or not storable(shortcut_input(residual)):
         return NotImplemented
     if second is not None and not _joins(second):
         residual, _ = conv_forward(second.u, second.weight, second.geometry)
         (residual_scale, residual_shift), second = _launched_numbers(second), None
-    from ..kernels.conv_bn_act import conv_bn_act_kernel
+    from fusedres.kernels.conv_bn_act import conv_bn_act_kernel
 
-    joined = int(bit_mask) if residual is None else residual.dtype.itemsize
-    conv = contracted(main.u, main.weight, main.geometry, second=second is not None, joined=joined)
-    if bit_mask and conv.shape.groups > 1 and conv.tile.groups_per_tile * conv.shape.k % word_channels(conv.size[1]):
+    bit_mask = bit_mask and not act.is_identity
+    epilogue_bytes = int(bit_mask) if residual is None else residual.dtype.itemsize
+    conv = contracted(main.u, main.weight, main.geometry, second=second is not None, epilogue_bytes=epilogue_bytes)
+    if (
+        bit_mask
+        and not act.needs_input
+        and conv.shape.groups > 1
+        and conv.tile.groups_per_tile * conv.shape.k % word_channels(conv.size[1])
+    ):
         return NotImplemented
     z = empty_rows(main.u.tensor, output_dtype(main.weight, residual, residual_scale), conv.size)
-    mask = empty_mask(z) if bit_mask else None
+    mask = empty_mask(z, act) if bit_mask else None
     projected, sizes, read, flops = _projection(second, conv)
     beside = {
         "scale_ptr": main.scale, "shift_ptr": main.shift, **running_arguments(main.running),
@@ -176,14 +177,14 @@ def _conv_bn_act_triton(
         conv_bn_act_kernel, (conv.blocks,),
         {
             **conv.arguments, **residual_arguments(residual, z.shape), **beside, **projected, **sizes, **outputs,
-            "RELU": act == "relu",
+            "ACT": device_activation(act),
         },
-        reads=reads, writes=tuple(outputs),
+        reads=reads, kind="convolution", writes=tuple(outputs),
         partial={"x_ptr": conv.read, "second_x_ptr": read, **residual_read(residual)},
         flops=conv.flops + flops + (2 + 2 * _normalises(main) + 4 * statistics) * z.numel(),
-        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages, all_registers=True,
+        **conv.tile.options,
     )  # fmt: skip
-    return Joined(z, mask, partials)
+    return BlockOutput(z, mask, partials)
 
 
 def _normalises(branch: Contraction) -> bool:
@@ -217,7 +218,12 @@ def _projection(
     running = running_arguments(second and second.running, "second_")
     if second is None:
         sizes = {"second_C": 1, "second_H": 1, "second_W": 1, "second_stride_h": 1, "second_stride_w": 1}
-        return {**dict.fromkeys(names), **running}, {**sizes, "SECOND_EVEN_C": True, "SECOND_C_MULTIPLE": 1}, 0, 0
+        return (
+            {**dict.fromkeys(names), **running},
+            {**sizes, "SECOND_EVEN_C": True, "SECOND_X_ACT": None, "SECOND_C_MULTIPLE": 1},
+            0,
+            0,
+        )
     x = channels_last(second.u.tensor)
     _, c, h, w = x.shape
     values = (
@@ -227,6 +233,7 @@ def _projection(
     described = {
         "second_C": c, "second_H": h, "second_W": w, "second_stride_h": stride[0], "second_stride_w": stride[1],
         "SECOND_EVEN_C": c % conv.tile.block_c == 0, "SECOND_C_MULTIPLE": alignment(c),
+        "SECOND_X_ACT": device_activation(second.u.act, second.u.scale),
     }  # fmt: skip
     read = bytes_in_windows(x, conv.size[2:], (1, 1), second.geometry)
     tensors = {**dict(zip(names, values, strict=True)), **running}
@@ -241,14 +248,13 @@ def _conv_bn_act_native(
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     second: Contraction | None = None,
-    act: str | None = "relu",
+    act: Activation = RELU,
     bit_mask: bool = False,
     statistics: bool = False,
-) -> Joined:
+) -> BlockOutput:
     # Folding rounds the weight once more, which 16 bits would show.
     if not onednn.runs(main.weight) or (residual is not None and residual.dtype != main.weight.dtype):
         return NotImplemented
-    _check(main, residual, second, act)
     residual = written(residual)
     if residual is not None and residual_scale is not None and residual_shift is not None:
         residual = residual * per_channel(residual_scale) + per_channel(residual_shift)
@@ -259,7 +265,8 @@ def _conv_bn_act_native(
         # Joined to the product, the addition costs 5 ms more (64 -> 256 channels, 8 x 56 x 56) than behind it.
         z.add_(residual)
     # oneDNN's own ReLU turns NaN into 0, which would hide that a network has diverged.
-    return joined(z.relu_() if act == "relu" else z, bit_mask=bit_mask, statistics=statistics)
+    z, mask = activated(z, act, z.dtype, bit_mask=bit_mask, scratch=True)
+    return BlockOutput(z, mask, bn_statistics(z) if statistics else None)
 
 
 # A weight is multiplied by its scale in every pass where the output has so many more values: there a pass over the

@@ -1,29 +1,30 @@
-"""A convolution whose input is normalised and rectified on load and whose output is measured as it is written."""
+"""A convolution whose input is normalised and activated on load and whose output is measured as it is written."""
 
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from .. import backends
-from ..launch import launch
-from .bn_act import bn_act
-from .bn_statistics import bn_statistics
-from .contract import ConvInput, Geometry, Partials, channels_last, check_conv, statistics_dtype
-from .contractions import contracted, why_no_kernel
-from .op import Op
-from .rows import empty_partials, empty_rows, in_rows, pitch_of
+from fusedres.operands import ConvInput, Geometry, Partials, statistics_dtype
+from fusedres.ops.bn_act import bn_act
+from fusedres.ops.bn_statistics import bn_statistics
+from fusedres.ops.checks import check_conv
+from fusedres.ops.contractions import contracted, why_no_kernel
+from fusedres.ops.op import Op
+from fusedres.ops.rows import channels_last, empty_partials, empty_rows, in_rows, pitch_of
+from fusedres.runtime import backends
+from fusedres.runtime.launch import launch
 
 
 def formed(u: ConvInput) -> Tensor:
-    """The operand itself, or relu(tensor * scale + shift) rounded to the storage dtype.
+    """The operand itself, or act(tensor * scale + shift) rounded to the storage dtype.
 
-    Padding is added after this, so it is zero and not relu(shift).
+    Padding is added after this, so it is zero and not act(shift).
     """
     if u.scale is None or u.shift is None:
         return u.tensor
-    return bn_act(u.tensor, u.scale, u.shift)[0]
+    return bn_act(u.tensor, u.scale, u.shift, act=u.act)[0]
 
 
-def accumulated(convolution_input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def wide_conv(convolution_input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The convolution of storage-dtype operands with its accumulator unrounded, in the statistics dtype."""
     dtype = statistics_dtype(weight.dtype)
     return channels_last(conv2d(convolution_input.to(dtype), weight.to(dtype), None, *geometry))
@@ -44,12 +45,13 @@ def _conv_forward(
     Returns:
         y (N, K, P, Q) raw, channels_last or ``out``, and its `Partials` or None.
     """
-    _check(u, weight, geometry, out)
-    y = put(accumulated(formed(u), weight, geometry).to(weight.dtype), out)
+    y = stored(wide_conv(formed(u), weight, geometry).to(weight.dtype), out)
     return y, bn_statistics(y) if statistics else None
 
 
-def _check(u: ConvInput, weight: Tensor, geometry: Geometry, out: Tensor | None) -> None:
+def _check(
+    u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
+) -> None:
     check_conv(u.tensor, weight, geometry, name="u")
     if out is None:
         return
@@ -59,25 +61,24 @@ def _check(u: ConvInput, weight: Tensor, geometry: Geometry, out: Tensor | None)
         raise ValueError(f"out: expected {expected} in {weight.dtype}, got {tuple(out.shape)} in {out.dtype}")
 
 
-def put(y: Tensor, out: Tensor | None) -> Tensor:
+def stored(y: Tensor, out: Tensor | None) -> Tensor:
     """``y``, in ``out`` if that is given."""
     return y if out is None else out.copy_(y)
 
 
-conv_forward = Op(_conv_forward)
+conv_forward = Op(_conv_forward, check=_check)
 
 
 @conv_forward.triton
 def _conv_forward_triton(
     u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | None]:
-    _check(u, weight, geometry, out)
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
     if backends.runs_native() and u.scale is None and not statistics:
         return NotImplemented
     if why_no_kernel(u, weight, geometry) is not None or (out is not None and in_rows(out) is not out):
         return NotImplemented
-    from ..kernels.conv_forward import conv_forward_kernel
+    from fusedres.kernels.conv_forward import conv_forward_kernel
 
     y_row = None if out is None else pitch_of(out)
     conv = contracted(u, weight, geometry, y_row=y_row)
@@ -88,9 +89,9 @@ def _conv_forward_triton(
         conv_forward_kernel, (conv.blocks,),
         {**conv.arguments, "y_row": y_row, "y_ptr": y, "count_ptr": counts, "mean_ptr": mean, "m2_ptr": m2},
         reads=("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", "ones_ptr"),
-        writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
+        kind="convolution", writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
         partial={"x_ptr": conv.read}, flops=conv.flops + 4 * y.numel() * statistics,
-        num_warps=conv.tile.num_warps, num_stages=conv.tile.num_stages, all_registers=True,
+        **conv.tile.options,
     )  # fmt: skip
     return y, partials
 
@@ -99,6 +100,5 @@ def _conv_forward_triton(
 def _conv_forward_native(
     u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | None]:
-    _check(u, weight, geometry, out)
-    y = put(channels_last(conv2d(formed(u), weight, None, *geometry)), out)
+    y = stored(channels_last(conv2d(formed(u), weight, None, *geometry)), out)
     return y, bn_statistics(y) if statistics else None

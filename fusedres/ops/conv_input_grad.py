@@ -1,32 +1,26 @@
-"""The gradient that a convolution sends to its input, with the producer's ReLU or the shortcut joined to it."""
+"""The gradient that a convolution sends to its input, with the producer's activation or the shortcut joined to it."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
-from . import onednn
-from .bn_backward import NormSums, added, bn_backward_apply, bn_backward_reduce, masked
-from .contract import (
-    Geometry,
-    OutputGrad,
-    Producer,
-    check_activation,
-    check_conv_shapes,
-    check_producer,
-    statistics_dtype,
-)
-from .conv_forward import formed
-from .features import FeatureGrads, add_feature_grad, check_features
-from .input_gradients import launch_input_grad, why_no_kernel
-from .op import Op
-from .rows import in_rows, pitch_of
-from .zero_pad_shortcut import Added, ZeroPaddedGrad
+from fusedres.activation import IDENTITY
+from fusedres.operands import ConvInput, Geometry, OutputGrad, Producer, statistics_dtype
+from fusedres.ops import onednn
+from fusedres.ops.bn_backward import NormSums, added, bn_backward_apply, bn_backward_reduce, masked
+from fusedres.ops.checks import check_activation, check_conv_shapes, check_producer
+from fusedres.ops.conv_forward import formed
+from fusedres.ops.features import FeatureGrads, add_feature_grad, check_features
+from fusedres.ops.input_gradients import launch_input_grad, why_no_kernel
+from fusedres.ops.op import Op
+from fusedres.ops.rows import in_rows, pitch_of
+from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad
+from fusedres.runtime import backends
 
 
 class ProducerGrad(NamedTuple):
-    """The gradient behind the producer's ReLU and the sums of it that its batch norm needs."""
+    """The gradient behind the producer's activation and the sums of it that its batch norm needs."""
 
     g: Tensor
     sums: NormSums
@@ -44,14 +38,18 @@ def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geom
 
 
 def at_producer(du: Tensor, producer: Producer) -> ProducerGrad:
-    """``du`` behind the producer's ReLU and the sums of it, in passes of their own."""
-    check_producer(producer)
-    mask = formed(producer.output) if producer.mask is None else producer.mask
-    g = masked(OutputGrad(du, mask))
-    return ProducerGrad(g, bn_backward_reduce(OutputGrad(g), producer.y, producer.norm))
+    """``du`` behind the producer's activation and the sums of it, in passes of their own."""
+    y, norm, _, mask, act = producer
+    if mask is None:
+        told_by = ConvInput(y, norm.scale, norm.shift, IDENTITY) if act.needs_input else producer.output
+        mask = formed(told_by)
+    g = masked(OutputGrad(du, mask, act=act))
+    return ProducerGrad(g, bn_backward_reduce(OutputGrad(g), y, norm))
 
 
-def check_gradient(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> None:
+def check_gradient(
+    dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, add: Added | None = None
+) -> None:
     """Refuse a ``dy`` that is not the gradient of what ``weight`` makes of an input of ``size``."""
     check_activation("dy", dy.g, weight.shape[0])
     p, q = check_conv_shapes("size", size, weight, geometry)
@@ -80,7 +78,6 @@ def _conv_input_grad(
     Returns:
         du (N, C, H, W) channels_last, in the wider dtype of dy and ``add``.
     """
-    check_gradient(dy, weight, size, geometry)
     dtype = statistics_dtype(weight.dtype)
     du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
     if add is None:
@@ -88,7 +85,7 @@ def _conv_input_grad(
     return (du + added(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
 
 
-conv_input_grad = Op(_conv_input_grad)
+conv_input_grad = Op(_conv_input_grad, check=check_gradient)
 
 
 @conv_input_grad.triton
@@ -100,7 +97,6 @@ def _conv_input_grad_triton(
     *,
     add: Added | None = None,
 ) -> Tensor:
-    check_gradient(dy, weight, size, geometry)
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
     if backends.runs_native() and add is None and dy.mask is None and dy.p is None:
         return NotImplemented
@@ -109,27 +105,36 @@ def _conv_input_grad_triton(
     return launch_input_grad(dy, weight, size, geometry, add=add).g
 
 
+def check_producer_grad(
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
+    features: FeatureGrads | None = None,
+) -> None:  # fmt: skip
+    """Refuse what `check_gradient`, `check_producer` and `check_features` refuse."""
+    check_producer(producer)
+    check_gradient(dy, weight, tuple(producer.y.shape), geometry)
+    if features is not None:
+        check_features(features, producer.y.shape)
+
+
 def _conv_producer_grad(
     dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
     features: FeatureGrads | None = None,
 ) -> ProducerGrad:  # fmt: skip
-    """du as `conv_input_grad` gives it, behind the ReLU of the layer that made the input, and the sums of it.
+    """du as `conv_input_grad` gives it, behind the activation of the layer that made the input, and the sums of it.
 
     Args:
         dy: (N, K, P, Q), formed on load.
         weight: (K, C/groups, R, S) in the dtype of dy.
         geometry: that of the forward convolution.
         producer: of the convolution's input, (N, C, H, W); a slice of wider rows (`pitch_of`) is read where it is.
-        add: as in `conv_input_grad`; it joins before the ReLU.
+        add: as in `conv_input_grad`; it goes through the activation too.
         features: what g is added to, times the producer's scale, instead of being written (`add_feature_grad`).
 
     Returns:
-        g = du where the producer's rounded output is positive, else 0, (N, C, H, W) channels_last, and the `NormSums`
-        of g as stored, of the producer's y and batch norm; ``features.into`` in its place if there are some, and the
-        sums of g before it is added.
+        g = du times the slope of the producer's activation, told from its rounded output, (N, C, H, W) channels_last,
+        and the `NormSums` of g as stored, of the producer's y and batch norm; ``features.into`` in its place if there
+        are some, and the sums of g before it is added.
     """
-    if features is not None:
-        check_features(features, producer.y.shape)
     found = at_producer(conv_input_grad(dy, weight, tuple(producer.y.shape), geometry, add=add), producer)
     return found if features is None else sent_to_features(found, producer, features)
 
@@ -140,7 +145,7 @@ def sent_to_features(found: ProducerGrad, producer: Producer, features: FeatureG
     return found._replace(g=features.into)
 
 
-conv_producer_grad = Op(_conv_producer_grad)
+conv_producer_grad = Op(_conv_producer_grad, check=check_producer_grad)
 
 
 @conv_producer_grad.triton
@@ -149,8 +154,6 @@ def _conv_producer_grad_triton(
     features: FeatureGrads | None = None,
 ) -> ProducerGrad:  # fmt: skip
     size = tuple(producer.y.shape)
-    check_producer(producer)
-    check_gradient(dy, weight, size, geometry)
     if why_no_kernel(dy, weight, size, geometry) is not None:
         return NotImplemented
     if features is not None and not takes(features, producer, weight):
@@ -162,7 +165,6 @@ def _conv_producer_grad_triton(
 
 def takes(features: FeatureGrads, producer: Producer, weight: Tensor) -> bool:
     """Whether kernels add to these where they lie: in the storage dtype, rows as far apart as y's."""
-    check_features(features, producer.y.shape)
     alike = all(in_rows(t) is t and pitch_of(t) == pitch_of(producer.y) for t in (producer.y, *features))
     return alike and features.into.dtype == weight.dtype and producer.out is None
 
@@ -198,7 +200,6 @@ def _conv_input_grad_native(
     *,
     add: Added | None = None,
 ) -> Tensor:
-    check_gradient(dy, weight, size, geometry)
     grad = bn_backward_apply(dy)
     if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
         shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())

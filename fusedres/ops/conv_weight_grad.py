@@ -7,25 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..launch import launch, target_of
-from ..offline import ALIGNMENT
-from ..plan.conv_tiles import ConvShape, WeightGradTile, depthwise, weight_grad_tiles
-from ..plan.tiles import chosen
-from .bn_backward import GRADIENT, bn_backward_apply, gradient_arguments, operands_of
-from .contract import (
-    ConvInput,
-    Geometry,
-    OutputGrad,
-    PoolGeometry,
-    channels_last,
-    check_activation,
-    statistics_dtype,
-)
-from .contractions import bytes_in_windows, columns_apart, in_pairs, shape_of, window_arguments
-from .conv_forward import formed
-from .op import Op
-from .rows import in_rows, pitch_of, storable
+from fusedres.compiler.binary import ALIGNMENT
+from fusedres.operands import ConvInput, Geometry, OutputGrad, PoolGeometry, statistics_dtype
+from fusedres.ops.bn_backward import GRADIENT, bn_backward_apply, gradient_arguments, operands_of
+from fusedres.ops.checks import check_activation
+from fusedres.ops.contractions import bytes_in_windows, columns_apart, in_pairs, shape_of, window_arguments
+from fusedres.ops.conv_forward import formed
+from fusedres.ops.device import device_activation
+from fusedres.ops.op import Op
+from fusedres.ops.rows import channels_last, in_rows, pitch_of, storable
+from fusedres.plan.conv_tiles import WeightGradTile, weight_grad_tiles
+from fusedres.plan.shapes import ConvVariant, depthwise
+from fusedres.plan.tiles import chosen
+from fusedres.runtime import backends
+from fusedres.runtime.launch import launch, target_of
 
 
 def weight_grad(dy: Tensor, u: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
@@ -45,6 +40,11 @@ def weight_grad(dy: Tensor, u: Tensor, kernel: tuple[int, int], geometry: Geomet
     return dw
 
 
+def _check(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> None:
+    check_activation("dy", dy.g)
+    check_activation("u", u.tensor)
+
+
 def _conv_weight_grad(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     """dW[k, c, r, s] = sum over pixels of dy[k] * u[c] under tap (r, s).
 
@@ -57,19 +57,15 @@ def _conv_weight_grad(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geo
     Returns:
         dW (K, C/groups, R, S) in the statistics dtype.
     """
-    check_activation("dy", dy.g)
-    check_activation("u", u.tensor)
     dtype = statistics_dtype(u.tensor.dtype)
     return weight_grad(bn_backward_apply(dy).to(dtype), formed(u).to(dtype), kernel, geometry)
 
 
-conv_weight_grad = Op(_conv_weight_grad)
+conv_weight_grad = Op(_conv_weight_grad, check=_check)
 
 
 @conv_weight_grad.triton
 def _conv_weight_grad_triton(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
-    check_activation("dy", dy.g)
-    check_activation("u", u.tensor)
     plain = dy.p is None and dy.mask is None and u.scale is None
     if backends.runs_native() and plain:
         return NotImplemented
@@ -112,11 +108,11 @@ def summed_weight_grad(
 
 
 def _launched(
-    dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvShape, size: tuple[int, int], tile: WeightGradTile,
+    dy: OutputGrad, u: ConvInput, geometry: Geometry, shape: ConvVariant, size: tuple[int, int], tile: WeightGradTile,
     pooled: Pooled | None, *, sum_dy: bool, sum_u: bool,
 ) -> WeightSums:  # fmt: skip
     """The kernel, and where the pixels come in parts a second that adds them."""
-    from ..kernels.conv_weight_grad import conv_weight_grad_kernel
+    from fusedres.kernels.conv_weight_grad import conv_weight_grad_kernel
 
     x = in_rows(u.tensor)
     x_row = pitch_of(x)
@@ -125,15 +121,16 @@ def _launched(
     sizes = [k * math.prod(taps), k * sum_dy, math.prod(taps) * sum_u]
     parts = torch.empty((tile.parts, sum(sizes)), dtype=torch.float32, device=x.device)
     read = {**gradient_arguments(dy), "x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
+    acts = {"X_ACT": device_activation(u.act, u.scale)}
     steps, run = shape.pixels, shape.pixels
     if shape.flat:
         run = size[1]  # a step stays in one row of the output
         steps = shape.pixels // run * -(-run // tile.block_pixels) * tile.block_pixels
     covered = bytes_in_windows(x, size, (shape.r, shape.s), geometry)
     launch(
-        conv_weight_grad_kernel, (tile.tiles(shape) * tile.parts,),
+        conv_weight_grad_kernel, (tile.pieces(shape) * tile.parts,),
         {
-            **read, "out_ptr": parts, "x_row": x_row,
+            **read, **acts, "out_ptr": parts, "x_row": x_row,
             **window_arguments(x, shape._replace(pixels=steps), size, geometry, c_rows=[x_row]),
             **_pooling(pooled, dy.g),
             "pixels_per_part": tile.per_part(steps), "GROUPS_PER_TILE": tile.groups_per_tile,
@@ -144,9 +141,9 @@ def _launched(
             "EVEN_C": tile.whole_columns(shape),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
-        reads=(*GRADIENT, "index_ptr", "x_ptr", "scale_ptr", "shift_ptr"), writes=("out_ptr",),
+        reads=(*GRADIENT, "index_ptr", "x_ptr", "scale_ptr", "shift_ptr"), kind="weight gradient", writes=("out_ptr",),
         partial={"x_ptr": covered}, flops=2 * shape.pixels * sizes[0],
-        num_warps=tile.num_warps, num_stages=tile.num_stages, all_registers=True,
+        **tile.options,
     )  # fmt: skip
     dw, dy_total, u_total = parts_summed(parts).split(sizes)
     return WeightSums(
@@ -157,7 +154,7 @@ def _launched(
 
 def parts_summed(parts: Tensor) -> Tensor:
     """The sum of (parts, size) fp32 along the first dimension, in its order; by a launch if there are several."""
-    from ..kernels.conv_weight_grad import sum_parts_kernel
+    from fusedres.kernels.conv_weight_grad import sum_parts_kernel
 
     if len(parts) == 1:
         return parts[0]
@@ -166,7 +163,7 @@ def parts_summed(parts: Tensor) -> Tensor:
     launch(
         sum_parts_kernel, (-(-total.numel() // block),),
         {"part_ptr": parts, "total_ptr": total, "parts": len(parts), "size": total.numel(), "BLOCK": block},
-        reads=("part_ptr",), writes=("total_ptr",), flops=parts.numel(),
+        reads=("part_ptr",), kind="weight gradient", writes=("total_ptr",), flops=parts.numel(),
     )  # fmt: skip
     return total
 
@@ -184,7 +181,5 @@ def _pooling(pooled: Pooled | None, g: Tensor) -> dict[str, Any]:
 
 @conv_weight_grad.native
 def _conv_weight_grad_native(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
-    check_activation("dy", dy.g)
-    check_activation("u", u.tensor)
     dw = weight_grad(bn_backward_apply(dy), formed(u), kernel, geometry)
     return dw.to(statistics_dtype(dw.dtype))

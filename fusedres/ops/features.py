@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import check_activation, check_vector, per_channel
-from .op import Op
+from fusedres.ops.checks import check_activation, check_vector
+from fusedres.ops.op import Op
+from fusedres.ops.rows import per_channel
 
 
 def _put_features(buffer: Tensor, y: Tensor, first: int) -> None:
@@ -50,7 +51,7 @@ def _add_feature_grad(features: FeatureGrads, g: Tensor, p: Tensor) -> None:
 
     Args:
         features: (N, C, H, W) each, of one dtype.
-        g: (N, C, H, W) gradient behind the consumer's ReLU.
+        g: (N, C, H, W) gradient behind the consumer's activation.
         p: (C,) in the statistics dtype.
     """
     check_features(features, g.shape)

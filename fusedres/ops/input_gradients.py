@@ -7,15 +7,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import launch, target_of
-from ..plan.conv_tiles import ConvShape, conv_tile, depthwise
-from .bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
-from .contract import ConvInput, Geometry, OutputGrad, Producer, channels_last, pixels
-from .contractions import LARGEST_OFFSET, LARGEST_WINDOW, bytes_in_windows, columns_apart, in_pairs, window_arguments
-from .features import FeatureGrads
-from .relu_mask import gradient, is_bits, is_pooled, laid_out
-from .rows import empty_rows, in_rows, pitch_of, storable, word_channels
-from .zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
+from fusedres.operands import ConvInput, Geometry, OutputGrad, Producer
+from fusedres.ops.act_mask import gradient, is_bits, is_pooled, laid_out, mask_arguments
+from fusedres.ops.bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
+from fusedres.ops.contractions import (
+    LARGEST_OFFSET,
+    LARGEST_WINDOW,
+    bytes_in_windows,
+    columns_apart,
+    in_pairs,
+    window_arguments,
+)
+from fusedres.ops.device import device_activation
+from fusedres.ops.features import FeatureGrads
+from fusedres.ops.rows import channels_last, empty_rows, in_rows, pitch_of, pixels, storable, word_channels
+from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
+from fusedres.plan.conv_tiles import conv_tile
+from fusedres.plan.shapes import ConvVariant, depthwise
+from fusedres.runtime.launch import launch, target_of
 
 
 class InputMatrices(NamedTuple):
@@ -53,14 +62,14 @@ def why_no_kernel(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometr
 
 def gradient_shape(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, second: bool = False
-) -> ConvShape:
+) -> ConvVariant:
     """What tiles depend on; its pixels are those of the largest class."""
     n, c, h, w = size
     k, _, r, s = weight.shape
     groups, stride = geometry.groups, geometry.stride
     formed = dy.p is not None or dy.mask is not None
     pixels_ = n * -(-h // stride[0]) * -(-w // stride[1])
-    return ConvShape(
+    return ConvVariant(
         pixels_, k // groups, c // groups, groups, r, s, weight.element_size(), prologue=formed or second,
         second=second, operands=operands_of(dy), gradient=True,
     )  # fmt: skip
@@ -79,14 +88,14 @@ def launch_input_grad(
         matrices: of the moments form.
         add: another gradient of the input.
         x_stride: where ``size`` is of the pixels alone that a 1x1 convolution reads: how far they are apart in x.
-        producer: of the input, behind whose ReLU the gradient is wanted with its sums.
+        producer: of the input, behind whose activation the gradient is wanted with its sums.
         features: where that gradient, times the producer's scale, is added, in the layout of x.
     """
-    from ..kernels.conv_input_grad import conv_input_grad_kernel
+    from fusedres.kernels.conv_input_grad import conv_input_grad_kernel
 
     n, c, h, w = size
     shape = gradient_shape(dy, weight, size, geometry, second=matrices is not None)._replace(
-        joined=0 if features is None else features.into.element_size()
+        epilogue_bytes=0 if features is None else features.into.element_size()
     )
     stride, padding, dilation, groups = geometry
     target = target_of(weight)
@@ -100,22 +109,31 @@ def launch_input_grad(
     classes = math.prod(stride)
     tiles = tile.tiles(shape)
     sums = products = raw = open_ = None
+    known = False
     if producer is not None:
         if producer.out is not None:
-            raw, open_ = channels_last(producer.y), None if split else laid_out(producer.mask)
-        x = x if open_ is not None else producer.output
+            raw, open_ = channels_last(producer.y), laid_out(producer.mask)
+            if split and is_bits(open_):
+                open_ = None
+        known = open_ is not None or (raw is not None and producer.act.is_identity)
+        x = x if known else producer.output
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
     consumed, norm = None if x is None else in_rows(x.tensor), producer and producer.norm
     x_row = None if consumed is None else pitch_of(consumed)
     arriving = gradient_arguments(dy)
     pooled = arriving.pop("image") is not None
+    masks = mask_arguments(other, "add_")
+    acts = {
+        "ADD_ACT": masks["ADD_ACT"],
+        "X_ACT": device_activation(producer.act if producer is not None else x and x.act, producer or (x and x.scale)),
+    }
     beside: dict[str, Any] = {
         "w_ptr": channels_last(weight), "quadratic_ptr": matrices and matrices.quadratic,
         "constant_ptr": matrices and matrices.constants, "x_ptr": consumed,
         "x_scale_ptr": x and x.scale, "x_shift_ptr": x and x.shift, "x_mean_ptr": norm and norm.mean,
         "raw_ptr": raw, "open_ptr": open_,
-        "add_ptr": other and gradient(other.g)["g_ptr"], "add_mask_ptr": other and laid_out(other.mask),
+        "add_ptr": other and gradient(other.g)["g_ptr"], "add_mask_ptr": masks["add_mask_ptr"],
         "onto_ptr": features and features.before,
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products}
@@ -123,7 +141,7 @@ def launch_input_grad(
     rows = [d // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     whole = groups % packed == 0
     partial = bytes_reached(dy, weight, size, geometry) | added_read(add, other)
-    if consumed is not None and (producer is None or open_ is not None):
+    if consumed is not None and (producer is None or known):
         read = geometry if x_stride is None else geometry._replace(stride=x_stride)
         partial["x_ptr"] = bytes_in_windows(consumed, dy.g.shape[2:], window, read)
     arguments = window_arguments(
@@ -134,7 +152,7 @@ def launch_input_grad(
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
-            **arriving, **beside, **written, **arguments, **added_geometry(add), "x_row": x_row,
+            **arriving, **beside, **written, **acts, **arguments, **added_geometry(add), "x_row": x_row,
             **_consumed(consumed, x_stride or stride), "tiles": tiles,
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
@@ -147,8 +165,9 @@ def launch_input_grad(
             "APART": columns_apart(weight, target),
             "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_k, "BLOCK_K": tile.block_c,
         },
-        reads=(*GRADIENT, *beside), writes=tuple(written), partial=partial, flops=_flops(dy, weight, x, matrices),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, all_registers=True,
+        reads=(*GRADIENT, *beside),
+        kind="input gradient", writes=tuple(written), partial=partial, flops=_flops(dy, weight, x, matrices),
+        **tile.options,
     )  # fmt: skip
     if sums is None or products is None or norm is None:
         return Launched(out, None)

@@ -3,28 +3,18 @@
 import torch
 from torch import Tensor
 
-from ..launch import launch, target_of
-from ..plan.tiles import alignment, matrix_tile, moments_tile
-from . import onednn
-from .bn_finalize import bn_finalize, check_norm_vectors, finalisable, normaliser_outputs
-from .contract import (
-    ConvInput,
-    Geometry,
-    Moments,
-    Normaliser,
-    Partials,
-    as_rows,
-    channels_last,
-    check_activation,
-    per_channel,
-    pixels,
-    statistics_dtype,
-)
-from .contractions import columns_apart, in_pairs
-from .conv_forward import formed
-from .conv_weight_grad import weight_grad
-from .op import Op
-from .rows import storable
+from fusedres.operands import ConvInput, Geometry, Moments, Norm, Normaliser, Partials, statistics_dtype
+from fusedres.ops import onednn
+from fusedres.ops.bn_finalize import bn_finalize, check_norm, finalisable, normaliser_outputs
+from fusedres.ops.checks import check_activation
+from fusedres.ops.contractions import columns_apart, in_pairs
+from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_weight_grad import weight_grad
+from fusedres.ops.device import device_activation
+from fusedres.ops.op import Op
+from fusedres.ops.rows import as_rows, channels_last, per_channel, pixels, storable
+from fusedres.plan.tiles import alignment, matrix_tile, moments_tile
+from fusedres.runtime.launch import launch, target_of
 
 # Rows are taken in pieces of 1 MiB of fp32, which stay in a core's second-level cache between the passes over them.
 _PIECE = 1 << 18
@@ -33,6 +23,10 @@ _PIECE = 1 << 18
 def sampled(u: ConvInput, stride: tuple[int, int]) -> ConvInput:
     """The pixels that a 1x1 convolution of this stride looks at (a view)."""
     return u if stride == (1, 1) else u._replace(tensor=u.tensor[:, :, :: stride[0], :: stride[1]])
+
+
+def _check(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> None:
+    check_activation("u", u.tensor)
 
 
 def _input_moments(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
@@ -48,14 +42,13 @@ def _input_moments(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
     Returns:
         `Moments` in the statistics dtype: n, (C,), (C, C).
     """
-    check_activation("u", u.tensor)
-    tensor, scale, shift = sampled(u, stride)
+    tensor, scale, shift, act = sampled(u, stride)
     rows = as_rows(tensor)
     n, channels = rows.shape
     dtype = statistics_dtype(rows.dtype)
 
     def piece(part: Tensor) -> Tensor:
-        return formed(ConvInput(part[:, :, None, None], scale, shift)).flatten(1).to(dtype)
+        return formed(ConvInput(part[:, :, None, None], scale, shift, act)).flatten(1).to(dtype)
 
     parts = rows.split(max(1, _PIECE // channels))
     row = piece(parts[0]).mean(0)
@@ -68,15 +61,14 @@ def _input_moments(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
     return Moments(n, row + total / n, gram - torch.outer(total, total / n))
 
 
-input_moments = Op(_input_moments)
+input_moments = Op(_input_moments, check=_check)
 
 
 @input_moments.triton
 def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
-    check_activation("u", u.tensor)
     if not storable(u.tensor):
         return NotImplemented
-    from ..kernels.input_moments import input_moments_finish_kernel, input_moments_kernel
+    from fusedres.kernels.input_moments import input_moments_finish_kernel, input_moments_kernel
 
     x = channels_last(u.tensor)
     n, channels, h, w = x.shape
@@ -97,12 +89,13 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
             **read, **partial, "pixels": count, "pixels_per_part": tile.per_part(count), "C": channels, "H": h, "W": w,
             "P": p, "Q": q, "stride_h": stride[0], "stride_w": stride[1],
             "STRIDED": stride != (1, 1), "EVEN_PIXELS": count % tile.block_pixels == 0,
-            "EVEN_C": channels % tile.block_c == 0, "PAIRS": in_pairs(x, target), "APART": columns_apart(x, target),
+            "EVEN_C": channels % tile.block_c == 0,
+            "ACT": device_activation(u.act, u.scale), "PAIRS": in_pairs(x, target), "APART": columns_apart(x, target),
             "C_MULTIPLE": alignment(channels), "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c,
         },
-        reads=tuple(read), writes=tuple(partial), partial={"x_ptr": count * channels * x.element_size()},
-        flops=count * channels * (channels + 1), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        all_registers=True,
+        reads=tuple(read), kind="moments", writes=tuple(partial),
+        partial={"x_ptr": count * channels * x.element_size()},
+        flops=count * channels * (channels + 1), **tile.options,
     )  # fmt: skip
     rows = min(16, tile.block_c)
     launch(
@@ -111,7 +104,8 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
             **partial, "mean_ptr": mean, "m2_ptr": m2, "parts": tile.parts, "pixels": count, "C": channels,
             "BLOCK_C": tile.block_c, "ROWS": rows,
         },
-        reads=tuple(partial), writes=("mean_ptr", "m2_ptr"), flops=gram.numel(), num_warps=tile.num_warps,
+        reads=tuple(partial),
+        kind="moments", writes=("mean_ptr", "m2_ptr"), flops=gram.numel(), num_warps=tile.num_warps,
     )  # fmt: skip
     return Moments(count, mean, m2)
 
@@ -120,7 +114,6 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
 def _input_moments_native(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
     if not onednn.runs(u.tensor):
         return NotImplemented
-    check_activation("u", u.tensor)
     seen = channels_last(formed(sampled(u, stride)))
     n = pixels(seen)
     row = torch.ops.aten.batch_norm_update_stats(seen, None, None, 0.0)[0]
@@ -146,60 +139,44 @@ def moments_statistics(moments: Moments, weight: Tensor) -> Partials:
     return Partials(count, (w @ moments.mean).unsqueeze(0), m2.unsqueeze(0))
 
 
+def _check_norm(moments: Moments, weight: Tensor, norm: Norm) -> None:
+    check_norm(weight.shape[0], norm)
+
+
 def _moments_finalize(
     moments: Moments,
     weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    momentum: float = 0.1,
-    counted: Tensor | None = None,
+    norm: Norm,
 ) -> Normaliser:
     """`bn_finalize` of `moments_statistics`; the arguments are theirs."""
-    return bn_finalize(
-        moments_statistics(moments, weight), gamma, beta, running_mean, running_var, bias=bias, eps=eps,
-        momentum=momentum, counted=counted,
-    )  # fmt: skip
+    return bn_finalize(moments_statistics(moments, weight), norm)
 
 
-moments_finalize = Op(_moments_finalize)
+moments_finalize = Op(_moments_finalize, check=_check_norm)
 
 
 @moments_finalize.triton
 def _moments_finalize_triton(
     moments: Moments,
     weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    momentum: float = 0.1,
-    counted: Tensor | None = None,
+    norm: Norm,
 ) -> Normaliser:
     k, c = weight.shape[:2]
-    check_norm_vectors(k, gamma, beta, running_mean, running_var, bias)
-    if not storable(weight, moments.mean) or not finalisable(gamma, beta, running_mean, running_var, bias, counted):
+    if not storable(weight, moments.mean) or not finalisable(norm):
         return NotImplemented
-    from ..kernels.moments import moments_finalize_kernel
+    from fusedres.kernels.moments import moments_finalize_kernel
 
     tile = matrix_tile(target_of(weight))
     read = {
         "input_mean_ptr": moments.mean, "input_m2_ptr": moments.m2, "w_ptr": channels_last(weight).view(k, c),
     }  # fmt: skip
-    outputs = normaliser_outputs(gamma, beta, running_mean, running_var, bias, counted, eps, momentum, k, weight.device)
+    outputs = normaliser_outputs(norm, k, weight.device)
     launch(
         moments_finalize_kernel, (-(-k // tile.block_k),),
         {
             **read, **outputs.arguments, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
             "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
-        reads=(*read, *outputs.reads), writes=outputs.writes, flops=2 * k * c * (c + 2), num_warps=tile.num_warps,
+        reads=(*read, *outputs.reads), kind="moments", writes=outputs.writes, flops=2 * k * c * (c + 2), **tile.options,
     )  # fmt: skip
     return outputs.norm

@@ -17,31 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import launch, target_of
-from ..plan.tiles import matrix_tile
-from . import onednn
-from .bn_backward import added, masked
-from .contract import (
-    ConvInput,
-    Geometry,
-    Moments,
-    Normaliser,
-    OutputGrad,
-    Producer,
-    as_rows,
-    channels_last,
-    check_producer,
-    from_rows,
-    statistics_dtype,
-)
-from .conv_forward import formed
-from .conv_input_grad import ProducerGrad, at_producer, joined
-from .conv_weight_grad import summed_weight_grad, weight_grad
-from .input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
-from .input_moments import sampled
-from .op import Op
-from .rows import storable
-from .zero_pad_shortcut import Added
+from fusedres.operands import ConvInput, Geometry, Moments, Normaliser, OutputGrad, Producer, statistics_dtype
+from fusedres.ops import onednn
+from fusedres.ops.bn_backward import added, masked
+from fusedres.ops.checks import check_producer
+from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, joined
+from fusedres.ops.conv_weight_grad import summed_weight_grad, weight_grad
+from fusedres.ops.input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
+from fusedres.ops.input_moments import sampled
+from fusedres.ops.op import Op
+from fusedres.ops.rows import as_rows, channels_last, from_rows, storable
+from fusedres.ops.zero_pad_shortcut import Added
+from fusedres.plan.tiles import matrix_tile
+from fusedres.runtime.launch import launch, target_of
 
 
 class MomentsGrad(NamedTuple):
@@ -158,7 +147,7 @@ def _moments_backward_triton(
 ) -> tuple[MomentsGrad, InputGradMatrices]:
     if not storable(weight, d):
         return NotImplemented
-    from ..kernels.moments import moments_quadratic_kernel
+    from fusedres.kernels.moments import moments_quadratic_kernel
 
     (k, c), tile = d.shape, matrix_tile(target_of(weight))
     w = channels_last(weight).view(k, c)
@@ -181,7 +170,7 @@ def _moments_backward_triton(
             **read, **written, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
             "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "TERMS": terms,
         },
-        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 1), num_warps=tile.num_warps,
+        reads=tuple(read), kind="moments", writes=tuple(written), flops=2 * k * c * (c + 1), **tile.options,
     )  # fmt: skip
     return small, matrices._replace(quadratic=quadratic, constants=constants)
 
@@ -194,7 +183,7 @@ def launch_moments_weight_grad(
 
     Without a ``mean`` statistics are frozen and there is no q.
     """
-    from ..kernels.moments import moments_weight_grad_kernel
+    from fusedres.kernels.moments import moments_weight_grad_kernel
 
     (k, c), tile, batch = d.shape, matrix_tile(target_of(w)), mean is not None
     dw = torch.empty((k, c), dtype=torch.float32, device=d.device)
@@ -210,8 +199,9 @@ def launch_moments_weight_grad(
             **read, **written, "pixels": count or 1, "C": c, "K": k, "PRECISION": tile.precision,
             "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
-        reads=tuple(read), writes=tuple(written), flops=2 * k * c * (c + 2) if m2 is not None else 6 * k * c,
-        num_warps=tile.num_warps,
+        reads=tuple(read), kind="moments", writes=tuple(written),
+        flops=2 * k * c * (c + 2) if m2 is not None else 6 * k * c,
+        **tile.options,
     )  # fmt: skip
     return MomentsGrad(dw, dgamma, sum_g), q if batch else None
 
@@ -273,17 +263,23 @@ def _moments_input_grad_triton(
     return NotImplemented if launched is None else launched.g
 
 
+def _check_producer_grad(
+    g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: Added | None = None
+) -> None:
+    check_producer(producer)
+
+
 def _moments_producer_grad(
     g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
-    """du as `moments_input_grad` gives it, behind the ReLU of the layer that made u, and the sums of it.
+    """du as `moments_input_grad` gives it, behind the activation of the layer that made u, and the sums of it.
 
     Args:
         g: (N, K, P, Q), masked on load.
         matrices: from `moments_backward`.
         geometry: of the 1x1 convolution.
         producer: of its input (N, C, H, W).
-        add: another gradient of the same input, masked on load, which joins before the ReLU, or None.
+        add: another gradient of the same input, masked on load, which goes through the activation too, or None.
 
     Returns:
         As `conv_producer_grad`.
@@ -291,14 +287,13 @@ def _moments_producer_grad(
     return at_producer(moments_input_grad(g, matrices, producer.output, geometry, add=add), producer)
 
 
-moments_producer_grad = Op(_moments_producer_grad)
+moments_producer_grad = Op(_moments_producer_grad, check=_check_producer_grad)
 
 
 @moments_producer_grad.triton
 def _moments_producer_grad_triton(
     g: OutputGrad, matrices: InputGradMatrices, geometry: Geometry, producer: Producer, *, add: Added | None = None
 ) -> ProducerGrad:
-    check_producer(producer)
     launched = _launched(g, matrices, producer.output, geometry, add=add, producer=producer)
     if launched is None or launched.sums is None:
         return NotImplemented

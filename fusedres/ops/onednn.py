@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .contract import Geometry
+from fusedres.operands import Geometry
+from fusedres.runtime.torch_private import convolve, convolve_onto
 
 
 def runs(tensor: Tensor) -> bool:
@@ -13,14 +14,12 @@ def runs(tensor: Tensor) -> bool:
 
 def conv(u: Tensor, weight: Tensor, shift: Tensor | None, geometry: Geometry) -> Tensor:
     """conv(u, weight) + shift; the weight may be in oneDNN's own layout."""
-    z: Tensor = torch.ops.mkldnn._convolution_pointwise(u, *_arguments(weight, shift, geometry), "none", [], "")
-    return z
+    return convolve(u, *_arguments(weight, shift, geometry))
 
 
 def conv_onto(total: Tensor, u: Tensor, weight: Tensor) -> Tensor:
     """total += conv(u, weight) of a 1x1 weight, in the memory of ``total``."""
-    arguments = _arguments(weight, None, Geometry())
-    torch.ops.mkldnn._convolution_pointwise_.binary(total, u, *arguments, "add", 1.0, None, [], None)
+    convolve_onto(total, u, *_arguments(weight, None, Geometry()))
     return total
 
 

@@ -6,8 +6,8 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
-from .. import backends
-from ..launch import wants_kernels
+from fusedres.runtime import backends
+from fusedres.runtime.launch import wants_kernels
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,12 +18,14 @@ class Op(Generic[P, T]):
 
     ``reference`` is the formula in plain PyTorch, on any device and floating-point dtype. A face registered with
     `triton` launches kernels; one registered with `native` computes the same by calls into a library. Both return
-    ``NotImplemented`` for operands that they do not cover, and the next face runs instead.
+    ``NotImplemented`` for operands that they do not cover, and the next face runs instead. ``check`` takes the same
+    operands, and refuses those that do not fit each other before any face sees them.
     """
 
-    def __init__(self, reference: Callable[P, T]) -> None:
+    def __init__(self, reference: Callable[P, T], *, check: Callable[..., object] | None = None) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
+        self.check = check
         self._triton: Callable[..., Any] | None = None
         self._native: Callable[..., Any] | None = None
 
@@ -36,6 +38,8 @@ class Op(Generic[P, T]):
         return face
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.check is not None:
+            self.check(*args, **kwargs)
         if self._triton is not None and wants_kernels(_first_tensor(args)):
             result = self._triton(*args, **kwargs)
             if result is not NotImplemented:

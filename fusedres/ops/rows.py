@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import launch
-from ..plan.tiles import RowTile, alignment, reduction_tile, row_tile
-from .contract import Partials, channels_last, pixels
+from fusedres.activation import Activation
+from fusedres.operands import Partials
+from fusedres.plan.tiles import RowTile, alignment, reduction_tile, row_tile
+from fusedres.runtime.launch import launch
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,8 +49,12 @@ def empty_rows(like: Tensor, dtype: torch.dtype | None = None, size: Sequence[in
     )
 
 
-def empty_mask(like: Tensor) -> Tensor:
-    """An uninitialised bit mask (`pack_relu_mask`) for an (N, C, H, W) tensor."""
+def empty_mask(like: Tensor, act: Activation) -> Tensor | None:
+    """An uninitialised mask of ``act`` for its output (N, C, H, W): bits, or its input, or None of the identity."""
+    if act.is_identity:
+        return None
+    if act.needs_input:
+        return empty_rows(like)
     n, c, h, w = like.shape
     if word_channels(c) == 32:
         return torch.empty((c // 32, n, h, w), dtype=torch.int32, device=like.device)
@@ -68,20 +73,19 @@ def empty_partials(parts: int, channels: int, device: torch.device) -> Partials:
 
 
 def launch_rows(
-    kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str],
+    kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str], kind: str,
     flops: int = 0, partial: dict[str, int] | None = None, vectors: int = 4, all_registers: bool = False,
 ) -> None:  # fmt: skip
-    """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W), cut as `row_tile` says.
-
-    ``all_registers``: as of `launch`.
-    """
+    """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W) as `row_tile` says; the rest as of `launch`."""
     rows, channels = pixels(over), over.shape[1]
     tile = row_tile(rows, channels, over.element_size(), vectors)
-    _launch(kernel, tile, tile.blocks(rows, channels), over, arguments, reads, writes, flops, partial, all_registers)
+    _launch(
+        kernel, tile, tile.blocks(rows, channels), over, arguments, reads, writes, flops, kind, partial, all_registers
+    )
 
 
 def launch_reduction(
-    kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str],
+    kernel: Any, over: Tensor, arguments: dict[str, Any], *, reads: Sequence[str], writes: Sequence[str], kind: str,
     flops: int = 0,
 ) -> None:  # fmt: skip
     """A reduction by ``kernel`` over the pixels of ``over``, cut as `reduction_parts` says."""
@@ -89,7 +93,7 @@ def launch_reduction(
     tile = reduction_tile(rows, channels)
     parts, per_part = tile.parts(rows, channels)
     arguments = {**arguments, "rows_per_part": per_part}
-    _launch(kernel, tile, parts * tile.pieces(channels), over, arguments, reads, writes, flops, None, False)
+    _launch(kernel, tile, parts * tile.pieces(channels), over, arguments, reads, writes, flops, kind, None, False)
 
 
 def reduction_parts(over: Tensor) -> int:
@@ -100,7 +104,7 @@ def reduction_parts(over: Tensor) -> int:
 
 def _launch(
     kernel: Any, tile: RowTile, blocks: int, over: Tensor, arguments: dict[str, Any], reads: Sequence[str],
-    writes: Sequence[str], flops: int, partial: dict[str, int] | None, all_registers: bool,
+    writes: Sequence[str], flops: int, kind: str, partial: dict[str, int] | None, all_registers: bool,
 ) -> None:  # fmt: skip
     pitches = [value for name, value in arguments.items() if name.endswith("_row")]
     shape = {
@@ -109,5 +113,31 @@ def _launch(
     }  # fmt: skip
     launch(
         kernel, (blocks,), {**arguments, **shape}, reads=reads, writes=writes, partial=partial, flops=flops,
-        num_warps=tile.num_warps, all_registers=all_registers,
+        kind=kind, **tile.options, all_registers=all_registers,
     )  # fmt: skip
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    """A (C,) vector shaped to broadcast over (N, C, H, W)."""
+    return vector.view(1, -1, 1, 1)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """``tensor`` (N, C, H, W) with its channels contiguous; itself when they are."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def pixels(tensor: Tensor) -> int:
+    """Pixels per channel of an (N, C, H, W) tensor."""
+    return tensor.shape[0] * tensor.shape[2] * tensor.shape[3]
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) as (N*H*W, C) rows of pixels: a view when the tensor is channels_last."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.shape[1])
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """(N*H*W, C) rows as a channels_last (N, C, H, W) view, with N, H, W of ``like``."""
+    n, _, h, w = like.shape
+    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)

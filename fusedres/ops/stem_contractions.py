@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from .contract import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry, channels_last, pixels
-from .conv_weight_grad import Pooled, conv_weight_grad, summed_weight_grad
-from .moments_backward import (
+from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry
+from fusedres.ops.conv_weight_grad import Pooled, conv_weight_grad, summed_weight_grad
+from fusedres.ops.moments_backward import (
     MomentsGrad,
     frozen_weight_grad,
     launch_moments_weight_grad,
     moments_contraction,
     moments_weight_grad,
 )
-from .op import Op
-from .rows import storable
-from .stem_pool import stem_pool_backward
+from fusedres.ops.op import Op
+from fusedres.ops.rows import channels_last, pixels, storable
+from fusedres.ops.stem_pool import stem_pool_backward
 
 
 def _output_contraction(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..plan.tiles import alignment
-from .contract import OutputGrad, channels_last, check_activation
-from .relu_mask import is_bits, is_pooled
+from fusedres.operands import OutputGrad
+from fusedres.ops.act_mask import is_bits, is_pooled
+from fusedres.ops.checks import check_activation
+from fusedres.ops.rows import channels_last
+from fusedres.plan.tiles import alignment
 
 
 class ZeroPadded(NamedTuple):

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..offline import Target
-from .conv_tiles import ENOUGH_TILES, NARROWEST, PARTIAL_ELEMENTS, ConvShape, tensor_memory, wide
-from .gpus import target_gpu
-from .tiles import power_above
+from fusedres.compiler.targets import Target
+from fusedres.plan.conv_tiles import ENOUGH_TILES, PARTIAL_ELEMENTS
+from fusedres.plan.gpus import target_gpu
+from fusedres.plan.shapes import NARROWEST, ConvVariant, InParts, Pipelined, power_above, tensor_memory, wide
 
 # A program keeps its sums of the weight's gradient, one for each tap, in the registers of eight warps.
 MOST_SUMS = 1 << 14
 # Of the FLOP/s of long products, what these reach: dy passes through registers and shared memory on its way to both.
 # By the instructions of one step; for a target whose tensor cores are half as fast these hold up half as much.
-TOGETHER_REACHED, APART_REACHED = {True: 1 / 3, False: 1 / 5}, {True: 1 / 2, False: 1 / 4}
+ONE_LAUNCH_REACHED, TWO_LAUNCHES_REACHED = {True: 1 / 3, False: 1 / 5}, {True: 1 / 2, False: 1 / 4}
 FAST_MATRIX_TFLOPS = 500
 # Instructions for each tensor that a value of dy is formed of, at every tap of a window and for so many channels of the
 # input at once; and the share of a product's time that the others of its loop take to issue, on a GPU of fast tensor
@@ -30,7 +30,7 @@ LAUNCH_SECONDS = 10e-6
 
 
 @dataclass(frozen=True)
-class BackwardTile:
+class BackwardTile(InParts, Pipelined):
     """``block_pixels`` at a time of one of ``parts`` of the pixels, ``block_c`` input channels, all output channels.
 
     ``block_k`` is the power of two that holds the output's channels.
@@ -43,74 +43,70 @@ class BackwardTile:
     num_stages: int
     parts: int
 
-    def pieces(self, shape: ConvShape) -> int:
+    def pieces(self, conv: ConvVariant) -> int:
         """Tiles side by side that cover the input's channels."""
-        return -(-shape.c // self.block_c)
-
-    def per_part(self, pixels: int) -> int:
-        """Pixels of a part, a multiple of ``block_pixels``."""
-        return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
+        return -(-conv.c // self.block_c)
 
 
-def backward_tile(shape: ConvShape, target: Target, *, bits: bool = False) -> BackwardTile | None:
+def backward_tile(conv: ConvVariant, target: Target, *, bits: bool = False) -> BackwardTile | None:
     """The tile of `conv_backward` for a convolution of stride 1; None where two launches are faster or nothing fits.
 
     Args:
-        shape: ``operands`` is how many tensors dy is formed of; ``prologue``, whether a producer's sums are wanted.
+        conv: ``operands`` is how many tensors dy is formed of; ``prologue``, whether a producer's sums are wanted.
         target: that it runs on.
         bits: whether bit masks are unpacked in registers: dy's, or that of what is added beside a producer's sums or as
             a pooled gradient.
     """
     # AMD's compilers keep the masks of unrolled taps in scalar registers, and spill hundreds.
-    if target.backend != "cuda" or shape.itemsize != 2 or shape.groups > 1 or shape.pixels == 0:
+    if target.backend != "cuda" or conv.itemsize != 2 or conv.groups > 1 or conv.pixels == 0:
         return None
-    taps, block_k = shape.r * shape.s, max(NARROWEST, power_above(shape.k))
+    taps, block_k = conv.taps, max(NARROWEST, power_above(conv.k))
     # Where both operands of a product come from registers, half as many sums leave room for them.
-    widest = NARROWEST if taps > 1 else 128 if wide(target) else 32 if shape.prologue else 64
-    block_c = max(NARROWEST, min(power_above(shape.c), widest, MOST_SUMS // (taps * block_k)))
+    widest = NARROWEST if taps > 1 else 128 if wide(target) else 32 if conv.prologue else 64
+    block_c = max(NARROWEST, min(power_above(conv.c), widest, MOST_SUMS // (taps * block_k)))
     sums = taps * block_k * block_c
     # Compilers from sm_100 on have no registers for the bits of nine taps, and that for sm_100 for half of the sums.
-    crowded = taps > 1 and ((bits and int(target.arch) >= 100) or (tensor_memory(target) and sums > MOST_SUMS // 2))
-    if crowded or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(shape, target):
+    too_many = taps > 1 and ((bits and int(target.arch) >= 100) or (tensor_memory(target) and sums > MOST_SUMS // 2))
+    if too_many or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(conv, target):
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
     short = taps > 1 or bits or block_k > (64 if target.arch == 120 else 128)
     tile = BackwardTile(16 if short else 32, block_k, block_c, 8, 2 if taps == 1 else 1, 1)
-    programs = ENOUGH_TILES // tile.pieces(shape)
-    weights = taps * shape.c * shape.k
-    moved = shape.pixels * (shape.operands * shape.k + 2 * shape.c) * shape.itemsize
+    programs = ENOUGH_TILES // tile.pieces(conv)
+    weights = taps * conv.c * conv.k
+    moved = conv.pixels * (conv.operands * conv.k + 2 * conv.c) * conv.itemsize
     most = min(PARTIAL_ELEMENTS, moved // 16) // weights  # written and read, half of what the operands take
-    wanted = max(1, min(-(-shape.pixels // (4 * tile.block_pixels)), programs, most))
-    return replace(tile, parts=-(-shape.pixels // replace(tile, parts=wanted).per_part(shape.pixels)))
+    wanted = max(1, min(-(-conv.pixels // (4 * tile.block_pixels)), programs, most))
+    return replace(tile, parts=tile.filled_parts(conv.pixels, wanted))
 
 
-def one_pass_pays(shape: ConvShape, target: Target) -> bool:
+def one_pass_pays(conv: ConvVariant, target: Target) -> bool:
     """Whether one launch takes no longer than two, as far as bytes and FLOPs tell."""
-    gpu, pointwise = target_gpu(target), shape.r * shape.s == 1
-    dy, x = shape.operands * shape.k * shape.itemsize, shape.c * shape.itemsize
-    flops = 2 * shape.r * shape.s * shape.c * shape.k
+    gpu, pointwise = target_gpu(target), conv.taps == 1
+    dy, x = conv.operands * conv.k * conv.itemsize, conv.c * conv.itemsize
+    flops = 2 * conv.taps * conv.c * conv.k
     rate = gpu.rate(torch.bfloat16) * (1 if gpu.matrix_tflops > FAST_MATRIX_TFLOPS else 2)
-    apart = 2 * max((dy + x) / gpu.bandwidth, flops / (APART_REACHED[pointwise] * rate))
-    together = max((dy + 2 * x) / gpu.bandwidth, 2 * flops / (TOGETHER_REACHED[pointwise] * rate))
-    return shape.pixels * (together - apart) <= LAUNCH_SECONDS
+    two_launches = 2 * max((dy + x) / gpu.bandwidth, flops / (TWO_LAUNCHES_REACHED[pointwise] * rate))
+    one_launch = max((dy + 2 * x) / gpu.bandwidth, 2 * flops / (ONE_LAUNCH_REACHED[pointwise] * rate))
+    return conv.pixels * (one_launch - two_launches) <= LAUNCH_SECONDS
 
 
-def writing_pays(shape: ConvShape, target: Target) -> bool:
+def writing_pays(conv: ConvVariant, target: Target) -> bool:
     """Whether dy is written once for both gradients of a window, which would form it again at each of its taps.
 
     Args:
-        shape: ``operands`` is how many tensors dy is formed of.
+        conv: ``operands`` is how many tensors dy is formed of.
         target: that it runs on.
     """
-    taps = shape.r * shape.s
+    taps = conv.taps
     # The figures above are of 16 bits; those of fp32 have not been read.
-    if taps == 1 or shape.operands == 1 or shape.itemsize != 2:
+    if taps == 1 or conv.operands == 1 or conv.itemsize != 2:
         return False
     gpu = target_gpu(target)
     # Of a pixel.
-    product = 2 * taps * shape.c * shape.k * shape.groups / gpu.rate(torch.bfloat16)
-    forms = shape.k * shape.groups * taps * -(-shape.c // FORMED_FOR)
-    forming = FORM_INSTRUCTIONS * shape.operands * forms / (gpu.fp32_tflops * 1e12 / 2)
-    writing = (shape.operands + 1) * shape.k * shape.groups * shape.itemsize / gpu.bandwidth
+    product = 2 * taps * conv.c * conv.k * conv.groups / gpu.rate(torch.bfloat16)
+    forms = conv.k * conv.groups * taps * -(-conv.c // FORMED_FOR)
+    forming = FORM_INSTRUCTIONS * conv.operands * forms / (gpu.fp32_tflops * 1e12 / 2)
+    writing = (conv.operands + 1) * conv.k * conv.groups * conv.itemsize / gpu.bandwidth
     spared = 2 * (max(product, OTHERS * product + forming) - product)
-    return shape.pixels * (spared - writing) > LAUNCH_SECONDS
+    return conv.pixels * (spared - writing) > LAUNCH_SECONDS

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..offline import TARGETS, Target
+from fusedres.compiler.targets import TARGETS, Target
+from fusedres.context import context, here
 
 # What long streams of loads and multiplications reach of a data sheet's figures: 3.0 of an H100's 3.35 TB/s, 800 of
 # its 989 TFLOP/s.
@@ -26,7 +25,7 @@ class Gpu:
     Attributes:
         name: how commands call it.
         title: what PyTorch's name of the device contains, lower case.
-        target: of `offline.TARGETS`.
+        target: of `compiler.TARGETS`.
         tb_per_s: memory bandwidth, 10^12 bytes per second.
         matrix_tflops: bf16 and fp16 multiplied with fp32 accumulators, dense.
         tf32_tflops: TF32, dense; where there is none, fp32 on the matrix units.
@@ -125,24 +124,15 @@ def target_gpu(target: Target) -> Gpu:
     return next((gpu for gpu in GPUS.values() if TARGETS[gpu.target] == target), GPUS["a100"])
 
 
-_assumed = threading.local()
-
-
 def assumed_gpu() -> Gpu | None:
     """What `assume_gpu` says, if anything."""
-    gpu: Gpu | None = getattr(_assumed, "gpu", None)
+    gpu: Gpu | None = here().gpu
     return gpu
 
 
-@contextmanager
-def assume_gpu(gpu: Gpu) -> Iterator[None]:
+def assume_gpu(gpu: Gpu) -> AbstractContextManager[None]:
     """Choose for ``gpu`` on this thread inside the ``with`` block, whatever the device of the tensors."""
-    previous = assumed_gpu()
-    _assumed.gpu = gpu
-    try:
-        yield
-    finally:
-        _assumed.gpu = previous
+    return context(gpu=gpu)
 
 
 def _target(properties: Any) -> str:

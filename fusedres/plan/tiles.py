@@ -1,12 +1,14 @@
 """How kernels that pass over rows of pixels cut them: pure functions of shape and dtype, and a way to pin a choice."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ..offline import Target
+from fusedres.compiler.targets import Target
+from fusedres.context import context, here
+from fusedres.plan.shapes import Compiled, InParts, Pipelined, power_above
 
 AnyTile = TypeVar("AnyTile")
 
@@ -21,7 +23,7 @@ MOST_PARTS = 2048
 
 
 @dataclass(frozen=True)
-class RowTile:
+class RowTile(Compiled):
     """A tile of ``block_rows`` rows by ``block_c`` channels, both powers of two, worked on by ``num_warps`` warps."""
 
     block_rows: int
@@ -44,7 +46,7 @@ class RowTile:
 
 
 @dataclass(frozen=True)
-class PartialTile:
+class PartialTile(Compiled):
     """How (parts, channels) partial sums are combined: ``block_parts`` at a time, ``block_c`` channels a program."""
 
     block_parts: int = 128
@@ -53,7 +55,7 @@ class PartialTile:
 
 
 @dataclass(frozen=True)
-class MomentsTile:
+class MomentsTile(InParts, Pipelined):
     """A ``block_c`` x ``block_c`` piece of a Gram matrix, ``block_pixels`` rows at a time; ``parts`` of the pixels."""
 
     block_pixels: int
@@ -67,10 +69,6 @@ class MomentsTile:
         pieces = -(-channels // self.block_c)
         return pieces * (pieces + 1) // 2
 
-    def per_part(self, pixels: int) -> int:
-        """Pixels of a part, a multiple of ``block_pixels``."""
-        return max(1, -(-pixels // self.parts // self.block_pixels)) * self.block_pixels
-
 
 def moments_tile(pixels: int, channels: int, itemsize: int, target: Target) -> MomentsTile:
     """The tile of `input_moments`: as many parts as keep a large GPU busy and no more, for each writes its sums."""
@@ -79,11 +77,11 @@ def moments_tile(pixels: int, channels: int, itemsize: int, target: Target) -> M
     side = 32 if target.backend == "hip" or itemsize == 4 else 64
     tile = MomentsTile(side, max(16, min(side, power_above(channels))), 1)
     wanted = max(1, min(-(-pixels // tile.block_pixels), PROGRAMS // 2 // tile.pairs(channels)))
-    return replace(tile, parts=-(-pixels // replace(tile, parts=wanted).per_part(pixels)))
+    return replace(tile, parts=tile.filled_parts(pixels, wanted))
 
 
 @dataclass(frozen=True)
-class MatrixTile:
+class MatrixTile(Compiled):
     """``block_k`` x ``block_c`` of a product of small fp32 matrices; ``precision`` of `tl.dot`."""
 
     block_k: int
@@ -127,62 +125,39 @@ def _tiles(rows: int, channels: int, per_thread: int) -> tuple[RowTile, ...]:
     return tuple(dict.fromkeys([default, *others]))
 
 
-def power_above(number: int) -> int:
-    """The smallest power of two that is not below ``number``."""
-    return 1 << max(0, number - 1).bit_length()
-
-
 def alignment(*lengths: int | None) -> int:
     """The largest power of two up to 16 that divides numbers of channels, and the distances of rows where one is given:
     what a kernel may assume of addresses."""
     return math.gcd(16, *(length for length in lengths if length is not None))
 
 
-_pinned: list[RowTile] = []
 # Lists of tiles have no more of them.
 MOST_TILES = 4
-_places: list[int] = []
-_by_hand = 0
-
-
-@contextmanager
-def on_top(stack: list[AnyTile], value: AnyTile) -> Iterator[None]:
-    """``value`` is the last of a stack inside the ``with`` block."""
-    global _by_hand
-    stack.append(value)
-    _by_hand += 1
-    try:
-        yield
-    finally:
-        stack.pop()
-        _by_hand -= 1
-
-
-def chosen_by_hand() -> bool:
-    """Whether some tile is not the plan's choice now."""
-    return _by_hand > 0
 
 
 def listed(place: int) -> AbstractContextManager[None]:
     """Take the tile at a place of every list inside the ``with`` block, or its last where it is shorter."""
-    return on_top(_places, place)
+    return context(place=place)
 
 
 def chosen(tiles: Sequence[AnyTile]) -> AnyTile:
     """The default among ``tiles``, which is the first, or what `listed` says."""
-    return tiles[min(_places[-1], len(tiles) - 1)] if _places else tiles[0]
+    place = here().place
+    return tiles[0 if place is None else min(place, len(tiles) - 1)]
 
 
 def pinned(tile: RowTile) -> AbstractContextManager[None]:
     """Run every kernel over rows with this tile inside the ``with`` block, whatever the shape."""
-    return on_top(_pinned, tile)
+    return context(row_tile=tile)
 
 
 def row_tile(rows: int, channels: int, itemsize: int, vectors: int = 4) -> RowTile:
     """The pinned tile, or one of `row_tiles`."""
-    return _pinned[-1] if _pinned else chosen(row_tiles(rows, channels, itemsize, vectors))
+    tile: RowTile | None = here().row_tile
+    return tile or chosen(row_tiles(rows, channels, itemsize, vectors))
 
 
 def reduction_tile(rows: int, channels: int) -> RowTile:
     """The pinned tile, or one of `reduction_tiles`."""
-    return _pinned[-1] if _pinned else chosen(reduction_tiles(rows, channels))
+    tile: RowTile | None = here().row_tile
+    return tile or chosen(reduction_tiles(rows, channels))

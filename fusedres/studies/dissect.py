@@ -11,12 +11,12 @@ from torch import nn
 from fusedres.nn.plain import NoShortcut
 from fusedres.train.network import build
 
-__all__ = ["Dissected", "Part", "blocks_of", "dissected_resnet"]
+__all__ = ["DissectedBlock", "Part", "blocks_of", "dissected_resnet"]
 
 Part = Literal["whole", "shortcut", "residual", "gradient by shortcut", "gradient by residual"]
 
 
-class Dissected(nn.Module):
+class DissectedBlock(nn.Module):
     """relu(residual(x) + shortcut(x)) of a basic block, or what `part` leaves of it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Dissected(nn.Module):
 
 
 def dissected_resnet(name: str, *, classes: int = 10, channels: int = 1, part: Part = "whole") -> nn.Module:
-    """A CIFAR residual network by name whose blocks are all `Dissected`, each as ``part`` says.
+    """A CIFAR residual network by name whose blocks are all `DissectedBlock`, each as ``part`` says.
 
     Raises:
         ValueError: the network has no basic blocks in its stages, or these have no shortcuts.
@@ -64,7 +64,7 @@ def dissected_resnet(name: str, *, classes: int = 10, channels: int = 1, part: P
                 raise ValueError(f"model: expected a network of basic blocks such as cifar_resnet20, got {name!r}")
             if isinstance(block.downsample, NoShortcut):
                 raise ValueError(f"model: expected a network with shortcuts such as cifar_resnet20, got {name!r}")
-            dissected = Dissected(block)
+            dissected = DissectedBlock(block)
             dissected.part = part
             stage[i] = dissected
     if not stages:
@@ -72,6 +72,6 @@ def dissected_resnet(name: str, *, classes: int = 10, channels: int = 1, part: P
     return model
 
 
-def blocks_of(model: nn.Module) -> Sequence[Dissected]:
+def blocks_of(model: nn.Module) -> Sequence[DissectedBlock]:
     """The dissected blocks, from input to output."""
-    return [module for module in model.modules() if isinstance(module, Dissected)]
+    return [module for module in model.modules() if isinstance(module, DissectedBlock)]

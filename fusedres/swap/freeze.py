@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..nn.fused import Fused
-from ..nn.parts import NotFusable, Pair
-from .swap import Frozen, check_model, frozen_class, fuse, unfuse
+from fusedres.nn.fused import Fused
+from fusedres.nn.parts import NotFusable, Pair
+from fusedres.swap.swap import Frozen, check_model, frozen_class, fuse, unfuse
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..launch import why_not_on
-from ..nn.fused import Fused, FusedPass, FusedStem, plain_base, traced_everywhere
-from ..nn.parts import PLAIN_TENSORS
-from ..plan import AUTO
-from .families import NOTHING_TO_FUSE, families
-from .report import Report, Row
-from .swap import check_model, fused_class, why_own
+from fusedres.nn.fused import Fused, FusedPass, plain_base
+from fusedres.nn.stem import FusedStem
+from fusedres.nn.tracing import PLAIN_TENSORS, why_traced_everywhere
+from fusedres.patterns.choose import AUTO
+from fusedres.runtime.launch import why_not_on
+from fusedres.runtime.torch_private import AnyBatchNorm, is_compiled
+from fusedres.swap.registry import NOTHING_TO_FUSE, families, fused_class, why_own
+from fusedres.swap.report import Report, Row
+from fusedres.swap.swap import check_model
 
 
 def report(model: nn.Module) -> Report:
@@ -31,7 +33,7 @@ def report(model: nn.Module) -> Report:
     compiled: list[str] = []
     blocks: list[str] = []
     for name, module in model.named_modules():
-        if _is_compiled(module):
+        if is_compiled(module):
             compiled.append(name)
         row = _row(name, module)
         if row is None and not _is_inside(name, blocks) and _owns_layers(module):
@@ -69,11 +71,6 @@ def _is_block(cls: type[nn.Module]) -> bool:
     return fused is not None and issubclass(fused, FusedPass)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    wrapper = type(module).__module__.startswith("torch._dynamo") and hasattr(module, "_orig_mod")
-    return wrapper or module.__dict__.get("_compiled_call_impl") is not None
-
-
 def _row(name: str, module: nn.Module) -> Row | None:
     cls = type(module)
     if isinstance(module, Fused):
@@ -99,7 +96,7 @@ def _row(name: str, module: nn.Module) -> Row | None:
 def why_now(module: Fused) -> str | None:
     """Why the next call of a fused module would run its plain forward, or None."""
     cls = type(module)
-    reason = cls.why_plain(module) or traced_everywhere()
+    reason = cls.why_plain(module) or why_traced_everywhere()
     if reason is not None:
         return reason
     for conv in cls.parts_of(module).convs:
@@ -129,10 +126,10 @@ def _kind(plain: type[nn.Module], fused: type[nn.Module]) -> str:
 
 def _owns_layers(module: nn.Module) -> bool:
     """Whether a module has both a convolution and a batch norm below it, with nothing but containers between."""
-    if _holds_alone(module) or isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm):
+    if _holds_alone(module) or isinstance(module, nn.Conv2d | AnyBatchNorm):
         return False
     owned = list(_own_layers(module))
-    norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in owned)
+    norms = any(isinstance(layer, AnyBatchNorm) for layer in owned)
     return norms and any(isinstance(layer, nn.Conv2d) for layer in owned)
 
 

@@ -4,10 +4,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..nn.fused import OF_INSTANCES, Fused, fused_subclass, plain_base
-from ..nn.genuine import Watch
-from ..plan import AUTO, check_schedule
-from .families import families
+from fusedres.nn.fused import Fused, plain_base
+from fusedres.nn.scripting import OF_INSTANCES
+from fusedres.patterns.choose import AUTO, check_schedule
+from fusedres.swap.registry import families, fused_again, fused_class
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -95,7 +95,8 @@ class Frozen:
         # The class behind this one may itself be one that was made, which is found by what it was made of.
         reduced: Any = super().__reduce_ex__(protocol)
         inner = type(self).__bases__[1]
-        return (_frozen_again, inner.__dict__.get("fused_made_of", (inner,)), *reduced[2:])
+        made_by = inner.__dict__.get("fused_made_by")
+        return (_frozen_again, (inner, False) if made_by is None else (made_by[1], True), *reduced[2:])
 
 
 def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -110,42 +111,16 @@ def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
 _frozen: dict[Any, type[nn.Module]] = {}
 
 
-def _frozen_again(*made_of: Any) -> nn.Module:
-    frozen = frozen_class(fused_subclass(*made_of) if len(made_of) > 1 else made_of[0])
+def _frozen_again(cls: type[nn.Module], fused: bool) -> nn.Module:
+    frozen = frozen_class(fused_again(cls) if fused else cls)
     return frozen.__new__(frozen)
-
-
-def fused_class(cls: type[nn.Module]) -> type[Fused] | None:
-    """The fused class of modules of this one, if the library knows it, or a class that it derives from and computes as.
-
-    A subclass computes as its base if a call of it runs the base's code: it may be built in another way.
-    """
-    if issubclass(cls, Fused):
-        return None
-    known = families()
-    base = next((base for base in cls.__mro__ if base in known), None)
-    if base is None or why_own(cls, base) is not None:
-        return None
-    return known[base] if cls is base else fused_subclass(known[base], cls)
-
-
-def why_own(cls: type[nn.Module], base: type[nn.Module]) -> str | None:
-    """What a subclass of a known class computes in its own way, or None."""
-    for watch in families()[base].fused_watches:
-        if _looked_up(cls, watch) is not _looked_up(base, watch):
-            return f"{cls.__module__}.{cls.__qualname__} derives from {base.__name__} and has its own {watch.name}"
-    return None
-
-
-def _looked_up(cls: type[nn.Module], watch: Watch) -> Any:
-    return getattr(cls, watch.name, None)
 
 
 def plain_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class that a module of a fused class had before it was fused; None: it is no such class."""
     if not issubclass(cls, Fused):
         return None
-    if cls in families().values() or "fused_made_of" in cls.__dict__:
+    if cls in families().values() or "fused_made_by" in cls.__dict__:
         return plain_base(cls)
     if issubclass(cls, Frozen):
         inner = plain_class(cls.__bases__[1])

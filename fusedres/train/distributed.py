@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from fusedres.devices import default_device, existing_device, gpus, made_current
+from fusedres.runtime.devices import default_device, existing_device, gpus, made_current
 
 __all__ = ["World", "world"]
 

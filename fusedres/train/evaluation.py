@@ -76,7 +76,7 @@ class Evaluator:
         source, size = self.source, self.batch
         if view is not None:
             assert isinstance(source, Folder)
-            source = source.seen(view)
+            source = source.with_view(view)
             # Whole images differ in shape, and ten crops are ten images.
             size = self.world.size * (1 if view.kind == "whole" else max(1, self.batch // self.world.size // 10))
         order = Order(len(source.labels), size, seed=None, rank=self.world.rank, ranks=self.world.size)

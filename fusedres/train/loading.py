@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fusedres.runtime.torch_private import end_workers
 from fusedres.train.augment import Augment
 from fusedres.train.draws import uniform
 from fusedres.train.sources import DataError, Source
@@ -128,6 +129,4 @@ def _ignore_signals(_: int) -> None:
 
 def close(batches: DataLoader[Any]) -> None:
     """End the workers of a loader, which would otherwise live as long as any reference to it."""
-    shut_down = getattr(batches._iterator, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
+    end_workers(batches)

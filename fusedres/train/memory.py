@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fusedres.bench.saved_activations import per_image
+from fusedres.traffic.saved import per_image
 
 if sys.platform != "win32":
     import resource

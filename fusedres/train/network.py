@@ -12,6 +12,8 @@ from torch import nn
 
 import fusedres
 from fusedres.models import registry
+from fusedres.models.sources import torchvision_names, torchvision_source
+from fusedres.nn.plain import StochasticBlock
 
 __all__ = ["Network", "build", "drops_blocks", "known_options", "layers"]
 
@@ -66,18 +68,14 @@ def build(
 
 
 def _torchvision(name: str, classes: int, options: dict[str, Any]) -> nn.Module:
-    try:
-        from torchvision import models
-    except ImportError:
-        models = None
-    known = models.list_models(module=models) if models is not None else []
+    known = torchvision_names()
     if name not in known:
         names = list(dict.fromkeys((*registry.names(), *known)))
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
         besides = "" if known else "; torchvision, whose networks are known too, is not installed"
         raise ValueError(f"model: expected the name of a network such as {', '.join(near)}, got {name!r}{besides}")
     try:
-        return models.get_model(name, weights=None, num_classes=classes, **options)
+        return torchvision_source(name).build(num_classes=classes, **options)
     except TypeError as error:
         raise ValueError(f"option: {name}: {error}") from error
 
@@ -98,7 +96,7 @@ def known_options(pairs: Iterable[str]) -> dict[str, Any]:
 
 def drops_blocks(model: nn.Module) -> bool:
     """Whether a step may leave out blocks, and with them their parameters: stochastic depth."""
-    return any(kind.__name__ == "StochasticBlock" for module in model.modules() for kind in type(module).__mro__)
+    return any(isinstance(module, StochasticBlock) for module in model.modules())
 
 
 def layers(model: nn.Module) -> int:

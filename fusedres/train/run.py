@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fusedres.outputs import check_packages
+from fusedres.arguments import check_packages
 from fusedres.train import checkpoint, memory, trainer
 from fusedres.train.augment import Augment, measure
 from fusedres.train.data import open_data

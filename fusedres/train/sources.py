@@ -118,7 +118,7 @@ class Folder:
             return torch.stack([whole, whole.flip(-1)])
         return T.pil_to_tensor(T.center_crop(image, self.view.size))
 
-    def seen(self, view: View) -> Folder:
+    def with_view(self, view: View) -> Folder:
         """The same images through another view."""
         return Folder(self.files, self.labels, self.crop, view)
 

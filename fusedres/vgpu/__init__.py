@@ -1,6 +1,6 @@
 """Compiled Triton kernels executed on the CPU: what the compiler of a GPU made, thread by thread."""
 
-from .errors import (
+from fusedres.vgpu.errors import (
     Divergence,
     Misaligned,
     NeverWritten,
@@ -11,8 +11,8 @@ from .errors import (
     Unavailable,
     VgpuError,
 )
-from .host import why_unavailable
-from .run import TARGETS, ArgumentTraffic, Counters, compare_orders, run
+from fusedres.vgpu.host import why_unavailable
+from fusedres.vgpu.run import TARGETS, ArgumentTraffic, Counters, compare_orders, run
 
 __all__ = [
     "TARGETS",

@@ -2,9 +2,9 @@
 
 import re
 
-from .errors import NotExecutable
-from .ir import Body, Dialect, IntrinsicRule, size_of
-from .rules import arithmetic, axis, block_barrier, meeting, nothing, runtime
+from fusedres.vgpu.errors import NotExecutable
+from fusedres.vgpu.ir import Body, Dialect, IntrinsicRule, size_of
+from fusedres.vgpu.rules import arithmetic, axis, block_barrier, meeting, nothing, runtime
 
 _AS_BITS = {"float": "i32", "half": "i16", "bfloat": "i16"}
 

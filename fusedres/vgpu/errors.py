@@ -1,13 +1,13 @@
 """What can go wrong when a kernel is executed on the CPU."""
 
-from .. import offline
+from fusedres.compiler import targets
 
 
 class VgpuError(RuntimeError):
     """A kernel did what a GPU would not forgive, or what this machine can not execute."""
 
 
-class Unavailable(VgpuError, offline.Unavailable):
+class Unavailable(VgpuError, targets.Unavailable):
     """This machine lacks something that executing kernels needs; the message says what to install."""
 
 

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import Unavailable
-from .ir import ENTRY, Module
+from fusedres.vgpu.errors import Unavailable
+from fusedres.vgpu.ir import ENTRY, Module
 
 try:
     import llvmlite.binding as llvm

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy
 
-from .errors import NotExecutable
+from fusedres.vgpu.errors import NotExecutable
 
 ENTRY = "vgpu_entry"
 SLOT = 8  # bytes of an argument in the block that the entry point unpacks

@@ -3,9 +3,9 @@
 import re
 from typing import NamedTuple
 
-from .errors import NotExecutable
-from .ir import AsmCall, Body, Dialect, IntrinsicRule, members_of, size_of
-from .rules import arithmetic, axis, block_barrier, meeting, nothing, runtime
+from fusedres.vgpu.errors import NotExecutable
+from fusedres.vgpu.ir import AsmCall, Body, Dialect, IntrinsicRule, members_of, size_of
+from fusedres.vgpu.rules import arithmetic, axis, block_barrier, meeting, nothing, runtime
 
 INTRINSICS: list[tuple[str, IntrinsicRule]] = [
     (r"read\.ptx\.sreg\.tid\.x", runtime("vgpu_thread")),

@@ -2,7 +2,7 @@
 
 import re
 
-from .ir import Body, IntrinsicRule
+from fusedres.vgpu.ir import Body, IntrinsicRule
 
 
 def runtime(symbol: str) -> IntrinsicRule:

@@ -14,12 +14,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from .. import offline
-from ..offline import Specialisation, compile_for, specialise, target_named
-from . import errors, host
-from .amd import AMD
-from .ir import SLOT, Rewriter
-from .nvidia import NVIDIA
+from fusedres.compiler.binary import Specialisation, compile_for, specialise
+from fusedres.compiler.targets import target_named, triton
+from fusedres.vgpu import errors, host
+from fusedres.vgpu.amd import AMD
+from fusedres.vgpu.ir import SLOT, Rewriter
+from fusedres.vgpu.nvidia import NVIDIA
 
 DIALECTS = {"sm_80": NVIDIA, "sm_90": NVIDIA, "gfx1100": AMD}
 TARGETS = tuple(DIALECTS)
@@ -154,7 +154,7 @@ def run(
     if target not in DIALECTS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     host.require()
-    if not isinstance(kernel, offline.triton.JITFunction):
+    if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"kernel: expected a function of triton.jit, got {kernel!r}")
     if not isinstance(num_warps, int) or num_warps < 1 or num_warps & (num_warps - 1):
         raise ValueError(f"num_warps: expected a power of two, got {num_warps!r}")

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, pad
 
+from fusedres.activation import IDENTITY, RELU, Activation
 from fusedres.autograd import ConvChain
-from fusedres.autograd.spec import ChainSpec, LayerSpec, NormSpec
-from fusedres.ops.contract import Geometry
-from fusedres.plan import SCHEDULES, Schedule
-from fusedres.plan.choose import LIBRARY
+from fusedres.autograd.shortcut import NO_SHORTCUT, Identity, Projection, Residual, Shortcut, ZeroPad
+from fusedres.autograd.spec import ChainSpec, LayerSpec
+from fusedres.operands import Geometry, NormNumbers
+from fusedres.patterns.choose import LIBRARY
+from fusedres.plan.schedule import SCHEDULES, Schedule
+from fusedres.runtime import backends
+from fusedres.runtime.call import Call
 
 ALL_SCHEDULES = {**SCHEDULES, "library": LIBRARY}
 EPS, MOMENTUM = 1e-3, 0.2
@@ -50,9 +54,11 @@ class Case:
     layers: tuple[Conv, ...]
     shortcut: str = "none"
     projection: Conv | None = None
-    act: str | None = "relu"
+    act: Activation = RELU
     stride: int = 1
     """Of a zero-pad shortcut."""
+    inner: Activation = RELU
+    """Behind every layer but the last."""
     image: str = "random"
 
     @property
@@ -67,20 +73,22 @@ class Case:
 
 
 class LayerTensors(NamedTuple):
+    """In the order of `Layer.tensors`."""
+
     weight: Tensor
-    bias: Tensor | None
     gamma: Tensor | None
     beta: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
+    bias: Tensor | None
     counted: Tensor | None = None
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        return self[:4]
+        return self.weight, self.gamma, self.beta, self.bias
 
 
-PARAMETER_NAMES = ("weight", "bias", "gamma", "beta")
+PARAMETER_NAMES = ("weight", "gamma", "beta", "bias")
 
 
 @dataclass
@@ -99,7 +107,7 @@ class Tensors:
             return tensor.detach().clone().to(to).requires_grad_(grad and tensor.requires_grad)
 
         own = parameters or dtype
-        layers = [LayerTensors(*(copied(t, own, i < 4) for i, t in enumerate(layer))) for layer in self.layers]
+        layers = [LayerTensors(*(copied(t, own, True) for t in layer)) for layer in self.layers]
         dz = None if self.dz is None else self.dz.to(dtype)
         return Tensors(copied(self.x, dtype, True), copied(self.residual, dtype, True), layers, dz)
 
@@ -142,11 +150,11 @@ def tensors_of(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) ->
             beta = beta + 6
         return LayerTensors(
             weight,
-            draw(conv.k) if conv.bias else None,
             gamma if conv.affine else None,
             beta if conv.affine else None,
-            0.5 * draw(conv.k) if conv.running else None,
-            draw(conv.k).abs() + 0.5 if conv.running else None,
+            bias=draw(conv.k) if conv.bias else None,
+            running_mean=0.5 * draw(conv.k) if conv.running else None,
+            running_var=draw(conv.k).abs() + 0.5 if conv.running else None,
         )
 
     x = draw(*case.size)
@@ -170,7 +178,7 @@ def tensors_of(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) ->
 
 
 def _layer(u: Tensor, tensors: LayerTensors, conv: Conv) -> Tensor:
-    weight, bias, gamma, beta, running_mean, running_var, _ = tensors
+    weight, gamma, beta, running_mean, running_var, bias, _ = tensors
     y = conv2d(u, weight, bias, *conv.geometry)
     return batch_norm(y, running_mean, running_var, gamma, beta, not conv.frozen, MOMENTUM, EPS)
 
@@ -180,7 +188,7 @@ def _chain(tensors: Tensors, case: Case, inner: list[Tensor] | None = None) -> T
     for i, conv in enumerate(case.layers):
         u = _layer(u, tensors.layers[i], conv)
         if i < len(case.layers) - 1:
-            u = u.relu()
+            u = case.inner.value(u)
             if inner is not None:
                 inner.append(u)
     return u
@@ -189,7 +197,7 @@ def _chain(tensors: Tensors, case: Case, inner: list[Tensor] | None = None) -> T
 def eager(tensors: Tensors, case: Case, inner: list[Tensor] | None = None) -> Tensor:
     """Plain PyTorch; updates the running statistics. ``inner`` collects the rectified tensors inside the chain."""
     z = before_act(tensors, case, inner)
-    return z.relu() if case.act else z
+    return case.act.value(z)
 
 
 def before_act(tensors: Tensors, case: Case, inner: list[Tensor] | None = None) -> Tensor:
@@ -214,29 +222,40 @@ def kink_margin(tensors: Tensors, case: Case) -> float:
         for i, conv in enumerate(case.layers[:-1]):
             y = _layer(u, tensors.layers[i], conv)
             margins.append(float(y.abs().min()))
-            u = y.relu()
-        if case.act:
+            u = case.inner.value(y)
+        if not case.act.is_identity:
             margins.append(float(before_act(tensors, case).abs().min()))
     return min(margins, default=1.0)
 
 
-def spec_of(case: Case, schedule: Schedule, dtype: torch.dtype, moments: tuple[bool, bool] | None = None) -> ChainSpec:
+def shortcut_of(case: Case, projection: LayerSpec | None) -> Shortcut:
+    if projection is not None:
+        return Projection(projection)
+    kinds = {"identity": Identity(), "zero_pad": ZeroPad((case.stride, case.stride)), "residual": Residual()}
+    return kinds.get(case.shortcut, NO_SHORTCUT)
+
+
+def spec_of(
+    case: Case,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    moments: tuple[bool, bool] | None = None,
+    call: Call | None = None,
+) -> ChainSpec:
     """``moments``: whether the last convolution and the projection take that form; by default as the schedule says."""
     main, projected = moments or (schedule.moments, schedule.moments)
 
     def layer(conv: Conv, wanted: bool) -> LayerSpec:
-        norm = NormSpec(EPS, MOMENTUM, not conv.frozen)
-        return LayerSpec(conv.geometry, norm, wanted and conv.pointwise)
+        norm = NormNumbers(EPS, MOMENTUM, not conv.frozen)
+        return LayerSpec(conv.geometry, norm, case.inner, wanted and conv.pointwise)
 
     last = len(case.layers) - 1
     return ChainSpec(
-        layers=tuple(layer(conv, main and i == last) for i, conv in enumerate(case.layers)),
+        call=call or Call(dtype, backend=backends.current()),
         schedule=schedule,
-        dtype=dtype,
-        projection=layer(case.projection, projected) if case.projection else None,
-        shortcut="projection" if case.projection else case.shortcut,
+        layers=tuple(layer(conv, main and i == last) for i, conv in enumerate(case.layers)),
+        shortcut=shortcut_of(case, layer(case.projection, projected) if case.projection else None),
         act=case.act,
-        zero_pad_stride=(case.stride, case.stride),
     )
 
 
@@ -247,8 +266,9 @@ def fused(
     moments: tuple[bool, bool] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    spec = spec_of(case, schedule, dtype or tensors.x.dtype, moments)
     flat = [tensor for layer in tensors.layers for tensor in layer]
+    call = replace(Call.on(tensors.x, (tensors.residual, *flat)), dtype=dtype or tensors.x.dtype)
+    spec = spec_of(case, schedule, call.dtype, moments, call)
     return ConvChain.apply(tensors.x, tensors.residual, spec, *flat)
 
 
@@ -301,7 +321,7 @@ CASES = {
     "bottleneck, grouped": Case((2, 16, 5, 5), (Conv(4), Conv(4, 3, groups=2), Conv(16)), "identity"),
     "bottleneck, dilated": Case((2, 12, 7, 6), (Conv(3), Conv(3, 3, dilation=2), Conv(12)), "identity"),
     "bottleneck, zero-pad": Case((2, 5, 6, 5), (Conv(3), Conv(3, 3, stride=2), Conv(12)), "zero_pad", stride=2),
-    "bottleneck, no ReLU after the sum": replace(PROJECTED, act=None),
+    "bottleneck, no ReLU after the sum": replace(PROJECTED, act=IDENTITY),
     "bottleneck, external residual": replace(PROJECTED, projection=None, shortcut="residual"),
     "bottleneck, biased": PROJECTED.each(bias=True),
     "bottleneck, frozen statistics": PROJECTED.each(frozen=True),
@@ -326,15 +346,15 @@ CASES = {
     "1x1 chain, constant input": Case((2, 4, 3, 3), (Conv(3), Conv(8)), projection=Conv(8), image="constant"),
     "one 3x3": Case((2, 5, 6, 7), (Conv(6, 3),)),
     "one 3x3, biased, strided": Case((2, 5, 7, 7), (Conv(6, 3, stride=2, bias=True),)),
-    "one 3x3, no ReLU": Case((2, 5, 6, 7), (Conv(6, 3),), act=None),
+    "one 3x3, no ReLU": Case((2, 5, 6, 7), (Conv(6, 3),), act=IDENTITY),
     "one 3x3, external residual": Case((2, 5, 6, 7), (Conv(6, 3),), "residual"),
-    "one 3x3, external residual, no ReLU": Case((2, 5, 6, 7), (Conv(6, 3),), "residual", act=None),
+    "one 3x3, external residual, no ReLU": Case((2, 5, 6, 7), (Conv(6, 3),), "residual", act=IDENTITY),
     "one 3x3, identity": Case((2, 6, 5, 5), (Conv(6, 3),), "identity"),
     "one 3x3, zero-pad": Case((2, 4, 5, 6), (Conv(6, 3, stride=2),), "zero_pad", stride=2),
     "one 7x7 on three channels": Case((2, 3, 13, 12), (Conv(6, 7, stride=2),)),
     "one 1x1": Case((2, 4, 5, 5), (Conv(12),)),
     "one 1x1, external residual": Case((2, 4, 5, 5), (Conv(12),), "residual"),
-    "one 1x1, strided, no ReLU, external residual": Case((2, 4, 5, 6), (Conv(12, stride=2),), "residual", act=None),
+    "one 1x1, strided, no ReLU, external residual": Case((2, 4, 5, 6), (Conv(12, stride=2),), "residual", act=IDENTITY),
     "one 1x1, projection": Case((2, 4, 5, 6), (Conv(12, stride=2),), projection=Conv(12, stride=2)),
     "one depthwise": Case((2, 6, 5, 5), (Conv(6, 3, groups=6),)),
     "four layers": Case((2, 8, 5, 5), (Conv(4), Conv(4, 3), Conv(5, 3), Conv(8)), "identity"),

@@ -1,4 +1,4 @@
-"""fusedres.autograd.add_act: the end of a block without a batch norm, against autograd of plain PyTorch."""
+"""fusedres.autograd.ends, AddAct: the end of a block without a batch norm, against autograd of plain PyTorch."""
 
 import pytest
 import torch

@@ -1,19 +1,19 @@
-"""fusedres.autograd.bn_add_act: the block end on its own, against autograd of plain PyTorch."""
-
-from dataclasses import replace
+"""fusedres.autograd.ends, BNAddAct: the block end on its own, against autograd of plain PyTorch."""
 
 import pytest
 import torch
 from torch.nn.functional import batch_norm
 
+from fusedres.activation import activation_named
 from fusedres.autograd import BNAddAct
-from fusedres.autograd.bn_add_act import BNAddActSpec
-from fusedres.autograd.spec import NormSpec, NormTensors
+from fusedres.autograd.ends import BNAddActSpec
+from fusedres.operands import Norm, NormNumbers
+from fusedres.runtime.call import Call
 from tests.comparison import LOW, assert_as_accurate_as_eager, assert_close
 
 EPS, MOMENTUM = 1e-3, 0.2
-NORM = NormSpec(EPS, MOMENTUM)
-FROZEN = replace(NORM, batch_stats=False)
+NORM = NormNumbers(EPS, MOMENTUM)
+FROZEN = NORM._replace(batch_stats=False)
 BNS = ("main", "other")
 
 
@@ -32,7 +32,7 @@ class Block:
         for _ in BNS:
             g = 1 + 0.3 * draw(k).to(wide) if gamma is None else torch.full((k,), gamma, dtype=wide)
             self.norms.append(
-                NormTensors(
+                Norm(
                     g.requires_grad_() if affine else None,
                     (0.3 * draw(k)).to(wide).requires_grad_() if affine else None,
                     draw(k).to(wide) if running else None,
@@ -54,7 +54,7 @@ class Block:
             return (made.double() if wide else made).requires_grad_(tensor.requires_grad)
 
         copy.y, copy.residual, copy.dz = copied(self.y), copied(self.residual), copied(self.dz)
-        copy.norms = [NormTensors(*map(copied, norm)) for norm in self.norms]
+        copy.norms = [Norm(*map(copied, norm.tensors)) for norm in self.norms]
         copy.normalised = self.normalised
         return copy
 
@@ -72,8 +72,10 @@ class Block:
 
     def fused(self, norm=NORM, other=NORM, act="relu"):
         other_spec = other if self.normalised else None
-        tensors = [*self.norms[0], *(self.norms[1] if self.normalised else NormTensors())]
-        return BNAddAct.apply(self.y, self.residual, BNAddActSpec(norm, other_spec, act), *tensors)
+        tensors = [*self.norms[0].tensors, *(self.norms[1] if self.normalised else Norm()).tensors]
+        call = Call.on(self.y, (self.residual, *tensors))
+        spec = BNAddActSpec(call, norm, other_spec, activation_named(act))
+        return BNAddAct.apply(self.y, self.residual, spec, *tensors)
 
     def eager(self, norm=NORM, other=NORM, act="relu"):
         def normed(y, tensors, spec):
@@ -83,7 +85,7 @@ class Block:
         z = normed(self.y, self.norms[0], norm)
         if self.residual is not None:
             z = z + (normed(self.residual, self.norms[1], other) if self.normalised else self.residual)
-        return z.relu() if act else z
+        return activation_named(act).value(z)
 
     def gradients(self, z):
         wanted = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
@@ -157,8 +159,8 @@ def test_gradcheck(residual):
 
     block = max((Block((2, 2, 2, 3), residual, running=False) for _ in range(30)), key=margin)
     assert margin(block) > 1e-2
-    spec = BNAddActSpec(NORM, NORM if block.normalised else None)
-    tensors = [*block.norms[0], *(block.norms[1] if block.normalised else NormTensors())]
+    spec = BNAddActSpec(Call(torch.float64), NORM, NORM if block.normalised else None)
+    tensors = [*block.norms[0].tensors, *(block.norms[1] if block.normalised else Norm()).tensors]
     assert torch.autograd.gradcheck(
         lambda y, r, *rest: BNAddAct.apply(y, r, spec, *rest), (block.y, block.residual, *tensors), nondet_tol=0.0
     )

@@ -12,11 +12,11 @@ from torch.nn.functional import batch_norm
 from fusedres import functional
 from fusedres.autograd import Dense, PreAct
 from fusedres.autograd.composed import composed_gradients
-from fusedres.backends import backend
+from fusedres.runtime.backends import backend
 from tests.autograd import chains
 from tests.autograd import test_dense as dense
 from tests.autograd import test_preact as preact
-from tests.autograd import test_stem_pool as stem
+from tests.autograd import test_stem as stem
 from tests.autograd.chains import (
     ALL_SCHEDULES,
     CASES,
@@ -183,7 +183,7 @@ def test_gradgradcheck_of_preactivation(tiny, schedule):
     spec = preact.spec_of(tiny, schedule)
 
     def call(x: Tensor, *rest: Tensor) -> Tensor:
-        return PreAct.apply(x, spec, *rest)[0]
+        return PreAct.apply(x, None, spec, *rest)[0]
 
     on_no_kink(lambda seed: gradgradcheck(call, tuple(preact.inputs(tiny, seed)), eps=1e-7, atol=1e-5, fast_mode=True))
 
@@ -194,7 +194,7 @@ def test_gradgradcheck_of_dense_blocks(bottleneck, schedule):
     spec = dense.spec_of(bottleneck, schedule)
 
     def call(x: Tensor, *rest: Tensor) -> Tensor:
-        return Dense.apply(x, spec, *rest)[0]
+        return Dense.apply(x, None, spec, *rest)[0]
 
     def check(seed: int) -> bool:
         return gradgradcheck(call, tuple(dense.inputs(bottleneck, seed)), eps=1e-7, atol=1e-5, fast_mode=True)

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.composed import Composed
+from fusedres.autograd.function import fused_or_composed
 from fusedres.autograd.saved import (
     attached,
-    fused_or_composed,
     keep,
     kept,
     kept_with_anchors,
-    no_autocast,
     packed,
     unpacked,
 )
-from fusedres.backends import backend, current
+from fusedres.context import snapshot
+from fusedres.runtime.autocast import no_autocast
+from fusedres.runtime.backends import backend, current
 
 
 class Pair(NamedTuple):
@@ -32,7 +33,7 @@ class Square(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, nest):
-        ctx.backend = current()
+        ctx.context = snapshot()
         keep(ctx, packed((Pair(x, 7), (nest, Pair(None, x + 1)), "text")))
         return x * x
 
@@ -55,7 +56,7 @@ class CubeOfCopy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.backend = current()
+        ctx.context = snapshot()
         keep(ctx, packed((x.bfloat16(),)), x)
         return x**3
 

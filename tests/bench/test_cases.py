@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fusedres.bench import cases
+from fusedres.bench.ops import op
 from fusedres.bench.setting import Setting, device_named
 from tests.bench.tiny import NETWORK, TRAIN
 
@@ -18,8 +19,8 @@ CPU = device_named("cpu")
         (cases.network, "timm/resnet51", r"model: expected one such as timm\.resnet"),
         (cases.network, "timm.resnet51", r"model: expected one such as timm\.resnet"),
         (cases.block, "bottleneck5", "block: expected one such as bottleneck"),
-        (cases.op, "block_end.stage5", "op: expected one such as block_end.stage"),
-        (cases.op, "xyzzy", "op: expected one such as conv3x3_prologue_stats.stage1"),
+        (op, "block_end.stage5", "op: expected one such as block_end.stage"),
+        (op, "xyzzy", "op: expected one such as conv3x3_prologue_stats.stage1"),
     ],
 )
 def test_unknown_names_list_near_ones(find, name, message):

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from fusedres.bench import cudnn, inplace_abn
-from fusedres.bench.cases import ModelCase, block, op
-from fusedres.bench.contenders import CONTENDERS, GROUPS, chosen
+from fusedres.bench.cases import ModelCase, block
+from fusedres.bench.contenders import CONTENDERS, GROUPS, contenders_named
 from fusedres.bench.gate import Gate
+from fusedres.bench.ops import op
 from fusedres.bench.setting import Setting, device_named
-from fusedres.ops.contract import Geometry
+from fusedres.operands import Geometry
 
 CPU = device_named("cpu")
 
@@ -28,16 +29,16 @@ SHALLOW = ModelCase("shallow", "network", shallow, 3, 32, 2)
 
 
 def test_contenders_keep_the_registrys_order_and_eager_is_always_there():
-    assert [one.name for one in chosen(["fused", "compile"])] == ["eager", "compile", "fused"]
+    assert [one.name for one in contenders_named(["fused", "compile"])] == ["eager", "compile", "fused"]
     rungs = ["fused-block_end", "fused-stats", "fused-prologue", "fused-moments"]
-    assert [one.name for one in chosen(["ladder"])] == ["eager", *rungs]
-    assert chosen(["all"]) == tuple(CONTENDERS.values())
+    assert [one.name for one in contenders_named(["ladder"])] == ["eager", *rungs]
+    assert contenders_named(["all"]) == tuple(CONTENDERS.values())
     assert set(GROUPS["all"]) == set(CONTENDERS)
 
 
 def test_a_near_name_is_offered():
     with pytest.raises(ValueError, match=r"contenders: expected one such as fused-moments.*got 'fused-moment'"):
-        chosen(["fused-moment"])
+        contenders_named(["fused-moment"])
 
 
 @pytest.mark.parametrize("name", ["cudnn", "inplace_abn", "fused-graph", "eager-graph"])
@@ -132,10 +133,10 @@ def stand_in(bn: nn.BatchNorm2d, activation: str) -> nn.Module:
     ids=lambda case: case.name,
 )  # fmt: skip
 def test_networks_of_inplace_abn_compute_a_leaky_relu(case):
-    replaced = inplace_abn.replaced
+    replaced = inplace_abn.with_inplace_abn
     contender = replace(CONTENDERS["inplace_abn"], why_not=lambda *_: None)
     gate = Gate(case, Setting("train", "fp32", 2, case.px, CPU))
-    with patch("fusedres.bench.inplace_abn.replaced", lambda model: replaced(model, stand_in)):
+    with patch("fusedres.bench.inplace_abn.with_inplace_abn", lambda model: replaced(model, stand_in)):
         assert gate.judge(contender).reason is None
         if case.kind == "block":
             assert gate.judge(replace(contender, plain=None)).reason is not None

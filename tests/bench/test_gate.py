@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fusedres.bench.cases import network
-from fusedres.bench.contenders import CONTENDERS, placed
-from fusedres.bench.gate import Gate, allowed, errors, relative_error
+from fusedres.bench.contenders import CONTENDERS, operands_of
+from fusedres.bench.gate import Gate, allowance, errors, relative_error
 from fusedres.bench.steps import Observed
 from tests.bench.tiny import (
     INFER,
@@ -51,8 +51,8 @@ def test_one_wrong_parameter_among_many_is_beyond_its_bound():
     """Its share of the whole gradient is small, so that only a look at each finds it."""
     exact = Observed({}, {"large": torch.full((100,), 10.0), "small": torch.ones(1)})
     found = errors(Observed({}, {"large": torch.full((100,), 10.0), "small": -torch.ones(1)}), exact)
-    assert found["all gradients"] <= allowed("all gradients", 0.0, TRAIN, "network")
-    assert found["gradient of small"] > allowed("gradient of small", 0.0, TRAIN, "network")
+    assert found["all gradients"] <= allowance("all gradients", 0.0, TRAIN, "network")
+    assert found["gradient of small"] > allowance("gradient of small", 0.0, TRAIN, "network")
 
 
 def test_a_gradient_that_is_missing_is_refused():
@@ -81,10 +81,10 @@ def test_at_full_size_the_contender_is_held_against_eager():
     setting = replace(TRAIN, batch=9)
     gate = Gate(NETWORK, setting)
     assert not gate.whole
-    eager = CONTENDERS["eager"].prepare(NETWORK, setting, placed(NETWORK, setting, 0)).observe()
+    eager = CONTENDERS["eager"].prepare(NETWORK, setting, operands_of(NETWORK, setting, 0)).observe()
     for change, right in ((lambda _: None, True), (wrong_gradient, False), (wrong_output, False)):
         fixed = contender("fixed", change, fixed_shapes=True)
-        full = fixed.prepare(NETWORK, setting, placed(NETWORK, setting, 0)).observe()
+        full = fixed.prepare(NETWORK, setting, operands_of(NETWORK, setting, 0)).observe()
         verdict = gate.judge(fixed, full, eager)
         assert (verdict.reason is None) == right, verdict
         assert right or "eager at full size" in verdict.reason
@@ -114,10 +114,10 @@ def test_errors_are_relative_in_norm():
 
 
 def test_bounds_follow_eagers_error():
-    assert allowed("output", 1e-3, TRAIN, "network") == 1.5e-3
-    assert allowed("output", 0.0, replace(TRAIN, dtype="bf16"), "network") == 2**-8
-    assert allowed("all gradients", 0.2, TRAIN, "network") == pytest.approx(0.3)
-    assert allowed("all gradients", 0.0, TRAIN, "network") == 0.03
+    assert allowance("output", 1e-3, TRAIN, "network") == 1.5e-3
+    assert allowance("output", 0.0, replace(TRAIN, dtype="bf16"), "network") == 2**-8
+    assert allowance("all gradients", 0.2, TRAIN, "network") == pytest.approx(0.3)
+    assert allowance("all gradients", 0.0, TRAIN, "network") == 0.03
 
 
 def test_branches_are_damped_so_that_16_bits_tell_something():

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from fusedres.bench import gpu, session
-from fusedres.bench.contenders import chosen
-from fusedres.bench.gpu import FAILED, INTERRUPTED, LEFT_OUT, PASSED, TIMED_OUT, Outcome, Runner
-from fusedres.bench.parts import ESSENTIAL_SECONDS, Part, dry_parts, real_parts
-from fusedres.bench.rows import read_rows, writing
+from fusedres.bench.contenders import contenders_named
+from fusedres.bench.gpu import FAILED, INTERRUPTED, LEFT_OUT, PASSED, TIMED_OUT, Runner
+from fusedres.bench.parts import ESSENTIAL_SECONDS, Outcome, Part, dry_parts, real_parts
+from fusedres.bench.rows import new_table, read_rows
 from fusedres.bench.setting import device_named
-from fusedres.bench.summary import compose, gathered
-from fusedres.cli import _parser
+from fusedres.bench.summary import compose, rows_of_parts
+from fusedres.commands.main import _parser
 from tests.bench.tiny import CPU, row
 from tests.vgpu_support import needs_vgpu
 
@@ -127,13 +127,13 @@ def test_commands_name_only_what_there_is(machine):
     assert len({one.name for one in EVERY[machine]}) == len(EVERY[machine])
     for one in EVERY[machine]:
         for command in one.commands:
-            if command[1:3] != ("-m", "fusedres.cli"):
+            if command[1:3] != ("-m", "fusedres"):
                 continue
             options = _parser().parse_args([*command[3:], *(["--resume"] if one.resumes else [])])
             if options.command == "bench":
                 given = {name: getattr(options, name) for name in session.BenchOptions.__dataclass_fields__}
                 assert session.comparisons(session.BenchOptions(**given), CPU)
-                assert chosen(options.contenders)
+                assert contenders_named(options.contenders)
 
 
 def test_without_a_gpu_there_is_an_error_that_names_the_dry_run(capsys, tmp_path, monkeypatch):
@@ -173,9 +173,9 @@ def test_rows_of_all_parts_are_gathered_and_timed_ones_preferred(tmp_path):
     for name, rows in {
         "a": [row(median_s=None), row("eager")], "b": [row(), row("eager", median_s=1.0), row("compile")],
     }.items():  # fmt: skip
-        with writing(tmp_path / f"{name}.csv", rows):
+        with new_table(tmp_path / f"{name}.csv", rows):
             pass
-    found = {one.contender: one.median_s for one in gathered(tmp_path, [part("a"), part("b"), part("never ran")])}
+    found = {one.contender: one.median_s for one in rows_of_parts(tmp_path, [part("a"), part("b"), part("never ran")])}
     assert found == {"fused": row().median_s, "eager": row().median_s, "compile": row().median_s}
 
 

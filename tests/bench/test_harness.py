@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fusedres.bench import rows as statuses
-from fusedres.bench.cases import block, op
-from fusedres.bench.contenders import CONTENDERS, chosen
-from fusedres.bench.harness import Measurement, _is_kernel, compare, described, out_of_memory
+from fusedres.bench.cases import block
+from fusedres.bench.contenders import CONTENDERS, contenders_named
+from fusedres.bench.harness import Measurement, _is_kernel, compare, description, out_of_memory
+from fusedres.bench.ops import op
 from fusedres.bench.setting import Setting, device_named
-from fusedres.devices import gpus
+from fusedres.runtime.devices import gpus
 from tests.bench.tiny import (
     CPU,
     INFER,
@@ -29,12 +30,12 @@ THREE = Measurement(rounds=3)
 
 
 def test_a_sleeping_contender_is_ranked_last():
-    contenders = (contender("sleepy", sleepy(0.02)), *chosen(["eager-nchw", "fused"]))
+    contenders = (contender("sleepy", sleepy(0.2)), *contenders_named(["eager-nchw", "fused"]))
     rows = compare(NETWORK, TRAIN, contenders, THREE)
     assert [row.status for row in rows] == [statuses.OK] * 4
     assert max(rows, key=lambda row: row.median_s).contender == "sleepy"
     assert min(rows, key=lambda row: row.speedup).contender == "sleepy"
-    assert next(row for row in rows if row.contender == "sleepy").median_s >= 0.02
+    assert next(row for row in rows if row.contender == "sleepy").median_s >= 0.2
     eager = next(row for row in rows if row.contender == "eager")
     assert eager.speedup == 1.0
     assert eager.images_per_s == pytest.approx(TRAIN.batch / eager.median_s)
@@ -55,7 +56,7 @@ def test_a_network_with_nothing_to_fuse_has_no_figures_of_fused_ones(name):
         return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 5))
 
     case = replace(NETWORK, build=bare)
-    eager, fused = compare(case, INFER, chosen([name]), THREE)
+    eager, fused = compare(case, INFER, contenders_named([name]), THREE)
     assert (eager.status, fused.status) == (statuses.OK, statuses.NOT_AVAILABLE)
     assert fused.reason == "NotSupported: nothing to fuse in it (no residual block that the library knows)"
     assert fused.median_s is None and fused.speedup is None and fused.error is None
@@ -72,7 +73,7 @@ def test_a_network_with_nothing_to_fuse_has_no_figures_of_fused_ones(name):
 def test_a_contender_that_raises_says_so_and_the_rest_goes_on(error, status):
     broken, whole = compare(NETWORK, INFER, (contender("broken", raising(error)), EAGER), THREE)
     assert broken.status == status
-    assert broken.reason == described(error)
+    assert broken.reason == description(error)
     assert broken.median_s is None
     assert whole.status == statuses.OK and whole.median_s > 0
 
@@ -96,7 +97,7 @@ def test_a_contender_that_raises_while_it_is_timed_says_so():
 
 def test_a_contender_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setattr("fusedres.bench.contenders.cudnn.why_unavailable", lambda _: "not installed: pip install x")
-    rows = {row.contender: row for row in compare(NETWORK, INFER, chosen(["cudnn"]), THREE)}
+    rows = {row.contender: row for row in compare(NETWORK, INFER, contenders_named(["cudnn"]), THREE)}
     assert (rows["cudnn"].status, rows["cudnn"].reason) == (statuses.NOT_AVAILABLE, "not installed: pip install x")
     assert rows["eager"].status == statuses.OK
 
@@ -122,7 +123,7 @@ def test_graphs_on_every_gpu(mode):
     for name in reversed(gpus()):
         setting = replace(TRAIN, mode=mode, device=device_named(name))
         before = allocations()
-        rows = compare(NETWORK, setting, chosen(["eager-graph", "fused-graph"]), Measurement(timed=False))
+        rows = compare(NETWORK, setting, contenders_named(["eager-graph", "fused-graph"]), Measurement(timed=False))
         assert [(row.contender, row.status, row.reason) for row in rows] == [
             (contender, statuses.OK, None) for contender in ("eager", "eager-graph", "fused-graph")
         ]
@@ -131,18 +132,18 @@ def test_graphs_on_every_gpu(mode):
 
 
 def test_tf32_is_for_gpus():
-    rows = compare(NETWORK, replace(INFER, dtype="tf32"), chosen(["fused"]), THREE)
+    rows = compare(NETWORK, replace(INFER, dtype="tf32"), contenders_named(["fused"]), THREE)
     assert {row.reason for row in rows} == {"TF32 is a format of GPUs"}
 
 
 def test_the_gate_alone_times_nothing():
-    rows = compare(NETWORK, TRAIN, chosen(["fused"]), Measurement(timed=False))
+    rows = compare(NETWORK, TRAIN, contenders_named(["fused"]), Measurement(timed=False))
     assert [(row.status, row.median_s) for row in rows] == [(statuses.OK, None)] * 2
     assert rows[1].error <= rows[1].bound
 
 
 def test_those_that_are_done_are_left_out():
-    rows = compare(NETWORK, INFER, chosen(["eager-nchw", "fused"]), THREE, done=["fused"])
+    rows = compare(NETWORK, INFER, contenders_named(["eager-nchw", "fused"]), THREE, done=["fused"])
     assert [row.contender for row in rows] == ["eager-nchw", "eager"]
 
 
@@ -153,7 +154,7 @@ SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in (("train", "fp32")
 @pytest.mark.parametrize(("mode", "dtype"), [("train", "bf16"), ("infer", "fp32"), *SLOW])
 def test_a_block_on_every_rung(mode, dtype):
     case = replace(block("basic1"), px=8)
-    rows = compare(case, Setting(mode, dtype, 1, 8, CPU), chosen(["fused", "ladder"]), Measurement(rounds=1))
+    rows = compare(case, Setting(mode, dtype, 1, 8, CPU), contenders_named(["fused", "ladder"]), Measurement(rounds=1))
     assert [(row.status, row.reason) for row in rows] == [(statuses.OK, None)] * 6
     saved = {row.contender: row.saved_bytes_per_image for row in rows}
     assert (saved["eager"] is None) == (mode == "infer")
@@ -163,7 +164,7 @@ def test_a_block_on_every_rung(mode, dtype):
 
 def test_an_op_is_rated_by_its_declared_bytes():
     case = op("bn_add_relu.stage1")
-    rows = compare(case, Setting("op", "fp32", 1, 8, CPU), chosen(["fused"]), Measurement(rounds=3))
+    rows = compare(case, Setting("op", "fp32", 1, 8, CPU), contenders_named(["fused"]), Measurement(rounds=3))
     for row in rows:
         assert row.status == statuses.OK
         # y, residual and z, a bit for each value, a scale and a shift.

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import replay, vgpu
+from fusedres import vgpu
 from fusedres.bench.host_time import host_time, main
+from fusedres.runtime import replay
 from tests.nn.twins import randomised
 from tests.vgpu_support import needs_vgpu
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedres.bench.cases import block, op, ops
+from fusedres.bench.cases import block
 from fusedres.bench.contenders import CONTENDERS
 from fusedres.bench.declared import declared, flops_of, gpu_of
 from fusedres.bench.gate import Gate
+from fusedres.bench.ops import OPS, op
 from fusedres.bench.setting import Setting, device_named
 from tests.vgpu_support import needs_vgpu
 
@@ -16,7 +17,7 @@ CPU = device_named("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", [name for name in ops() if name.endswith(".stage1") or "." not in name])
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith(".stage1") or "." not in name])
 def test_ours_and_eagers_agree(name, dtype):
     setting = Setting("op", dtype, 2, 6, CPU)
     gate = Gate(replace(op(name), px=6), setting)
@@ -25,7 +26,7 @@ def test_ours_and_eagers_agree(name, dtype):
     assert verdict.error <= verdict.bound
 
 
-@pytest.mark.parametrize("name", [name for name in ops() if name.endswith(".stage4") or "." not in name])
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith(".stage4") or "." not in name])
 def test_kernels_are_declared_at_full_size(name):
     case = op(name)
     setting = Setting("op", "bf16", case.batch, case.px, CPU)

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from fusedres.bench.rows import COLUMNS, REFUSED, read_rows, writing
+from fusedres.bench.rows import COLUMNS, REFUSED, new_table, read_rows
 from tests.bench.tiny import row
 
 SCHEMA = (
@@ -23,7 +23,7 @@ def test_the_schema():
 def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "rows.csv"
     rows = [row("eager", speedup=1.0), row(reason='a "quoted", two\nlined reason', status=REFUSED, median_s=None)]
-    with writing(path) as writer:
+    with new_table(path) as writer:
         writer.add(rows)
     assert read_rows(path) == rows
     assert list(csv.DictReader(path.open()))[1]["median_s"] == ""
@@ -31,14 +31,14 @@ def test_what_is_written_is_read_again(tmp_path):
 
 def test_rows_are_in_the_file_as_soon_as_they_are_added(tmp_path):
     path = tmp_path / "rows.csv"
-    with writing(path, [row("eager")]) as writer:
+    with new_table(path, [row("eager")]) as writer:
         writer.add([row()])
         assert [one.contender for one in read_rows(path)] == ["eager", "fused"]
 
 
 def test_a_last_line_that_was_cut_short_is_left_out(tmp_path):
     path = tmp_path / "rows.csv"
-    with writing(path) as writer:
+    with new_table(path) as writer:
         writer.add([row("eager"), row()])
     path.write_text(path.read_text()[:-120])
     assert [one.contender for one in read_rows(path)] == ["eager"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fusedres.bench.saved_activations import SavedBytes, main, per_image, saved_bytes
+from fusedres.bench.saved_activations import main
+from fusedres.traffic.saved import SavedBytes, per_image, saved_bytes
 
 
 class Squares(nn.Module):

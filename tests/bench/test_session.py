@@ -8,7 +8,7 @@ import torch
 from fusedres.bench import session
 from fusedres.bench.harness import DeviceLost
 from fusedres.bench.rows import OK, REFUSED, read_rows
-from fusedres.cli import main
+from fusedres.commands.main import main
 from tests.bench.tiny import row
 
 TINY = [
@@ -127,7 +127,7 @@ def test_a_lost_gpu_ends_the_process_with_its_row_kept(tmp_path, monkeypatch, ca
 
 def test_rows_of_another_machine_are_not_gone_on_with(tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    with session.writing(path, [row()]):
+    with session.new_table(path, [row()]):
         pass
     assert main(["bench", *TINY, "--csv", str(path), "--resume"]) == 2
     assert "resume: expected rows of this machine's" in capsys.readouterr().err

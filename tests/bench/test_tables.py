@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from fusedres.bench import tables
-from fusedres.bench.rows import NOT_AVAILABLE, writing
+from fusedres.bench.rows import NOT_AVAILABLE, new_table
 from tests.bench.tiny import row
 
 ROWS = [
@@ -23,7 +23,7 @@ def test_numbers(value, digits, unit, text):
 
 def test_a_csv_as_markdown(tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    with writing(path) as writer:
+    with new_table(path) as writer:
         writer.add(ROWS)
     assert tables.main([str(path)]) == 0
     assert capsys.readouterr().out.splitlines() == [

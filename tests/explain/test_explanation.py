@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import fusedres
-from fusedres.bench.saved_activations import saved_bytes
 from fusedres.explain import Question, explain
-from fusedres.explain.models import Source, source
 from fusedres.models import cifar_resnet, create, preact_resnet
-from fusedres.plan import SCHEDULES
+from fusedres.models.sources import Source, source
 from fusedres.plan.gpus import GPUS
+from fusedres.plan.schedule import SCHEDULES
+from fusedres.traffic.saved import saved_bytes
 
 resnet = pytest.importorskip("torchvision.models.resnet")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.models import cifar_resnet
-from fusedres.ops.contract import Geometry
+from fusedres.operands import Geometry
 from tests.comparison import relative_error
 from tests.kernels.executed import activation
 

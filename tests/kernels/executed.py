@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fusedres
 from fusedres import vgpu
-from fusedres.launch import Launch, Trace
-from fusedres.plan.conv_tiles import NARROWEST
+from fusedres.plan.shapes import NARROWEST
+from fusedres.runtime.launch import Launch, Trace
 from tests.budgets import seen
 from tests.comparison import STORAGE
 from tests.kernels.on_device import DEVICE, TARGET, on_device

@@ -18,8 +18,8 @@ from torch import Tensor
 import fusedres
 from fusedres.bench.declared import target_for
 from fusedres.bench.setting import device_named
-from fusedres.launch import Trace
 from fusedres.ops.op import Op
+from fusedres.runtime.launch import Trace
 
 NAME = os.environ.get("FUSEDRES_TEST_DEVICE")
 DEVICE = None if NAME is None else device_named(NAME)
@@ -97,7 +97,7 @@ def on_device(updated: Sequence[Tensor]) -> Iterator[Trace]:
     assert DEVICE is not None
     with ExitStack() as stack:
         # A library call would do for some convolutions, but it is the kernels that are looked at.
-        stack.enter_context(patch("fusedres.backends.runs_native", lambda: False))
+        stack.enter_context(patch("fusedres.runtime.backends.runs_native", lambda: False))
         stack.enter_context(fusedres.backend(DEVICE.backend if DEVICE.executed_on_cpu else "triton"))
         stack.enter_context(poisoned())
         stack.enter_context(operands_moved(updated))

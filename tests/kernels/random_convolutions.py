@@ -4,7 +4,7 @@ import torch
 from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 
-from fusedres.ops.contract import Geometry
+from fusedres.operands import Geometry
 from tests.comparison import LOW
 from tests.kernels.convolutions import Conv
 from tests.kernels.executed import TESTED

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusedres.operands import Normaliser, OutputGrad
+from fusedres.ops.act_mask import act_backward, pack_relu_mask
 from fusedres.ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_reduce
-from fusedres.ops.contract import Normaliser, OutputGrad
-from fusedres.ops.relu_mask import pack_relu_mask, relu_backward
 from fusedres.ops.zero_pad_shortcut import ZeroPaddedGrad, zero_pad_size
 from fusedres.plan.tiles import pinned, reduction_tiles
 from tests.comparison import assert_as_accurate_as_eager
@@ -86,7 +86,7 @@ def test_a_pooled_gradient_is_read_as_it_is(case: str, target: str, dtype: torch
     if case != "one pixel":
         check(target, SIZES[case], dtype, "pooled, bits")
     operands = Operands(SIZES[case], dtype, "pooled, bits")
-    out, trace = executed(target, lambda: relu_backward(operands.g, operands.mask))
+    out, trace = executed(target, lambda: act_backward(operands.g, operands.mask))
     assert torch.equal(out, torch.where(operands.open, operands.g, 0.0))
     n, c = SIZES[case][:2]
     assert trace.launches[0].read["g_ptr"] == n * c * dtype.itemsize
@@ -156,7 +156,7 @@ def test_apply_joins_the_gradient_of_a_zero_pad_shortcut(
     grad = OutputGrad(activation(end, dtype), pack_relu_mask(activation(end, dtype)) if mask else None)
     add = ZeroPaddedGrad(grad, SIZES[case], (2, 2))
     ours, trace = executed(target, lambda: bn_backward_apply(dy, add=add))
-    assert trace.by_kernel() == {"bn_backward_apply_kernel": 1, **({"relu_backward_kernel": 1} if mask else {})}
+    assert trace.by_kernel() == {"bn_backward_apply_kernel": 1, **({"act_backward_kernel": 1} if mask else {})}
     wide = OutputGrad(*(part.double() if torch.is_tensor(part) else part for part in dy))
     exact = bn_backward_apply.reference(wide, add=add._replace(grad=grad._replace(g=grad.g.double())))
     assert_as_accurate_as_eager(ours, bn_backward_apply.reference(dy, add=add), exact)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
+from fusedres.operands import Norm, Normaliser, NormNumbers, Partials
 from fusedres.ops.bn_finalize import bn_finalize, bn_from_running
 from fusedres.ops.bn_forward import bn_forward
 from fusedres.ops.bn_statistics import bn_statistics
-from fusedres.ops.contract import Normaliser, Partials, RunningNorm, pixels
+from fusedres.ops.rows import pixels
 from fusedres.plan.tiles import pinned, reduction_tiles
 from tests.budgets import held_to
 from tests.comparison import assert_as_accurate_as_eager, assert_close
@@ -77,7 +78,7 @@ def test_large_means_do_not_cancel(target: str, first: float) -> None:
     y[0, :, 0, 0] += first
     with patch("fusedres.plan.tiles.PROGRAMS", 2):
         partials, _ = executed(target, lambda: bn_statistics(y))
-        norm, _ = executed(target, lambda: bn_finalize(partials, None, None, eps=0.0))
+        norm, _ = executed(target, lambda: bn_finalize(partials, Norm(numbers=NormNumbers(0.0))))
     exact = torch.var(y.double(), (0, 2, 3), correction=0)
     assert ((norm.invstd.double().pow(-2) - exact).abs() <= 1e-5 * exact).all()
 
@@ -136,25 +137,21 @@ def test_finalize(case: str, target: str) -> None:
     spec = FINALIZE[case]
     partials, (gamma, beta, bias), running = finalize_operands(spec)
 
+    numbers = NormNumbers(spec.eps, spec.momentum)
+
     def result(dtype: torch.dtype, running: list[Tensor]) -> Normaliser:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(dtype)
 
-        return bn_finalize.reference(
-            Partials(*map(cast, partials)), cast(gamma), cast(beta), *running, bias=cast(bias), eps=spec.eps,
-            momentum=spec.momentum,
-        )  # fmt: skip
+        norm = Norm(cast(gamma), cast(beta), *(running or (None, None)), cast(bias), numbers=numbers)
+        return bn_finalize.reference(Partials(*map(cast, partials)), norm)
 
     counted = torch.tensor(2**40) if spec.running else None
     exact_running, eager_running = [tensor.double() for tensor in running], [tensor.clone() for tensor in running]
     exact, eager = result(torch.float64, exact_running), result(torch.float32, eager_running)
-    norm, trace = executed(
-        target,
-        lambda: bn_finalize(
-            partials, gamma, beta, *running, bias=bias, eps=spec.eps, momentum=spec.momentum, counted=counted
-        ),
-        running if counted is None else [*running, counted],
-    )
+    stored = Norm(gamma, beta, *(running or (None, None)), bias, counted, numbers)
+    updated = running if counted is None else [*running, counted]
+    norm, trace = executed(target, lambda: bn_finalize(partials, stored), updated)
     assert counted is None or counted.item() == 2**40 + 1
     assert trace.by_kernel() == {"bn_finalize_kernel": 1}
     for name, ours, theirs, truth in zip(Normaliser._fields, norm, eager, exact, strict=True):
@@ -168,8 +165,8 @@ def test_partials_far_apart_do_not_cancel(target: str) -> None:
     """The parts' means differ by a thousandth of the mean, and lie thousands of their deviations away from zero."""
     means = 1000 + torch.randn(20, 8)
     partials = Partials(torch.full((20,), 50.0), means, torch.rand(20, 8))
-    norm, _ = executed(target, lambda: bn_finalize(partials, None, None, eps=0.0))
-    exact = bn_finalize.reference(Partials(*(tensor.double() for tensor in partials)), None, None, eps=0.0)
+    norm, _ = executed(target, lambda: bn_finalize(partials, Norm(numbers=NormNumbers(0.0))))
+    exact = bn_finalize.reference(Partials(*(tensor.double() for tensor in partials)), Norm(numbers=NormNumbers(0.0)))
     assert_close(norm.invstd, exact.invstd, 1e-6)
 
 
@@ -189,7 +186,7 @@ def test_batch_norm_as_a_whole(case: str, target: str, dtype: torch.dtype) -> No
     exact, exact_running = eager(torch.float64, torch.float64)
     theirs, their_running = eager(dtype, torch.float32)
     (z, _, _), trace = executed(
-        target, lambda: bn_forward(y, gamma, beta, *running, residual=residual, bit_mask=True), running
+        target, lambda: bn_forward(y, Norm(gamma, beta, *running), residual=residual, bit_mask=True), running
     )
     assert trace.by_kernel() == {"bn_statistics_kernel": 1, "bn_finalize_kernel": 1, "bn_act_kernel": 1}
     assert_as_accurate_as_eager(z, theirs, exact)
@@ -202,7 +199,7 @@ def test_what_is_not_finite_stays_in_its_channel(target: str) -> None:
     y = activation((2, 8, 5, 5), torch.float32)
     y[0, 2, 0, 0], y[1, 5, 3, 3] = float("nan"), float("inf")
     partials, _ = executed(target, lambda: bn_statistics(y))
-    norm, _ = executed(target, lambda: bn_finalize(partials, None, None))
+    norm, _ = executed(target, lambda: bn_finalize(partials, Norm()))
     bad = torch.tensor([False, False, True, False, False, True, False, False])
     assert torch.equal(norm.invstd.isnan(), bad)
 
@@ -213,7 +210,8 @@ def test_what_is_not_finite_stays_in_its_channel(target: str) -> None:
 def test_numbers_of_running_statistics(channels: int, dtype: torch.dtype, target: str) -> None:
     mean, gamma, beta, bias = (torch.randn(channels).to(dtype) for _ in range(4))
     var = (torch.rand(channels) + 0.1).to(dtype)
-    for norm in (RunningNorm(mean, var, gamma, beta, bias, 1e-3), RunningNorm(mean, var, eps=0.0)):
+    whole = Norm(gamma, beta, mean, var, bias, numbers=NormNumbers(1e-3))
+    for norm in (whole, Norm(None, None, mean, var, numbers=NormNumbers(0.0))):
         numbers, trace = executed(target, lambda norm=norm: bn_from_running(norm))
         assert trace.by_kernel() == {"bn_running_kernel": 1}
         exact = bn_from_running.reference(norm, torch.float64)

@@ -8,16 +8,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusedres.offline import TARGETS
+from fusedres.compiler.targets import TARGETS
+from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad, Producer
+from fusedres.ops.act_mask import is_bits, pack_relu_mask
 from fusedres.ops.bn_backward import added, bn_backward_apply, bn_backward_reduce
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.conv_backward import conv_backward, conv_producer_backward
 from fusedres.ops.conv_forward import formed
 from fusedres.ops.conv_input_grad import input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
-from fusedres.ops.relu_mask import is_bits, pack_relu_mask
 from fusedres.plan.backward_tiles import backward_tile
-from fusedres.plan.conv_tiles import ConvShape
+from fusedres.plan.shapes import ConvVariant
 from tests.comparison import LOW
 from tests.kernels.convolutions import Conv, assert_as_accurate
 from tests.kernels.executed import TESTED, activation, executed
@@ -101,8 +101,8 @@ class Operands:
             vector = tensor is not None and tensor.dim() == 1
             return tensor if tensor is None or is_bits(tensor) else tensor.to(wide if vector else dtype)
 
-        grad = bn_backward_apply.reference(OutputGrad(*(to(part) for part in self.dy[:-1])))
-        source = formed(ConvInput(*(to(part) for part in self.u)))
+        grad = bn_backward_apply.reference(OutputGrad(*(to(part) for part in self.dy[:7])))
+        source = formed(ConvInput(*(to(part) for part in self.u[:3])))
         dw = weight_grad(grad, source, self.conv.window, self.conv.geometry)
         du = input_grad(grad, to(self.weight), self.conv.size, self.conv.geometry)
         if self.add is not None:
@@ -213,7 +213,7 @@ RANDOM = {
 
 def check_any(conv: Conv, target: str, dtype: torch.dtype, form: str, join: str) -> None:
     pixels, (k, c) = conv.size[0] * conv.size[2] * conv.size[3], (conv.k, conv.size[1])
-    shape = ConvShape(pixels, c, k, 1, *conv.window, 2, operands=3, prologue=join.startswith(("producer", "end")))
+    shape = ConvVariant(pixels, c, k, 1, *conv.window, 2, operands=3, prologue=join.startswith(("producer", "end")))
     assume(backward_tile(shape, TARGETS[target], bits=True) is not None)
     check(target, conv, dtype, form, join)
 

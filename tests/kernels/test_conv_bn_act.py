@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from fusedres.offline import TARGETS
-from fusedres.ops.contract import ConvInput, Geometry, RunningNorm
+from fusedres.activation import IDENTITY, RELU, Activation
+from fusedres.compiler.targets import TARGETS
+from fusedres.operands import ConvInput, Geometry, Norm, NormNumbers
+from fusedres.ops.act_mask import pack_relu_mask
 from fusedres.ops.contractions import conv_shape
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
-from fusedres.ops.relu_mask import pack_relu_mask
 from fusedres.ops.zero_pad_shortcut import ZeroPadded, written
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
@@ -62,7 +63,8 @@ class Operands:
         def stored(branch: Contraction) -> Contraction:
             dtype, k = branch.weight.dtype, branch.weight.shape[0]
             mean, gamma, beta, bias = torch.randn(4, k).to(dtype)
-            norm = RunningNorm(mean, (torch.rand(k) + 0.5).to(dtype), gamma, beta, bias if biased else None, 1e-3)
+            var = (torch.rand(k) + 0.5).to(dtype)
+            norm = Norm(gamma, beta, mean, var, bias if biased else None, numbers=NormNumbers(1e-3))
             return Contraction(*branch[:3], running=norm)
 
         main, second = stored(self.main), self.second and stored(self.second)
@@ -75,7 +77,7 @@ class Operands:
         names = ("residual", "residual_scale", "residual_shift", "second")
         return {name: getattr(self, name) for name in names}
 
-    def computed(self, dtype: torch.dtype, *, tf32: bool = False, act: str | None = "relu") -> Tensor:
+    def computed(self, dtype: torch.dtype, *, tf32: bool = False, act: Activation = RELU) -> Tensor:
         """By separate operations, each rounding to ``dtype``."""
         wide = torch.promote_types(dtype, torch.float32)
 
@@ -98,12 +100,12 @@ class Operands:
             z = z + (self.residual.to(wide) * numbers(self.residual_scale) + numbers(self.residual_shift)).to(dtype)
         elif self.residual is not None:
             z = z + written(self.residual).to(dtype)
-        return torch.relu(z) if act else z
+        return act.value(z)
 
 
 def check(
     target: str, conv: Conv, dtype: torch.dtype, shortcut: str = "none", *, prologue: bool = False,
-    act: str | None = "relu", bit_mask: bool = True, statistics: bool = False, bare: bool = False,
+    act: Activation = RELU, bit_mask: bool = True, statistics: bool = False, bare: bool = False,
 ) -> None:  # fmt: skip
     operands = Operands(conv, dtype, shortcut, prologue=prologue)
     if bare:
@@ -119,7 +121,7 @@ def check(
     eager, exact = operands.computed(dtype, act=act), operands.computed(torch.float64, act=act)
     assert_as_accurate(z, eager, exact, tf32, conv.depth)
     assert z.is_contiguous(memory_format=torch.channels_last)
-    if bit_mask:
+    if bit_mask and act != IDENTITY:
         assert torch.equal(mask, pack_relu_mask(z))
     else:
         assert mask is None
@@ -178,8 +180,8 @@ def test_every_shortcut_of_every_case(case: str, shortcut: str, target: str, dty
     check(target, CASES[case], dtype, shortcut, prologue=True)
 
 
-@pytest.mark.parametrize(("act", "target", "dtype"), covering(["relu", None], offset=7, contraction=True))
-def test_without_mask(act: str | None, target: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("act", "target", "dtype"), covering([RELU, IDENTITY], offset=7, contraction=True))
+def test_without_mask(act: Activation, target: str, dtype: torch.dtype) -> None:
     check(target, CASES["3x3"], dtype, "plain", act=act, bit_mask=False)
 
 
@@ -195,7 +197,7 @@ def test_statistics_of_the_output(case: str, target: str, dtype: torch.dtype) ->
 )
 def test_without_numbers(shortcut: str, target: str, dtype: torch.dtype) -> None:
     case = CASES["tails of pixels, K and C"]
-    check(target, case, dtype, shortcut, prologue=True, act=None, bit_mask=False, statistics=True, bare=True)
+    check(target, case, dtype, shortcut, prologue=True, act=IDENTITY, bit_mask=False, statistics=True, bare=True)
 
 
 @pytest.mark.slow

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import fusedres
-from fusedres.launch import Trace
-from fusedres.offline import TARGETS
-from fusedres.ops.contract import ConvInput, Geometry, Partials
+from fusedres.compiler.targets import TARGETS
+from fusedres.operands import ConvInput, Geometry, Partials
 from fusedres.ops.contractions import conv_shape, why_no_kernel
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.plan.conv_tiles import TUNED, conv_tiles, pinned
+from fusedres.runtime.launch import Trace
 from tests.comparison import LOW, assert_as_accurate_as_eager, assert_close
 from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusedres.offline import TARGETS
+from fusedres.compiler.targets import TARGETS
+from fusedres.operands import Geometry, Normaliser, OutputGrad, Producer
+from fusedres.ops.act_mask import is_bits, pack_relu_mask
 from fusedres.ops.bn_backward import added, bn_backward_apply, bn_backward_reduce
-from fusedres.ops.contract import Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.conv_input_grad import conv_input_grad, conv_producer_grad, input_grad
 from fusedres.ops.input_gradients import gradient_shape
-from fusedres.ops.relu_mask import is_bits, pack_relu_mask
 from fusedres.ops.zero_pad_shortcut import ZeroPaddedGrad, zero_pad_size
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
@@ -76,7 +76,7 @@ class Operands:
             vector = tensor is not None and tensor.dim() == 1
             return tensor if tensor is None or is_bits(tensor) else tensor.to(wide if vector else dtype)
 
-        grad, weight = bn_backward_apply.reference(OutputGrad(*(to(part) for part in self.dy[:-1]))), to(self.weight)
+        grad, weight = bn_backward_apply.reference(OutputGrad(*(to(part) for part in self.dy[:7]))), to(self.weight)
         if tf32:
             grad, weight = as_tf32(grad.float()).double(), as_tf32(weight.float()).double()
         return input_grad(grad, weight, self.conv.size, self.conv.geometry)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.ops.contract import ConvInput, Moments
+from fusedres.operands import ConvInput, Moments
 from fusedres.ops.input_moments import input_moments
 from tests.comparison import relative_error
 from tests.kernels.convolutions import one_by_one

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Producer
+from fusedres.operands import ConvInput, Geometry, Norm, Normaliser, OutputGrad, Producer
+from fusedres.ops.act_mask import pack_relu_mask, unpack_relu_mask
 from fusedres.ops.conv_input_grad import input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
 from fusedres.ops.input_moments import input_moments, moments_finalize
@@ -14,7 +15,6 @@ from fusedres.ops.moments_backward import (
     moments_input_grad,
     moments_producer_grad,
 )
-from fusedres.ops.relu_mask import pack_relu_mask, unpack_relu_mask
 from tests.comparison import assert_close, relative_error
 from tests.kernels.convolutions import as_tf32
 from tests.kernels.executed import activation, covering, executed
@@ -58,7 +58,7 @@ class Setting:
             invstd = (self.running[1] + 1e-5) ** -0.5
             norm = Normaliser(self.running[0], invstd, scale, self.beta - self.running[0] * scale)
         else:
-            norm = moments_finalize(moments, self.weight, self.gamma, self.beta, counted=self.counted)
+            norm = moments_finalize(moments, self.weight, Norm(self.gamma, self.beta, counted=self.counted))
         d, sum_g = moments_contraction(self.g, u, (1, 1), self.geometry)
         small, matrices = moments_backward(d, sum_g, moments, self.weight, norm)
         if self.form.startswith("producer"):

@@ -11,8 +11,8 @@ import torch
 
 from fusedres.bench.declared import nearest
 from fusedres.bench.setting import device_named
+from fusedres.operands import ConvInput, Norm, NormNumbers, Partials
 from fusedres.ops.bn_finalize import bn_finalize
-from fusedres.ops.contract import ConvInput, Partials
 from tests.kernels import on_device
 from tests.kernels.on_device import mapped, moved, poisoned
 from tests.vgpu_support import needs_vgpu
@@ -57,19 +57,20 @@ def test_running_statistics_are_brought_back(monkeypatch: pytest.MonkeyPatch) ->
     running = [torch.zeros(8), torch.ones(8)]
     partials = Partials(torch.tensor([4.0]), torch.full((1, 8), 3.0), torch.full((1, 8), 8.0))
     with on_device.on_device(running) as trace:
-        bn_finalize(partials, None, None, *running, momentum=1.0)
+        bn_finalize(partials, Norm(None, None, *running, numbers=NormNumbers(momentum=1.0)))
     assert trace.by_kernel() == {"bn_finalize_kernel": 1}
     assert torch.equal(running[0], torch.full((8,), 3.0))
     with on_device.on_device([]):
-        bn_finalize(partials, None, None, *(other := [torch.zeros(8), torch.ones(8)]), momentum=1.0)
+        other = [torch.zeros(8), torch.ones(8)]
+        bn_finalize(partials, Norm(None, None, *other, numbers=NormNumbers(momentum=1.0)))
     assert torch.equal(other[0], torch.zeros(8))
 
 
 def test_what_the_library_would_do_is_left_to_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_device, "DEVICE", device_named("cpu"))
-    from fusedres import backends
+    from fusedres.runtime import backends
 
-    with patch("fusedres.launch.record"), on_device.on_device([]):
+    with patch("fusedres.runtime.launch.record"), on_device.on_device([]):
         assert not backends.runs_native()
         assert backends.current() == "triton"
 
@@ -91,13 +92,13 @@ def run_on(device: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @needs_vgpu
 def test_the_same_tests_run_through_a_device() -> None:
-    done = run_on("vgpu:sm_90", "tests/kernels/test_relu_mask.py", "-k", "not_finite or (every_tile and odd)")
+    done = run_on("vgpu:sm_90", "tests/kernels/test_act_mask.py", "-k", "not_finite or (every_tile and odd)")
     assert "4 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_an_error() -> None:
-    done = run_on("cuda", "tests/kernels/test_relu_mask.py")
+    done = run_on("cuda", "tests/kernels/test_act_mask.py")
     assert done.returncode != 0
     assert "device: expected one of the 0 GPUs that PyTorch sees here" in done.stdout

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import fusedres
-from fusedres.launch import Trace
+from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_reduce
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
 from fusedres.ops.conv_backward import conv_producer_backward
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_forward import conv_forward, formed
@@ -20,6 +19,7 @@ from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_produce
 from fusedres.ops.conv_weight_grad import conv_weight_grad, weight_grad
 from fusedres.ops.features import FeatureGrads
 from fusedres.ops.rows import pitch_of
+from fusedres.runtime.launch import Trace
 from tests.comparison import assert_as_accurate_as_eager
 from tests.kernels.convolutions import Conv, as_tf32, assert_as_accurate
 from tests.kernels.executed import activation, covering, executed

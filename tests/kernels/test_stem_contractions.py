@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry
+from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry
 from fusedres.ops.stem_contractions import early_weight_grad, output_contraction, pooled_contraction
 from fusedres.ops.stem_pool import stem_pool
 from tests.comparison import relative_error

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from fusedres.bench.eager import normalised
+from fusedres.operands import Norm, NormNumbers, OutputGrad, PoolGeometry
 from fusedres.ops.bn_finalize import bn_from_running
-from fusedres.ops.contract import OutputGrad, PoolGeometry, RunningNorm
 from fusedres.ops.stem_pool import NO_GRADIENT, stem_pool, stem_pool_backward
 from fusedres.plan.tiles import pinned, row_tiles
 from tests.comparison import assert_as_accurate_as_eager
@@ -83,7 +83,8 @@ def test_running_statistics(case: str, target: str, dtype: torch.dtype, biased: 
     size, pool = CASES[case]
     y = activation(size, dtype)
     mean, gamma, beta, bias = torch.randn(4, size[1]).to(dtype)
-    norm = RunningNorm(mean, (torch.rand(size[1]) + 0.5).to(dtype), gamma, beta, bias if biased else None, 1e-3)
+    var = (torch.rand(size[1]) + 0.5).to(dtype)
+    norm = Norm(gamma, beta, mean, var, bias if biased else None, numbers=NormNumbers(1e-3))
     (z, _), trace = executed(target, lambda: stem_pool(y, None, None, pool, indices=False, running=norm))
     assert trace.by_kernel() == {"stem_pool_kernel": 1}
     numbers = bn_from_running.reference(norm, torch.float64)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fusedres
 from fusedres import models
-from fusedres.plan import AUTO
+from fusedres.patterns.choose import AUTO
 from tests.comparison import relative_error
 from tests.nn.twins import randomised
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.plan import AUTO, SCHEDULES
+from fusedres.patterns.choose import AUTO
+from fusedres.plan.schedule import SCHEDULES
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import (
     assert_same_pass,
@@ -481,6 +482,6 @@ def test_on_a_cpu_auto_takes_what_gains(training, frozen, runs, plain_where_smal
     with torch.set_grad_enabled(training):
         block(torch.randn(1, 32, 6, 6))
         assert not seen, "too small"
-        monkeypatch.setattr("fusedres.nn.fused.LEAST_WORK_PER_THREAD", 2**10)
+        monkeypatch.setattr("fusedres.nn.size_rule.LEAST_WORK_PER_THREAD", 2**10)
         block(torch.randn(1, 32, 6, 6))
     assert bool(seen) == runs

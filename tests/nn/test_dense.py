@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from fusedres import replay
-from fusedres.backends import backend
 from fusedres.nn import blocks, plain
-from fusedres.plan import AUTO
+from fusedres.patterns.choose import AUTO
+from fusedres.runtime import replay
+from fusedres.runtime.backends import backend
 from tests.comparison import relative_error
 from tests.nn.twins import assert_same_pass, assert_twins, plain_copy, randomised, run, tensor
 
@@ -146,10 +146,10 @@ def test_fp32_features_under_autocast_take_the_plain_pass():
 @pytest.mark.parametrize("schedule", ["stats", "prologue"])
 def test_each_feature_map_is_measured_once(schedule, monkeypatch):
     """The input by its producer or, here, by one pass; the layers' outputs by their convolutions."""
-    from fusedres.autograd import bn_add_act, dense, preact
+    from fusedres.autograd import dense, ends, preact
 
     seen: list[int] = []
-    for module in (dense, preact, bn_add_act):
+    for module in (dense, preact, ends):
         original = module.bn_statistics
         monkeypatch.setattr(
             module, "bn_statistics", lambda y, original=original: (seen.append(y.shape[1]), original(y))[1]

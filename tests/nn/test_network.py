@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
-from fusedres import carried
-from fusedres.backends import backend
+from fusedres.autograd import handover
 from fusedres.models import cifar_resnet
 from fusedres.nn import blocks, plain
-from fusedres.nn.fused import FusedBlock
+from fusedres.nn.chain import FusedBlock
 from fusedres.nn.network import Bystander, through
+from fusedres.runtime.backends import backend
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import assert_same_pass, randomised, run, tensor
 from tests.vgpu_support import needs_vgpu
@@ -53,7 +53,7 @@ HANDED = {"one of another kind": 1}
 @pytest.fixture
 def handed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The gradients that arrived reduced."""
-    found, take = [], carried.reduced.take
+    found, take = [], handover.reduced.take
 
     def taken(gradient: Tensor):
         sums = take(gradient)
@@ -61,7 +61,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
             found.append(gradient)
         return sums
 
-    monkeypatch.setattr(carried.reduced, "take", taken)
+    monkeypatch.setattr(handover.reduced, "take", taken)
     return found
 
 
@@ -102,9 +102,9 @@ def test_what_arrives_is_behind_the_relu_and_its_sums_are_not_of_what_was_writte
         run(fused, tensor(*X))
     assert all(bool((gradient == 0).any()) for gradient in handed)
     gradient = handed[0].clone()
-    carried.reduced.leave(gradient, "sums")  # type: ignore[arg-type]
+    handover.reduced.leave(gradient, "sums")  # type: ignore[arg-type]
     gradient.mul_(2)
-    assert carried.reduced.take(gradient) is None
+    assert handover.reduced.take(gradient) is None
 
 
 def _eval_norm(stage: nn.Sequential) -> None:
@@ -298,8 +298,8 @@ def test_nothing_is_kept_beyond_what_each_block_keeps() -> None:
     alone = nn.Sequential(*(block for block in fused))
     sizes = [Counter((t.shape, t.dtype) for t in saved(stage).values()) for stage in (fused, alone)]
     assert sizes[0] == sizes[1]
-    assert not carried.ends._entries
-    assert not carried.reduced._entries
+    assert not handover.ends._entries
+    assert not handover.reduced._entries
 
 
 def test_containers_keep_their_type() -> None:

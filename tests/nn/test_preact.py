@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
-from fusedres import replay
-from fusedres.backends import backend
-from fusedres.carried import statistics
+from fusedres.autograd.handover import statistics
 from fusedres.nn import blocks
-from fusedres.plan import AUTO, SCHEDULES
+from fusedres.patterns.choose import AUTO
+from fusedres.plan.schedule import SCHEDULES
+from fusedres.runtime import replay
+from fusedres.runtime.backends import backend
 from tests.comparison import relative_error
 from tests.nn.twins import assert_same_pass, assert_twins, plain_copy, randomised, run, tensor
 
@@ -199,10 +200,10 @@ X = (3, 6, 6, 6)
 @pytest.fixture
 def measured(monkeypatch) -> Iterator[list[Tensor]]:
     """Every tensor that a pass of its own measured."""
-    from fusedres.autograd import bn_add_act, layer, preact
+    from fusedres.autograd import ends, layer, preact
 
     seen: list[Tensor] = []
-    for module in (preact, bn_add_act, layer):
+    for module in (preact, ends, layer):
         original = module.bn_statistics
         monkeypatch.setattr(module, "bn_statistics", lambda y, original=original: (seen.append(y), original(y))[1])
     with replay.off():

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedres
 from fusedres import nn as fnn
-from fusedres.plan import AUTO
+from fusedres.patterns.choose import AUTO
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import plain_copy, randomised, tensor
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import fusedres
 from fusedres.nn import blocks, plain
-from fusedres.plan import AUTO
+from fusedres.patterns.choose import AUTO
 from tests.comparison import relative_error
 from tests.nn.twins import assert_same_pass, assert_twins, plain_copy, randomised, run, tensor
 
@@ -118,12 +118,12 @@ def test_dropout_on_the_shortcut_draws_what_its_twin_draws():
 
 
 def test_the_sum_before_a_batch_norm_is_measured_as_it_is_written(monkeypatch):
-    from fusedres.autograd import bn_add_act
+    from fusedres.autograd import ends
 
     def refuse(y: torch.Tensor) -> None:
         raise AssertionError("a pass of its own measured the sum")
 
-    monkeypatch.setattr(bn_add_act, "bn_statistics", refuse)
+    monkeypatch.setattr(ends, "bn_statistics", refuse)
     CASES["BN after addition, identity"].make("prologue")(tensor(*SIZE)).sum().backward()
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from fusedres.activation import IDENTITY, RELU
 from fusedres.bench.eager import normalised
+from fusedres.ops.act_mask import unpack_relu_mask
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.relu_mask import unpack_relu_mask
 from tests.comparison import LOW, STORAGE, assert_as_accurate_as_eager, assert_close
 
 SIZES = {
@@ -31,7 +32,7 @@ def operands(size, dtype, residual, residual_dtype=None):
     return (y, scale, shift), keywords
 
 
-def formula(y, scale, shift, residual=None, residual_scale=None, residual_shift=None, *, act="relu"):
+def formula(y, scale, shift, residual=None, residual_scale=None, residual_shift=None, *, act=RELU):
     y, scale, shift = y.double(), scale.double(), shift.double()
     z = torch.einsum("nchw,c->nchw", y, scale) + shift.reshape(1, -1, 1, 1)
     if residual is not None:
@@ -40,10 +41,10 @@ def formula(y, scale, shift, residual=None, residual_scale=None, residual_shift=
             branch = torch.einsum("nchw,c->nchw", branch, residual_scale.double())
             branch = branch + residual_shift.double().reshape(1, -1, 1, 1)
         z = z + branch
-    return z.clamp(min=0) if act else z
+    return act.value(z)
 
 
-@pytest.mark.parametrize("act", ["relu", None])
+@pytest.mark.parametrize("act", [RELU, IDENTITY], ids=str)
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("case", SIZES)
 def test_is_the_formula(case, residual, act, each_backend):
@@ -75,7 +76,7 @@ def test_layouts_may_differ(layout, each_backend):
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
-@pytest.mark.parametrize("act", ["relu", None])
+@pytest.mark.parametrize("act", [RELU, IDENTITY], ids=str)
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_rounds_no_more_than_eager(residual, act, dtype, each_backend):
     (y, scale, shift), keywords = operands((4, 19, 7, 9), dtype, residual)
@@ -85,7 +86,7 @@ def test_rounds_no_more_than_eager(residual, act, dtype, each_backend):
         eager = eager + keywords["residual"]
     elif residual == "normalised":
         eager = eager + normalised(keywords["residual"], keywords["residual_scale"], keywords["residual_shift"])
-    eager = eager.relu() if act else eager
+    eager = act.value(eager)
     assert_as_accurate_as_eager(z, eager, formula(y, scale, shift, **keywords, act=act))
 
 
@@ -144,9 +145,13 @@ Y, V = torch.zeros(2, 4, 3, 3), torch.zeros(4)
         ((Y, V[:3], V), {}, r"scale: expected shape \(4,\), got \(3,\)"),
         ((Y, V, V[:3]), {}, r"shift: expected shape \(4,\), got \(3,\)"),
         ((Y, V, V), {"residual": Y[:1]}, r"residual: expected the shape of y, \(2, 4, 3, 3\), got \(1, 4, 3, 3\)"),
-        ((Y, V, V), {"act": "tanh"}, "act: expected 'relu' or None, got 'tanh'"),
     ],
 )
 def test_refused_by_name(arguments, keywords, message, each_backend):
     with pytest.raises(ValueError, match=message):
         bn_act(*arguments, **keywords)
+
+
+def test_a_name_is_no_activation(each_backend):
+    with pytest.raises(TypeError, match="act: expected an Activation, got 'tanh'"):
+        bn_act(Y, V, V, act="tanh")

@@ -4,16 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import batch_norm
 
-from fusedres.ops.bn_backward import (
-    bn_backward,
-    bn_backward_apply,
-    bn_backward_reduce,
-    masked,
-    output_grad,
-)
+from fusedres.operands import Norm, Normaliser, NormNumbers, OutputGrad
+from fusedres.ops.act_mask import pack_relu_mask
+from fusedres.ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_reduce, masked, output_grad
 from fusedres.ops.bn_finalize import bn_from_running
-from fusedres.ops.contract import Normaliser, OutputGrad, RunningNorm
-from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close
 
 EPS = 1e-3
@@ -174,7 +168,7 @@ def test_bias_of_the_convolution_under_frozen_statistics(each_backend):
     """The Normaliser of a biased convolution is about its raw output, without the bias."""
     y, gamma, running, g, _ = setting(SIZES["odd"], torch.float64, "none", True)
     bias = torch.randn(5, dtype=torch.float64)
-    norm = bn_from_running(RunningNorm(*running, gamma, None, bias, EPS), torch.float64)
+    norm = bn_from_running(Norm(gamma, None, *running, bias, numbers=NormNumbers(EPS)), torch.float64)
     exact = autograd_of_batch_norm(y + bias[:, None, None], gamma, running, g.g)
     for ours, theirs in zip(bn_backward(g, y, norm, gamma, batch_stats=False), exact, strict=True):
         assert_close(ours, theirs)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import batch_norm
 
+from fusedres.activation import IDENTITY, RELU
+from fusedres.operands import Norm, NormNumbers
 from fusedres.ops.bn_forward import bn_forward
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close
 
@@ -36,7 +38,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("act", ["relu", None])
+@pytest.mark.parametrize("act", [RELU, IDENTITY], ids=str)
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("case", SIZES)
 def test_is_batch_norm(case, parts, act, each_backend):
@@ -44,10 +46,11 @@ def test_is_batch_norm(case, parts, act, each_backend):
     gamma, beta, running_mean, running_var = vectors(y.shape[1], torch.float64, *PARTS[parts])
     running = [None if r is None else r.clone() for r in (running_mean, running_var)]
     counted = torch.tensor(2)
-    z, _, norm = bn_forward(y, gamma, beta, *running, eps=1e-3, momentum=0.3, counted=counted, act=act)
+    stored = Norm(gamma, beta, *running, counted=counted, numbers=NormNumbers(1e-3, 0.3))
+    z, _, norm = bn_forward(y, stored, act=act)
     assert counted.item() == 3
     exact = batch_norm(y, running_mean, running_var, gamma, beta, True, 0.3, 1e-3)
-    assert_close(z, exact.clamp(min=0) if act else exact)
+    assert_close(z, act.value(exact))
     assert_close(norm.mean, y.mean((0, 2, 3)))
     assert_close(norm.invstd, (y.var((0, 2, 3), correction=0) + 1e-3) ** -0.5)
     assert_close(y * norm.scale[:, None, None] + norm.shift[:, None, None], exact)
@@ -61,7 +64,7 @@ def test_bias_of_the_convolution_moves_the_running_mean_alone(each_backend):
     bias = torch.randn(5, dtype=torch.float64)
     gamma, beta, running_mean, running_var = vectors(5, torch.float64, *ALL)
     running = [running_mean.clone(), running_var.clone()]
-    z, _, _ = bn_forward(y, gamma, beta, *running, bias=bias)
+    z, _, _ = bn_forward(y, Norm(gamma, beta, *running, bias))
     exact = batch_norm(y + bias[:, None, None], running_mean, running_var, gamma, beta, True).relu()
     assert_close(z, exact)
     assert_close(running[0], running_mean)
@@ -76,7 +79,7 @@ def test_rounds_no_more_than_eager(dtype, pure, each_backend):
     gamma, beta, running_mean, running_var = vectors(6, own, *ALL)
     ours = [running_mean.clone(), running_var.clone()]
     exact_running = [running_mean.double(), running_var.double()]
-    z, _, _ = bn_forward(y, gamma, beta, *ours)
+    z, _, _ = bn_forward(y, Norm(gamma, beta, *ours))
     eager = batch_norm(y, running_mean, running_var, gamma, beta, True).relu()
     exact = batch_norm(y.double(), *exact_running, gamma.double(), beta.double(), True).relu()
     assert_as_accurate_as_eager(z, eager, exact)
@@ -87,7 +90,7 @@ def test_rounds_no_more_than_eager(dtype, pure, each_backend):
 def test_large_mean_in_fp32(each_backend):
     """|mean| / std = 1e3."""
     y = (torch.randn(4, 6, 16, 16, dtype=torch.float64) + 1e3).float()
-    z, _, _ = bn_forward(y, torch.ones(6), torch.zeros(6), act=None)
+    z, _, _ = bn_forward(y, Norm(torch.ones(6), torch.zeros(6)), act=IDENTITY)
     eager = batch_norm(y, None, None, torch.ones(6), torch.zeros(6), True)
     exact = batch_norm(y.double(), None, None, None, None, True)
     assert_as_accurate_as_eager(z, eager, exact)
@@ -95,8 +98,8 @@ def test_large_mean_in_fp32(each_backend):
 
 def test_refused_by_name(each_backend):
     with pytest.raises(ValueError, match="y: expected a 4-D tensor"):
-        bn_forward(torch.zeros(2, 3), torch.ones(3), torch.zeros(3))
+        bn_forward(torch.zeros(2, 3), Norm(torch.ones(3), torch.zeros(3)))
     with pytest.raises(ValueError, match=r"gamma: expected shape \(4,\), got \(3,\)"):
-        bn_forward(torch.zeros(2, 4, 3, 3), torch.ones(3), torch.zeros(4))
-    with pytest.raises(ValueError, match="act: expected 'relu' or None, got 'gelu'"):
-        bn_forward(torch.zeros(2, 3, 4, 4), torch.ones(3), torch.zeros(3), act="gelu")
+        bn_forward(torch.zeros(2, 4, 3, 3), Norm(torch.ones(3), torch.zeros(4)))
+    with pytest.raises(TypeError, match="act: expected an Activation, got 'relu'"):
+        bn_forward(torch.zeros(2, 3, 4, 4), Norm(), act="relu")

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
+from fusedres.activation import IDENTITY, RELU
 from fusedres.bench.eager import normalised
-from fusedres.ops.contract import ConvInput, Geometry, RunningNorm
+from fusedres.operands import ConvInput, Geometry, Norm, NormNumbers
+from fusedres.ops.act_mask import unpack_relu_mask
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
-from fusedres.ops.relu_mask import unpack_relu_mask
 from tests.comparison import LOW, STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
 from tests.ops.test_conv_forward import on_load
 
@@ -59,13 +60,13 @@ def setting(case, dtype, shortcut, prologue):
 
 def wide_branch(branch: Contraction):
     """conv * scale + shift in fp64, from operands as stored."""
-    u = ConvInput(*(None if part is None else part.double() for part in branch.u))
+    u = ConvInput(*(None if part is None else part.double() for part in branch.u[:3]))
     loaded = on_load(u).to(branch.u.tensor.dtype).double()
     y = naive_conv(loaded, branch.weight.double(), *branch.geometry)
     return y * branch.scale.double()[:, None, None] + branch.shift.double()[:, None, None]
 
 
-def exactly(main, residual=None, residual_scale=None, residual_shift=None, second=None, act="relu"):
+def exactly(main, residual=None, residual_scale=None, residual_shift=None, second=None, act=RELU):
     z = wide_branch(main)
     if second is not None:
         z = z + wide_branch(second)
@@ -75,7 +76,7 @@ def exactly(main, residual=None, residual_scale=None, residual_shift=None, secon
             residual = residual * residual_scale.double()[:, None, None]
             residual = residual + residual_shift.double()[:, None, None]
         z = z + residual
-    return z.clamp(min=0) if act else z
+    return act.value(z)
 
 
 def eager_branch(branch: Contraction):
@@ -85,7 +86,7 @@ def eager_branch(branch: Contraction):
     return normalised(conv2d(u, branch.weight, None, *branch.geometry), branch.scale, branch.shift)
 
 
-def eagerly(main, residual=None, residual_scale=None, residual_shift=None, second=None, act="relu"):
+def eagerly(main, residual=None, residual_scale=None, residual_shift=None, second=None, act=RELU):
     z = eager_branch(main)
     if second is not None:
         z = z + eager_branch(second)
@@ -93,10 +94,10 @@ def eagerly(main, residual=None, residual_scale=None, residual_shift=None, secon
         residual = normalised(residual, residual_scale, residual_shift)
     if residual is not None:
         z = z + residual
-    return z.relu() if act else z
+    return act.value(z)
 
 
-@pytest.mark.parametrize("act", ["relu", None])
+@pytest.mark.parametrize("act", [RELU, IDENTITY], ids=str)
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +119,7 @@ def test_a_contraction_without_numbers_joins_as_it_is(shortcut, each_backend):
     results = []
     for numbers in ((), (ones, zeros)):
         given = {name: with_numbers(v, *numbers) if name == "second" else v for name, v in keywords.items()}
-        results.append(conv_bn_act(with_numbers(main, *numbers), **given, act=None).z)
+        results.append(conv_bn_act(with_numbers(main, *numbers), **given, act=IDENTITY).z)
     assert_close(*results)
 
 
@@ -126,16 +127,17 @@ def test_numbers_come_together():
     main, _ = setting("3x3", torch.float64, "none", False)
     with pytest.raises(ValueError, match="shift: expected one beside a scale, got None"):
         conv_bn_act(main._replace(shift=None))
-    norm = RunningNorm(main.scale, main.scale)
+    norm = Norm(running_mean=main.scale, running_var=main.scale)
     with pytest.raises(ValueError, match="running: expected None beside a scale or a shift"):
         conv_bn_act(main._replace(running=norm))
     with pytest.raises(ValueError, match=r"mean: expected shape"):
-        conv_bn_act(Contraction(*main[:3], running=RunningNorm(main.scale[:1], main.scale)))
+        conv_bn_act(Contraction(*main[:3], running=Norm(running_mean=main.scale[:1], running_var=main.scale)))
 
 
-def stored_norms(k: int, dtype: torch.dtype, *, biased: bool) -> RunningNorm:
+def stored_norms(k: int, dtype: torch.dtype, *, biased: bool) -> Norm:
     mean, gamma, beta, bias = torch.randn(4, k).to(dtype)
-    return RunningNorm(mean, torch.rand(k).to(dtype) + 0.5, gamma, beta, bias if biased else None, 1e-3)
+    var = torch.rand(k).to(dtype) + 0.5
+    return Norm(gamma, beta, mean, var, bias if biased else None, numbers=NormNumbers(1e-3))
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -181,7 +183,7 @@ def test_statistics_are_those_of_the_output(each_backend):
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
-@pytest.mark.parametrize(("prologue", "act"), [(False, None), (True, "relu")], ids=["plain", "prologue, relu"])
+@pytest.mark.parametrize(("prologue", "act"), [(False, IDENTITY), (True, RELU)], ids=["plain", "prologue, relu"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_rounds_no_more_than_eager(case, shortcut, prologue, act, dtype, each_backend):
@@ -250,7 +252,7 @@ def refused_calls():
     second = setting("1x1", torch.float32, "second", False)[1]["second"]
     narrow = second._replace(u=ConvInput(second.u.tensor[:, :, :4]))
     return {
-        "act": (main, {"act": "swish"}, ValueError, "act: expected 'relu' or None, got 'swish'"),
+        "act": (main, {"act": "swish"}, TypeError, "act: expected an Activation, got 'swish'"),
         "scale": (main._replace(scale=main.scale[:3]), {}, ValueError, r"scale: expected shape \(16,\), got \(3,\)"),
         "shift": (main._replace(shift=main.shift[:3]), {}, ValueError, r"shift: expected shape \(16,\), got \(3,\)"),
         "channels": (

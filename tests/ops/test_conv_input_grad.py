@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
+from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad, Producer
+from fusedres.ops.act_mask import pack_relu_mask
 from fusedres.ops.bn_backward import bn_backward_reduce, masked
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.conv_backward import conv_producer_backward
 from fusedres.ops.conv_input_grad import at_producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad
-from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
 
 # (N, C, H, W), (K, R, S), geometry

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from fusedres.bench.eager import normalised
-from fusedres.ops.contract import ConvInput, OutputGrad
+from fusedres.operands import ConvInput, OutputGrad
 from fusedres.ops.conv_weight_grad import conv_weight_grad
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
 from tests.ops.test_conv_input_grad import CASES, FORMS, output_grad

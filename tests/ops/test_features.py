@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fusedres.operands import Partials
 from fusedres.ops.bn_finalize import bn_combine
-from fusedres.ops.contract import Partials
 from fusedres.ops.features import FeatureGrads, add_feature_grad, put_features
 
 

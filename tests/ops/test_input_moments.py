@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fusedres.operands import ConvInput
 from fusedres.ops import input_moments as module
-from fusedres.ops.contract import ConvInput
 from fusedres.ops.input_moments import input_moments, moments_statistics
 from tests.comparison import LOW, STORAGE, assert_close, relative_error
 

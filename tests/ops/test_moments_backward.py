@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import batch_norm, conv2d
 
-from fusedres.ops.contract import ConvInput, Geometry, Moments, Normaliser, OutputGrad
+from fusedres.operands import ConvInput, Geometry, Moments, Normaliser, OutputGrad
+from fusedres.ops.act_mask import pack_relu_mask
 from fusedres.ops.moments_backward import moments_backward, moments_contraction, moments_input_grad
-from fusedres.ops.relu_mask import pack_relu_mask
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
 
 EPS = 1e-3

@@ -1,9 +1,10 @@
 """fusedres.ops.op: which face of an op runs."""
 
 import pytest
+import torch
 
-from fusedres.backends import backend
 from fusedres.ops.op import Op
+from fusedres.runtime.backends import backend
 
 
 def double(x: int, *, refuse: bool = False) -> tuple[str, int]:
@@ -42,3 +43,17 @@ def test_reference_runs_where_no_native_face_is_registered():
 def test_op_carries_the_contract_of_its_reference(op):
     assert (op.__name__, op.__doc__) == ("double", "2 x")
     assert op.reference(4) == ("reference", 8)
+
+
+def test_operands_are_checked_once_before_any_face_sees_them():
+    seen = []
+    double = Op(lambda x, *, by=2: x * by, check=lambda x, *, by=2: seen.append(by))
+    double.native(lambda x, *, by=2: NotImplemented)
+    assert double(torch.ones(1), by=3).item() == 3
+    assert seen == [3]
+
+    def refuse(x):
+        raise ValueError("x: expected nothing")
+
+    with pytest.raises(ValueError, match="x: expected nothing"):
+        Op(lambda x: x, check=refuse)(torch.ones(1))

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import max_pool2d
 
 from fusedres.bench.eager import normalised
-from fusedres.ops.contract import OutputGrad, PoolGeometry
+from fusedres.operands import OutputGrad, PoolGeometry
 from fusedres.ops.stem_pool import NO_GRADIENT, stem_pool, stem_pool_backward
 from tests.comparison import LOW, STORAGE, assert_as_accurate_as_eager, assert_close
 

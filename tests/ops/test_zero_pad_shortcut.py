@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from fusedres.operands import ConvInput, Geometry, Norm, Normaliser, OutputGrad
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_backward import added, bn_backward_apply, masked
 from fusedres.ops.bn_forward import bn_forward
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.moments_backward import InputGradMatrices, moments_input_grad
@@ -75,7 +75,7 @@ def test_as_an_operand_of_the_blocks_end(each_backend):
     for numbers in ({}, running):
         ours, exact = (bn_act(y, scale, shift, residual=given, **numbers)[0] for given in (operand, tensor))
         torch.testing.assert_close(ours, exact)
-    ours, exact = (bn_forward(y, scale, shift, residual=given)[0] for given in (operand, tensor))
+    ours, exact = (bn_forward(y, Norm(scale, shift), residual=given)[0] for given in (operand, tensor))
     torch.testing.assert_close(ours, exact)
     weight = torch.randn(channels, channels, 1, 1, dtype=torch.float64)
     main = Contraction(ConvInput(y), weight, Geometry(), scale, shift)

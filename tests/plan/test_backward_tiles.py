@@ -2,16 +2,16 @@
 
 import pytest
 
-from fusedres.offline import TARGETS
+from fusedres.compiler.targets import TARGETS
 from fusedres.plan.backward_tiles import MOST_SUMS, backward_tile, one_pass_pays, writing_pays
-from fusedres.plan.conv_tiles import ConvShape
+from fusedres.plan.shapes import ConvVariant
 
 CUDA = [target for target in TARGETS.values() if target.backend == "cuda"]
 H100, A100 = TARGETS["sm_90"], TARGETS["sm_80"]
 
 
 def shape(pixels, c, k, window=1, itemsize=2, **more):
-    return ConvShape(pixels, c, k, 1, window, window, itemsize, operands=2, **more)
+    return ConvVariant(pixels, c, k, 1, window, window, itemsize, operands=2, **more)
 
 
 CIFAR = [shape(262144, 16, 16, 3), shape(65536, 32, 32, 3), shape(16384, 64, 64, 3)]

@@ -5,143 +5,99 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
 
 import fusedres
-from fusedres.binaries import read_figures, violations
-from fusedres.offline import TARGETS, compile_binary
-from fusedres.ops.contract import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry
-from fusedres.ops.contractions import conv_shape
+from fusedres.compiler.binary import compile_binary
+from fusedres.compiler.budgets import violations
+from fusedres.compiler.figures import read_figures
+from fusedres.compiler.targets import TARGETS
+from fusedres.operands import ConvInput, Geometry, OutputGrad, PoolGeometry
 from fusedres.ops.conv_backward import conv_producer_backward
-from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
-from fusedres.ops.conv_forward import conv_forward
-from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
-from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad
-from fusedres.ops.relu_mask import pack_relu_mask
+from fusedres.ops.conv_weight_grad import conv_weight_grad
 from fusedres.ops.stem_contractions import output_contraction, pooled_contraction
-from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, ConvShape, conv_tiles, pinned, weight_grad_tiles
+from fusedres.plan.conv_tiles import ENOUGH_TILES, FILLING, conv_tiles, pinned, weight_grad_tiles
 from fusedres.plan.gpus import target_gpu
+from fusedres.plan.shapes import ConvVariant
 from tests.budgets import held_to
-
-Size = tuple[int, int, int, int]
-WINDOW = Geometry(padding=(1, 1))
-
-
-def on_meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device="meta").contiguous(memory_format=layout)
-
-
-def formed_input(size: Size, dtype: torch.dtype = torch.float32) -> ConvInput:
-    return ConvInput(on_meta(*size, dtype=dtype), on_meta(size[1]), on_meta(size[1]))
-
-
-def bits(size: Size) -> Tensor:
-    return pack_relu_mask(on_meta(*size))
-
-
-def formed_gradient(size: Size, dtype: torch.dtype = torch.float32, mask: Tensor | None = None) -> OutputGrad:
-    p, q, r, mean = (on_meta(size[1]) for _ in range(4))
-    return OutputGrad(on_meta(*size, dtype=dtype), mask, on_meta(*size, dtype=dtype), p, q, r, mean)
+from tests.plan.convolutions import (
+    FP32,
+    around,
+    forward,
+    gradient_of,
+    input_gradient,
+    input_of,
+    on_meta,
+    producer_of,
+    two_contractions,
+    weight_gradient,
+)
 
 
 def weight_grad_of_moments() -> None:
-    size = (64, 256, 14, 14)
-    summed_weight_grad(OutputGrad(on_meta(*size), bits(size)), formed_input((64, 128, 14, 14)), (1, 1), Geometry())
+    weight_gradient((64, 128, 14, 14), 256, 1, FP32, formed=False, mask=True, sum_dy=True)
 
 
 def weight_grad_of_a_window() -> None:
-    conv_weight_grad(formed_gradient((64, 128, 14, 14)), formed_input((64, 128, 14, 14)), (3, 3), WINDOW)
+    weight_gradient((64, 128, 14, 14), 128, 3, FP32)
 
 
 def weight_grad_of_few_channels() -> None:
     dy = OutputGrad(on_meta(64, 32, 16, 16), None, None, on_meta(32))
-    conv_weight_grad(dy, ConvInput(on_meta(64, 64, 16, 16)), (3, 3), WINDOW)
+    conv_weight_grad(dy, ConvInput(on_meta(64, 64, 16, 16)), (3, 3), around(3))
 
 
 def weight_grad_of_the_stem() -> None:
-    dy, u = OutputGrad(on_meta(64, 64, 112, 112)), ConvInput(on_meta(64, 3, 224, 224))
-    summed_weight_grad(dy, u, (7, 7), Geometry((2, 2), (3, 3)), sum_dy=False, sum_u=True)
+    weight_gradient((64, 3, 224, 224), 64, 7, FP32, formed=False, input_formed=False, stride=2, sum_u=True)
 
 
 def weight_grad_of_a_basic_block() -> None:
-    size, dtype = (64, 64, 56, 56), torch.bfloat16
-    conv_weight_grad(formed_gradient(size, dtype, bits(size)), formed_input(size, dtype), (3, 3), WINDOW)
+    weight_gradient((64, 64, 56, 56), 64, 3, mask=True)
 
 
 def block_end_with_projection() -> None:
-    weight, vector = on_meta(256, 64, 1, 1), on_meta(256)
-    main = Contraction(formed_input((64, 64, 14, 14)), weight, Geometry(), vector, vector)
-    conv_bn_act(main, second=main._replace(u=ConvInput(on_meta(64, 64, 14, 14))), bit_mask=True)
+    two_contractions((64, 64, 14, 14), 256, 1, FP32, mask=True)
 
 
 def preactivation_with_projection() -> None:
-    dtype, vector = torch.bfloat16, on_meta(256)
-    main = Contraction(
-        formed_input((256, 64, 16, 16), dtype), on_meta(256, 64, 1, 1, dtype=dtype), Geometry(), vector, vector
-    )
-    conv_bn_act(main, second=main._replace(u=formed_input((256, 64, 16, 16), dtype)), act=None, statistics=True)
+    two_contractions((256, 64, 16, 16), 256, second_formed=True)
 
 
 def preactivation_with_a_narrow_projection() -> None:
-    dtype = torch.bfloat16
-    main = Contraction(formed_input((256, 16, 32, 32), dtype), on_meta(64, 16, 1, 1, dtype=dtype), Geometry())
-    second = main._replace(u=ConvInput(on_meta(256, 16, 32, 32, dtype=dtype)))
-    conv_bn_act(main, second=second, act=None, statistics=True)
+    two_contractions((256, 16, 32, 32), 64)
 
 
 def window_of_a_narrow_network() -> None:
-    dtype = torch.bfloat16
-    u, weight = ConvInput(on_meta(256, 32, 16, 16, dtype=dtype)), on_meta(64, 32, 3, 3, dtype=dtype)
-    conv_forward(u, weight, Geometry((2, 2), (1, 1)), statistics=True)
+    forward((256, 32, 16, 16), 64, 3, stride=2)
 
 
 def pointwise_that_narrows() -> None:
-    dtype = torch.bfloat16
-    conv_forward(
-        formed_input((256, 64, 32, 32), dtype), on_meta(16, 64, 1, 1, dtype=dtype), Geometry(), statistics=True
-    )
+    forward((256, 64, 32, 32), 16, formed=True)
 
 
 def input_grad_of_a_preactivation() -> None:
     """Joined to the shortcut's gradient and then to the producer's ReLU."""
-    size, vector = (256, 256, 16, 16), on_meta(256)
-    producer = Producer(on_meta(*size), Normaliser(vector, vector, vector, vector))
-    dy = formed_gradient((256, 128, 16, 16))
-    conv_producer_grad(dy, on_meta(128, 256, 1, 1), Geometry(), producer, add=OutputGrad(on_meta(*size)))
+    input_gradient((256, 256, 16, 16), 128, 1, FP32, producer=True, add=True)
 
 
 def input_grad_of_a_projection() -> None:
-    size = (64, 256, 14, 14)
-    conv_input_grad(
-        formed_gradient(size, mask=bits(size)), on_meta(256, 128, 1, 1), (64, 128, 28, 28), Geometry((2, 2))
-    )
+    input_gradient((64, 128, 28, 28), 256, 1, FP32, mask=True, stride=2)
 
 
 def input_grad_of_groups() -> None:
     """Of a strided 3x3 convolution of ResNeXt-50 behind its producer's ReLU."""
-    dtype, vector = torch.bfloat16, on_meta(512)
-    producer = Producer(on_meta(64, 512, 28, 28, dtype=dtype), Normaliser(vector, vector, vector, vector))
-    geometry = Geometry((2, 2), (1, 1), groups=32)
-    conv_producer_grad(
-        formed_gradient((64, 512, 14, 14), dtype), on_meta(512, 16, 3, 3, dtype=dtype), geometry, producer
-    )
+    input_gradient((64, 512, 28, 28), 512, 3, producer=True, stride=2, groups=32)
 
 
 def input_grad_of_a_formed_gradient() -> None:
-    dtype = torch.float16
-    conv_input_grad(
-        formed_gradient((256, 256, 14, 14), dtype), on_meta(256, 128, 1, 1, dtype=dtype), (256, 128, 14, 14), Geometry()
-    )
+    input_gradient((256, 128, 14, 14), 256, 1, torch.float16)
 
 
 def input_grad_in_fp32() -> None:
-    conv_input_grad(formed_gradient((256, 128, 28, 28)), on_meta(128, 64, 1, 1), (256, 64, 28, 28), Geometry())
+    input_gradient((256, 64, 28, 28), 128, 1, FP32)
 
 
 def weight_grad_of_a_window_with_bits() -> None:
-    size, dtype = (256, 64, 8, 8), torch.bfloat16
-    conv_weight_grad(formed_gradient(size, dtype, bits(size)), formed_input(size, dtype), (3, 3), WINDOW)
+    weight_gradient((256, 64, 8, 8), 64, 3, mask=True)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +144,10 @@ def test_tensor_cores_need_not_wait_for_instructions(
 ) -> None:
     """Cycles to issue a main loop over those of its multiplications, as the widest tiles of each target have them."""
     target, width = which.split()
-    x = on_meta(256, 256, 28, 28, dtype=dtype)
-    u = formed_input((256, 256, 28, 28), dtype) if prologue else ConvInput(x)
-    weight, geometry = on_meta(256, 256, window, window, dtype=dtype), Geometry(padding=(window // 2, window // 2))
-    tiles = conv_tiles(conv_shape(u, weight, geometry), TARGETS[target])
+    conv = ConvVariant(256 * 28**2, 256, 256, 1, window, window, 2, prologue=prologue)
+    tiles = conv_tiles(conv, TARGETS[target])
     with fusedres.record(target) as trace, pinned(next(tile for tile in tiles if tile.block_k == int(width))):
-        conv_forward(u, weight, geometry, statistics=True)
+        forward((256, 256, 28, 28), 256, window, dtype, formed=prologue)
     (launch,) = trace.launches
     figures = read_figures(compile_binary(launch.binary, target), target)
     assert violations(launch.binary, target, figures) == []
@@ -216,12 +170,9 @@ WEIGHT_GRADS = {
 def test_the_loop_over_pixels_is_not_spent_on_addresses(
     target: str, form: str, dtype: torch.dtype, window: int
 ) -> None:
-    size = (256, 256, 14, 14)
-    x = on_meta(*size, dtype=dtype)
-    u = ConvInput(x) if form == "dy" else formed_input(size, dtype)
-    dy = OutputGrad(x) if form == "u" else formed_gradient(size, dtype, bits(size) if "bits" in form else None)
+    what = {"formed": form != "u", "input_formed": form != "dy", "mask": "bits" in form}
     with fusedres.record(target) as trace:
-        conv_weight_grad(dy, u, (window, window), Geometry(padding=(window // 2, window // 2)))
+        weight_gradient((256, 256, 14, 14), 256, window, dtype, **what)
     figures = read_figures(compile_binary(trace.launches[0].binary, target), target)
     assert figures.issue is not None
     bar = WEIGHT_GRADS[target, form][window // 2]
@@ -234,8 +185,7 @@ def test_a_gradient_is_written_where_forming_it_takes_longer(target: str, channe
     """Both gradients of ResNet-50's 3x3, by bytes, FLOPs and the instructions of the compiled loops."""
     gpu, dtype = target_gpu(TARGETS[target]), torch.bfloat16
     size = (256, channels, 56 * 64 // channels, 56 * 64 // channels)
-    u, dy, geometry = formed_input(size, dtype), formed_gradient(size, dtype), Geometry(padding=(1, 1))
-    producer = Producer(u.tensor, Normaliser(*(on_meta(channels) for _ in range(4))))
+    u, dy, geometry, producer = input_of(size, dtype), gradient_of(size, dtype), around(3), producer_of(size, dtype)
     seconds = []
     for written in (False, True):
         with fusedres.record(target) as trace, patch("fusedres.ops.conv_backward.writing_pays", return_value=written):
@@ -265,21 +215,135 @@ def test_nor_is_that_of_the_stem(target: str, bars: tuple[float, float]) -> None
         assert figures.issue <= bar
 
 
-def parts_of(shape: ConvShape) -> tuple[int, int, float]:
+TARGETS_OF_TABLES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+# Pixels, channels of the output, depth; warps and stages.
+CHOSEN = {
+    "conv2 of ResNet-50, 128 channels": (
+        ConvVariant(200704, 128, 128, 1, 3, 3, 2, prologue=True),
+        "128x128x64 8 4 | 128x128x64 8 3 | 128x128x64 8 3 | 128x128x64 8 3 | 32x64x64 4 2 | 32x64x64 4 2",
+    ),
+    "conv3 of ResNet-50": (
+        ConvVariant(802816, 64, 256, 1, 1, 1, 2, prologue=True),
+        "128x128x32 4 4 | 128x128x64 8 3 | 128x128x64 8 3 | 128x128x64 8 3 | 32x64x64 4 2 | 32x64x64 4 2",
+    ),
+    "the same in fp32": (
+        ConvVariant(802816, 64, 256, 1, 1, 1, 4, prologue=True),
+        "128x128x32 8 4 | 128x128x32 8 3 | 128x128x32 8 3 | 128x128x32 8 3 | 32x64x32 4 2 | 32x64x32 4 2",
+    ),
+    "conv1 of ResNet-50, plain": (
+        ConvVariant(200704, 512, 128, 1, 1, 1, 2),
+        "128x128x64 8 4 | 128x128x64 8 3 | 128x128x64 8 3 | 128x128x64 8 3 | 64x64x64 4 2 | 64x64x64 4 2",
+    ),
+    "a stem": (
+        ConvVariant(3211264, 3, 64, 1, 7, 7, 2, flat=True),
+        "128x64x32 8 4 | 128x64x32 8 4 | 128x64x32 8 4 | 128x64x32 8 4 | 32x64x32 4 4 | 32x64x32 4 4",
+    ),
+    "a block's end beside its shortcut": (
+        ConvVariant(200704, 128, 512, 1, 1, 1, 2, prologue=True, epilogue_bytes=2),
+        "128x128x32 4 4 | 128x128x64 8 3 | 64x128x64 8 4 | 128x128x64 8 3 | 32x64x64 4 2 | 32x64x64 4 2",
+    ),
+    "a block's end and its projection": (
+        ConvVariant(802816, 64, 256, 1, 1, 1, 2, prologue=True, second=True, epilogue_bytes=1),
+        "128x64x64 8 3 | 128x64x64 8 4 | 128x64x64 8 4 | 128x64x64 8 2 | 32x64x32 4 2 | 32x64x32 4 2",
+    ),
+    "groups of 4 channels": (
+        ConvVariant(802816, 4, 4, 32, 3, 3, 2, prologue=True),
+        "128x32x32 8 4 | 128x32x32 4 4 | 128x32x32 4 4 | 128x32x32 8 4 | 32x32x32 4 2 | 32x32x32 4 2",
+    ),
+    "an input's gradient": (
+        ConvVariant(200704, 512, 128, 1, 1, 1, 2, prologue=True, operands=2, gradient=True),
+        "128x64x64 8 2 | 128x128x64 8 2 | 128x128x64 8 2 | 128x64x64 8 2 | 32x64x64 4 2 | 32x64x32 4 2",
+    ),
+    "an input's gradient in fp32": (
+        ConvVariant(200704, 128, 128, 1, 3, 3, 4, prologue=True, operands=2, gradient=True),
+        "128x64x32 8 2 | 128x64x32 8 2 | 128x64x32 8 2 | 128x64x32 8 2 | 32x64x32 4 2 | 32x64x16 4 2",
+    ),
+    "a gradient of moments": (
+        ConvVariant(200704, 512, 128, 1, 1, 1, 2, prologue=True, second=True, operands=2, gradient=True),
+        "128x64x64 8 2 | 128x128x64 8 2 | 64x128x64 8 3 | 128x64x64 8 2 | 32x64x32 4 2 | 32x64x32 4 2",
+    ),
+    "features' gradients": (
+        ConvVariant(200704, 128, 256, 1, 1, 1, 2, prologue=True, epilogue_bytes=2, operands=2, gradient=True),
+        "128x64x64 8 2 | 128x64x64 8 2 | 128x64x64 8 2 | 128x64x64 8 2 | 32x64x64 4 2 | 32x64x32 4 2",
+    ),
+    "few pixels of many channels": (
+        ConvVariant(49, 512, 2048, 1, 1, 1, 2, prologue=True),
+        "64x64x64 4 4 | 64x64x64 4 4 | 64x64x64 4 4 | 64x64x64 4 3 | 32x64x64 4 2 | 32x64x64 4 2",
+    ),
+}
+# Pixels of a step, channels of output and input; warps and parts.
+CHOSEN_FOR_WEIGHTS = {
+    "1x1": (
+        ConvVariant(200704, 128, 512, 1, 1, 1, 2),
+        "32x128x128 8 32 | 64x128x128 8 32 | 64x128x128 8 32 | 32x128x128 8 32 | 32x128x128 8 32 | 64x64x64 4 16",
+    ),
+    "1x1, dy formed": (
+        ConvVariant(200704, 512, 128, 1, 1, 1, 2, operands=2),
+        "32x128x128 8 32 | 32x128x128 8 32 | 32x128x128 8 32 | 32x128x128 8 32 | 32x128x128 8 32 | 32x64x64 4 16",
+    ),
+    "3x3 of 64 channels": (
+        ConvVariant(802816, 64, 64, 1, 3, 3, 2),
+        "64x64x64 4 28 | 64x64x64 4 28 | 64x64x64 4 28 | 64x64x64 4 28 | 64x64x64 4 28 | 64x64x64 4 28",
+    ),
+    "3x3 in fp32": (
+        ConvVariant(200704, 128, 128, 1, 3, 3, 4, operands=2),
+        "16x128x64 8 14 | 16x128x64 8 14 | 16x128x64 8 14 | 16x128x64 8 14 | 32x128x128 8 14 | 16x32x64 4 3",
+    ),
+    "a stem": (
+        ConvVariant(3211264, 3, 64, 1, 7, 7, 2, flat=True),
+        "16x64x256 8 128 | 16x64x256 8 128 | 16x64x256 8 128 | 16x64x256 8 128 | 16x64x64 8 85 | 16x64x64 8 85",
+    ),
+    "a stem in fp32": (
+        ConvVariant(3211264, 3, 64, 1, 7, 7, 4, flat=True),
+        "16x64x128 8 128 | 16x64x128 8 128 | 16x64x128 8 128 | 16x64x128 8 128 | 16x64x64 8 85 | 16x32x64 8 42",
+    ),
+    "groups of 8 channels": (
+        ConvVariant(200704, 8, 8, 32, 3, 3, 2, operands=2),
+        "32x64x64 4 7 | 32x64x64 4 7 | 32x64x64 4 7 | 32x64x64 4 7 | 32x64x64 4 7 | 32x64x64 4 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_what_is_chosen_for_the_convolutions_of_models(case: str) -> None:
+    conv, tiles = CHOSEN[case]
+    found = [conv_tiles(conv, TARGETS[name])[0] for name in TARGETS_OF_TABLES]
+    words = [f"{t.block_pixels}x{t.block_k}x{t.block_c} {t.num_warps} {t.num_stages}" for t in found]
+    assert words == tiles.split(" | ")
+
+
+@pytest.mark.parametrize("case", CHOSEN_FOR_WEIGHTS)
+def test_what_is_chosen_for_their_weights(case: str) -> None:
+    conv, tiles = CHOSEN_FOR_WEIGHTS[case]
+    found = [weight_grad_tiles(conv, TARGETS[name])[0] for name in TARGETS_OF_TABLES]
+    assert [f"{t.block_pixels}x{t.block_k}x{t.block_c} {t.num_warps} {t.parts}" for t in found] == tiles.split(" | ")
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_tuning_has_the_tiles_that_fit_beside_the_default(name: str) -> None:
+    wide = conv_tiles(ConvVariant(200704, 256, 256, 1, 3, 3, 2), TARGETS[name])
+    sizes = [(tile.block_pixels, tile.block_k) for tile in wide]
+    assert sizes == [(128, 128), (64, 128), (64, 64), *[(128, 256)] * (name == "sm_90")]
+    assert len(conv_tiles(ConvVariant(200704, 256, 256, 1, 3, 3, 4), TARGETS["sm_80"])) == 1, "not in fp32"
+    steps = [tile.block_pixels for tile in weight_grad_tiles(ConvVariant(802816, 64, 64, 1, 3, 3, 2), TARGETS[name])]
+    assert steps == [64, 32]
+
+
+def parts_of(conv: ConvVariant) -> tuple[int, int, float]:
     """Parts, programs, and the bytes of the parts, there and back, in units of what the contraction reads."""
-    tile = weight_grad_tiles(shape, TARGETS["sm_90"])[0]
-    read = shape.pixels * (shape.operands * shape.k + shape.c) * shape.itemsize
-    moved = 2 * 4 * tile.parts * shape.k * shape.r * shape.s * shape.c
-    return tile.parts, tile.parts * tile.tiles(shape), moved / read
+    tile = weight_grad_tiles(conv, TARGETS["sm_90"])[0]
+    read = conv.pixels * (conv.operands * conv.k + conv.c) * conv.itemsize
+    moved = 2 * 4 * tile.parts * conv.k * conv.taps * conv.c
+    return tile.parts, tile.parts * tile.pieces(conv), moved / read
 
 
 # The last stages of ResNet-56 and of a pre-activation ResNet-164, and the first one of ResNet-50, batch 256.
 CASES = {
-    "64 x 64, 3x3, 8 x 8 pixels": ConvShape(256 * 64, 64, 64, 1, 3, 3, 2, operands=2),
-    "64 -> 256, 8 x 8 pixels": ConvShape(256 * 64, 64, 256, 1, 1, 1, 2),
-    "256 -> 64, 8 x 8 pixels": ConvShape(256 * 64, 256, 64, 1, 1, 1, 2, operands=2),
-    "16 x 16, 3x3, 32 x 32 pixels": ConvShape(256 * 1024, 16, 16, 1, 3, 3, 2, operands=2),
-    "64 x 64, 3x3, 56 x 56 pixels": ConvShape(256 * 3136, 64, 64, 1, 3, 3, 2, operands=2),
+    "64 x 64, 3x3, 8 x 8 pixels": ConvVariant(256 * 64, 64, 64, 1, 3, 3, 2, operands=2),
+    "64 -> 256, 8 x 8 pixels": ConvVariant(256 * 64, 64, 256, 1, 1, 1, 2),
+    "256 -> 64, 8 x 8 pixels": ConvVariant(256 * 64, 256, 64, 1, 1, 1, 2, operands=2),
+    "16 x 16, 3x3, 32 x 32 pixels": ConvVariant(256 * 1024, 16, 16, 1, 3, 3, 2, operands=2),
+    "64 x 64, 3x3, 56 x 56 pixels": ConvVariant(256 * 3136, 64, 64, 1, 3, 3, 2, operands=2),
 }
 
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from fusedres.ops.contract import Geometry
-from fusedres.plan import AUTO, SCHEDULES, chain_schedule, check_schedule, use_moments
-from fusedres.plan.choose import LIBRARY
+from fusedres.operands import Geometry, Layer
+from fusedres.patterns.choose import AUTO, LIBRARY, chain_schedule, check_schedule, use_moments
+from fusedres.plan.schedule import SCHEDULES
+from fusedres.runtime.call import Call
 
 
 def test_each_rung_of_the_ladder_adds_to_the_one_before():
@@ -68,12 +69,15 @@ MOMENTS = [
 @pytest.mark.parametrize(("weight", "geometry", "rung", "auto", "reason"), MOMENTS, ids=[m[-1] for m in MOMENTS])
 @pytest.mark.parametrize("kernels", [False, True])
 def test_moments_form(weight, geometry, rung, auto, reason, kernels):
-    weight = torch.zeros(weight)
+    layer = Layer(torch.zeros(weight), geometry)
+
+    def uses(requested, dtype, kernels):
+        return use_moments(requested, layer, Call(dtype, kernels=kernels))
+
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert use_moments("moments", weight, geometry, dtype, kernels=kernels) is rung
-        for name in ("block_end", "stats", "prologue"):
-            assert not use_moments(name, weight, geometry, dtype, kernels=kernels)
-    assert use_moments(AUTO, weight, geometry, torch.float32, kernels=False) is auto
-    assert not use_moments(AUTO, weight, geometry, torch.float32, kernels=True)
+        assert uses("moments", dtype, kernels) is rung
+        assert not any(uses(name, dtype, kernels) for name in ("block_end", "stats", "prologue"))
+    assert uses(AUTO, torch.float32, False) is auto
+    assert not uses(AUTO, torch.float32, True)
     # The library has no call for the moments of 16-bit tensors.
-    assert not use_moments(AUTO, weight, geometry, torch.bfloat16, kernels=False)
+    assert not uses(AUTO, torch.bfloat16, False)

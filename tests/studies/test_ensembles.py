@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from fusedres.cli import main
+from fusedres.commands.main import main
 from fusedres.studies import ensembles, shattered
 from fusedres.studies.dissect import blocks_of, dissected_resnet
 from fusedres.studies.training import Images, error_of

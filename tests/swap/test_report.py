@@ -68,7 +68,7 @@ def test_printed_as_a_table(resnet):
         ["(model)", "ResNet", "stem", "yes", "moments"],
         ["layer1.0", "Bottleneck", "yes", "moments"],
     ]
-    assert lines[3].startswith("layer2.0") and lines[3].endswith("relu is a GELU, not a plain ReLU")
+    assert lines[3].startswith("layer2.0") and lines[3].endswith("relu is a GELU, which no fused pass computes")
     assert lines[-1] == "2 of 3 candidates fused"
     assert repr(fusedres.report(resnet)) == str(fusedres.report(resnet))
     columns = [line.index(word) for line, word in zip(lines[:4], ["fused", "yes", "yes", "no "], strict=True)]
@@ -184,7 +184,7 @@ LEFT_ALONE = {
         replaced("bn1", lambda bn: nn.InstanceNorm2d(bn.num_features)), "bn1 is a InstanceNorm2d"
     ),
     "another activation": (replaced("relu", lambda _: nn.GELU()), "relu is a GELU"),
-    "ReLU6": (replaced("relu", lambda _: nn.ReLU6()), "relu is a ReLU6"),
+    "an activation with a parameter": (replaced("relu", lambda _: nn.PReLU()), "relu is a PReLU"),
     "reflected padding": (
         replaced("conv2", lambda c: like(c, padding_mode="reflect")), "conv2 pads with 'reflect'"
     ),
@@ -269,7 +269,7 @@ STEMS = {
     "dilated pooling": (attribute("maxpool", "dilation", 2), "maxpool is dilated"),
     "hook on the pooling": (hooked("register_forward_hook", "maxpool"), "maxpool has hooks"),
     "hook on the first convolution": (hooked("register_forward_hook", "conv1"), "conv1 has hooks"),
-    "another activation": (replaced("relu", lambda _: nn.SiLU()), "relu is a SiLU"),
+    "another activation": (replaced("relu", lambda _: nn.SiLU()), "relu is a SiLU, not a plain ReLU"),
     "deep stem": (
         replaced("conv1", lambda c: nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 64, 3, 1, 1))),
         "conv1 is a Sequential",

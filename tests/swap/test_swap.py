@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedres
 from fusedres.nn.fused import Fused
-from fusedres.plan import AUTO, SCHEDULES
+from fusedres.patterns.choose import AUTO
+from fusedres.plan.schedule import SCHEDULES
 from tests.comparison import relative_error
 from tests.nn.twins import (
     assert_same_pass,

@@ -1,4 +1,4 @@
-"""fusedres.swap.torchvision: the ResNet family as it is used: traced, compiled, checkpointed, dissected."""
+"""fusedres.swap.families.torchvision: the ResNet family as it is used: traced, compiled, checkpointed, dissected."""
 
 import copy
 

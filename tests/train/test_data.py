@@ -88,7 +88,7 @@ def test_views_of_an_image(folder):
     single = source.fetch(torch.tensor([2]), None)[0]
     assert torch.equal(single, T.pil_to_tensor(T.center_crop(image, 32)))
 
-    ten = source.seen(View("ten", 36, 32)).fetch(torch.tensor([2]), None)[0]
+    ten = source.with_view(View("ten", 36, 32)).fetch(torch.tensor([2]), None)[0]
     whole = T.pil_to_tensor(image)
     assert ten.shape == (10, 3, 32, 32)
     assert torch.equal(ten[4], single)
@@ -99,7 +99,7 @@ def test_views_of_an_image(folder):
     # torchvision mirrors the image, then cuts: the mirrored centre is the centre mirrored.
     assert torch.equal(ten[9], single.flip(-1))
 
-    both = source.seen(View("whole", 48, 48)).fetch(torch.tensor([2]), None)[0]
+    both = source.with_view(View("whole", 48, 48)).fetch(torch.tensor([2]), None)[0]
     assert min(both.shape[-2:]) == 48
     assert torch.equal(both[1], both[0].flip(-1))
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from fusedres.cli import main
+from fusedres.commands.main import main
 from fusedres.train import distributed
 from fusedres.train.distributed import world
 

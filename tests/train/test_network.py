@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("torchvision")
 
@@ -73,9 +72,7 @@ def test_an_option_is_a_name_and_a_value(pair):
         known_options([pair])
 
 
-def test_stochastic_depth_is_known_by_its_block():
-    class StochasticBlock(nn.Module):
-        pass
-
-    assert drops_blocks(nn.Sequential(type("Fused", (StochasticBlock,), {})()))
-    assert not drops_blocks(nn.Sequential(nn.Conv2d(1, 1, 1)))
+@pytest.mark.parametrize("fused", [False, True])
+def test_stochastic_depth_is_known_by_its_block(fused):
+    assert drops_blocks(build("stochastic_resnet110", classes=3, channels=3, fused=fused).model)
+    assert not drops_blocks(build("cifar_resnet20", classes=3, channels=3, fused=fused).model)

@@ -15,9 +15,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-from fusedres.cli import main
-from fusedres.devices import gpus
+from fusedres.commands.main import main
 from fusedres.models import create
+from fusedres.runtime.devices import gpus
 from fusedres.train import checkpoint
 from fusedres.train.trainer import Trainer
 from tests.gpu_support import allocations, needs_gpu, used_since
@@ -45,7 +45,7 @@ def train(*arguments):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "fusedres.cli", *TRAIN, *map(str, arguments)]
+    return [sys.executable, "-m", "fusedres", *TRAIN, *map(str, arguments)]
 
 
 def rows(folder):
@@ -199,7 +199,7 @@ def test_a_batch_that_does_not_fit_is_explained(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_memory_that_really_ends_is_explained(tmp_path):
     code = (
-        "import resource, sys; from fusedres.cli import main;"
+        "import resource, sys; from fusedres.commands.main import main;"
         "resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9, 6 * 10**9)); sys.exit(main(sys.argv[1:]))"
     )
     arguments = [*TRAIN, "--px", "64", "--batch", "1437", "--threads", "1", "--out", str(tmp_path / "out")]
@@ -304,7 +304,7 @@ def test_a_training_is_not_overwritten(uninterrupted, capsys):
 
 def torchrun(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedres.cli",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedres",
          *TRAIN, *map(str, arguments)],
         capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -331,7 +331,7 @@ def test_two_processes_killed_and_resumed_end_with_the_same_bits(tmp_path):
     assert torchrun(*given, "--out", tmp_path / "whole").returncode == 0
     folder = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedres.cli",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedres",
          *TRAIN, *given, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for(lambda: (folder / "log.csv").exists() and len(rows(folder)) >= 2, process)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pytest
 
 from fusedres import vgpu
-from fusedres.offline import Specialisation, compile_for
+from fusedres.compiler.binary import Specialisation, compile_for
 
 # The package's function of that name hides the module.
 run_module = sys.modules["fusedres.vgpu.run"]

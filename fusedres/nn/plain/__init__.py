@@ -1,9 +1,9 @@
 """Residual blocks in plain PyTorch: the twins that the fused blocks are checked against and unfused to."""
 
-from .dense import DenseBlock, DenseLayer, Transition
-from .preact import BNAct, PreActBasicBlock, PreActBottleneck
-from .residual import BasicBlock, Bottleneck, ConvBNAct, NoShortcut, ResidualBlock, ZeroPadShortcut
-from .variants import (
+from fusedres.nn.plain.dense import DenseBlock, DenseLayer, Transition
+from fusedres.nn.plain.preact import BNAct, PreActBasicBlock, PreActBottleneck
+from fusedres.nn.plain.residual import BasicBlock, Bottleneck, ConvBNAct, NoShortcut, ResidualBlock, ZeroPadShortcut
+from fusedres.nn.plain.variants import (
     ActivationBasicBlock,
     ActivationBottleneck,
     DropoutShortcutBlock,

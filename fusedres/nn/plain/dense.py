@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .residual import conv1x1, conv3x3
+from fusedres.nn.plain.residual import conv1x1, conv3x3
 
 
 class DenseLayer(nn.Module):

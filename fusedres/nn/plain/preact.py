@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .residual import ZeroPadShortcut, conv1x1, conv3x3, shortcut_module
+from fusedres.nn.plain.residual import ZeroPadShortcut, conv1x1, conv3x3, shortcut_module
 
 
 class BNAct(nn.Module):

@@ -3,10 +3,10 @@
 Attribute names are torchvision's, so that state dicts fit.
 """
 
-import torch
 from torch import Tensor, nn
 
-from ...ops.zero_pad_shortcut import zero_pad_shortcut
+from fusedres.activation import activation_named, module_of
+from fusedres.ops.zero_pad_shortcut import zero_pad_shortcut
 
 
 def conv3x3(in_channels: int, channels: int, stride: int = 1, *, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -83,7 +83,7 @@ class ConvBNAct(nn.Module):
     Args:
         in_channels, channels, kernel_size, stride, padding, dilation, groups, bias: as `torch.nn.Conv2d`; padding
             defaults to half the kernel.
-        act: ``"relu"`` or None.
+        act: the name of one of `fusedres.activation.NAMED`, or None.
     """
 
     def __init__(
@@ -100,17 +100,16 @@ class ConvBNAct(nn.Module):
         act: str | None = "relu",
     ) -> None:
         super().__init__()
-        if act not in ("relu", None):
-            raise ValueError(f"act: expected 'relu' or None, got {act!r}")
+        module = module_of(activation_named(act))
         if padding is None:
             padding = dilation * (kernel_size // 2)
         self.conv = nn.Conv2d(in_channels, channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = nn.BatchNorm2d(channels)
-        self.act = act
+        self.act = module
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn(self.conv(x))
-        return torch.relu_(y) if self.act == "relu" else y
+        z: Tensor = self.act(self.bn(self.conv(x)))
+        return z
 
 
 class ResidualBlock(nn.Module):

@@ -6,7 +6,7 @@ Figures are those of He et al. 2016 (arXiv:1603.05027).
 import torch
 from torch import Tensor, nn
 
-from .residual import BasicBlock, Bottleneck, ResidualBlock, conv3x3
+from fusedres.nn.plain.residual import BasicBlock, Bottleneck, ResidualBlock, conv3x3
 
 
 class ScaledBlock(BasicBlock):
@@ -87,13 +87,13 @@ class GatedBlock(BasicBlock):
         assert self.gate.bias is not None
         nn.init.constant_(self.gate.bias, self.gate_bias)
 
-    def gated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_and_shortcut(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """g, and the shortcut behind its gate."""
         g = torch.sigmoid(self.gate(x))
         return g, (1 - g) * self.shortcut(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        g, shortcut = self.gated(x)
+        g, shortcut = self.gate_and_shortcut(x)
         out = self.residual(x)
         z: Tensor = self.relu(shortcut + (g * out if self.exclusive else out))
         return z
@@ -132,7 +132,7 @@ class StochasticBlock(BasicBlock):
 ORDERS = ("bn_after_add", "relu_before_add", "relu_only")
 
 
-class _Ordered(ResidualBlock):
+class _OrderedBlock(ResidualBlock):
     """The orders of figure 4 between the original (a: `BasicBlock`) and full pre-activation (e: `PreActBasicBlock`).
 
     ``"bn_after_add"`` (b): z = relu(bn(conv(...) + shortcut)). ``"relu_before_add"`` (c): z = relu(F(x)) + shortcut.
@@ -162,7 +162,7 @@ class _Ordered(ResidualBlock):
         return z
 
 
-class ActivationBasicBlock(_Ordered, BasicBlock):
+class ActivationBasicBlock(_OrderedBlock, BasicBlock):
     """A basic block in one of the orders of figure 4.
 
     Args:
@@ -177,7 +177,7 @@ class ActivationBasicBlock(_Ordered, BasicBlock):
         self._set_order(order)
 
 
-class ActivationBottleneck(_Ordered, Bottleneck):
+class ActivationBottleneck(_OrderedBlock, Bottleneck):
     """A bottleneck in one of the orders of figure 4.
 
     Args:

@@ -1,0 +1,170 @@
+"""Rows as pictures: speed-ups over eager, points under the roof, memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fusedres.bench.contenders import CONTENDERS, YARDSTICK
+from fusedres.bench.rows import OK, Row
+
+__all__ = ["PICTURES", "png", "write"]
+
+# One colour for a contender in every picture: greys for eager, blues and greens for others, warm ones for ours.
+COLORS = dict(
+    zip(
+        CONTENDERS,
+        ("#b8b8b8", "#7a7a7a", "#6baed6", "#2171b5", "#525252", "#41ab5d", "#9e9ac8", "#e6550d", "#fdd0a2", "#fdae6b",
+         "#fd8d3c", "#f16913", "#7f2704", "#a63603"),
+        strict=True,
+    )
+)  # fmt: skip
+MOST_ROWS = 200
+MARKERS = {"op": "o", "block": "s", "network": "^"}
+
+
+def _grouped(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, list[tuple[Row, float]]]:
+    """Rows that have a value, by comparison, in order."""
+    groups: dict[str, list[tuple[Row, float]]] = {}
+    for row in rows:
+        number = value(row)
+        if row.status == OK and number is not None:
+            groups.setdefault(row.group, []).append((row, number))
+    return groups
+
+
+def _empty(axes: Axes, words: str) -> None:
+    axes.text(0.5, 0.5, words, ha="center", va="center", wrap=True, transform=axes.transAxes)
+    axes.set(xticks=[], yticks=[])
+
+
+def _bars(axes: Axes, groups: dict[str, list[tuple[Row, float]]], form: str) -> None:
+    """Horizontal, a block for each comparison, the first on top."""
+    place, ticks = 0.0, []
+    seen: dict[str, None] = {}
+    for name, group in groups.items():
+        first = place
+        for row, number in group:
+            label = None if row.contender in seen else row.contender
+            seen[row.contender] = None
+            axes.barh(place, number, height=0.9, color=COLORS[row.contender], label=label)
+            axes.annotate(
+                form.format(number), (number, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7
+            )
+            place += 1
+        ticks.append(((first + place - 1) / 2, name))
+        place += 0.8
+    axes.set_yticks([tick for tick, _ in ticks], [name.replace(", ", "\n", 1) for _, name in ticks], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, frameon=False)
+
+
+def speedups(axes: Axes, rows: Sequence[Row]) -> None:
+    """Bars: how many times eager's speed."""
+    groups = _grouped([row for row in rows if row.contender != YARDSTICK], lambda row: row.speedup)
+    axes.set_title("Speed, times eager channels_last")
+    if not groups:
+        return _empty(axes, "no contender beside eager was timed")
+    _bars(axes, groups, "{:.2f}")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+
+
+def roofline(axes: Axes, rows: Sequence[Row]) -> None:
+    """Points: achieved FLOP/s over FLOP per byte, under what this machine copies and multiplies at best."""
+    axes.set_title("Roofline: declared bytes and FLOPs over measured time")
+    points = [row for row in rows if row.status == OK and row.gb_per_s and row.tflop_per_s]
+    if not points:
+        return _empty(axes, "no row declares all the bytes of its step")
+    intensities = [1e3 * (row.tflop_per_s or 0) / (row.gb_per_s or 1) for row in points]
+    seen = set()
+    for row, intensity in zip(points, intensities, strict=True):
+        label = None if row.contender in seen else row.contender
+        seen.add(row.contender)
+        axes.scatter(
+            intensity, row.tflop_per_s or 0, s=22, color=COLORS[row.contender], marker=MARKERS[row.kind], label=label,
+            edgecolors="black", linewidths=0.3,
+        )  # fmt: skip
+    roofs = {row.dtype: row for row in points if row.peak_gb_per_s and row.peak_tflop_per_s}
+    low, high = min(intensities) / 2, max(intensities) * 2
+    for dtype, row in roofs.items():
+        bandwidth, peak = (row.peak_gb_per_s or 0) / 1e3, row.peak_tflop_per_s or 0
+        ridge = peak / bandwidth
+        xs = sorted({low, high, min(max(ridge, low), high)})
+        axes.plot(xs, [min(x * bandwidth, peak) for x in xs], color="black", linewidth=0.8)
+        axes.annotate(
+            f"{dtype}: {1e3 * bandwidth:.0f} GB/s, {peak:.3g} TFLOP/s", (high, min(high * bandwidth, peak)),
+            xytext=(0, 3), textcoords="offset points", ha="right", fontsize=7,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def memory(axes: Axes, rows: Sequence[Row]) -> None:
+    """Bars: the peak on a GPU, else what autograd saves for backward."""
+    peaks = _grouped(rows, lambda row: None if row.peak_bytes is None else row.peak_bytes / row.batch / 1e6)
+    saved = _grouped(
+        [row for row in rows if row.mode == "train"],
+        lambda row: None if row.saved_bytes_per_image is None else row.saved_bytes_per_image / 1e6,
+    )
+    axes.set_title("Peak memory of a step, MB per image" if peaks else "Saved for backward, MB per image")
+    if not (peaks or saved):
+        return _empty(axes, "no memory was measured")
+    _bars(axes, peaks or saved, "{:.3g}")
+
+
+PICTURES: dict[str, Callable[[Axes, Sequence[Row]], None]] = {
+    "speed-ups": speedups,
+    "roofline": roofline,
+    "memory": memory,
+}
+
+
+def _pictured(rows: Sequence[Row]) -> Sequence[Row]:
+    """As many as a picture has room for, of networks if there are too many."""
+    if len(rows) > MOST_ROWS:
+        rows = [row for row in rows if row.kind == "network"] or rows
+    return rows[:MOST_ROWS]
+
+
+def _titled(axes: Axes, pictured: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Say in the title how many rows are left out."""
+    if len(pictured) < len(rows):
+        axes.set_title(f"{axes.get_title()}\n({len(pictured)} of {len(rows)} rows)")
+
+
+def _height(rows: Sequence[Row]) -> float:
+    """Inches, for as many bars as there are."""
+    return max(4.0, 1.5 + 0.17 * len(rows))
+
+
+def _saved(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def png(picture: str, rows: Sequence[Row]) -> bytes:
+    """One of `PICTURES`."""
+    shown = _pictured(rows)
+    figure = Figure(figsize=(8.0, 6.0 if picture == "roofline" else _height(shown)), layout="constrained")
+    axes = figure.subplots()
+    PICTURES[picture](axes, shown)
+    _titled(axes, shown, rows)
+    return _saved(figure)
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """All of them side by side in one PNG."""
+    shown = _pictured(rows)
+    figure = Figure(figsize=(21.0, _height(shown)), layout="constrained")
+    for axes, draw in zip(figure.subplots(1, len(PICTURES)), PICTURES.values(), strict=True):
+        draw(axes, shown)
+        _titled(axes, shown, rows)
+    path.write_bytes(_saved(figure))

@@ -1,0 +1,1 @@
+"""The `fusedres` command, one file per subcommand."""

@@ -1,0 +1,140 @@
+"""`fusedres doctor`: what is here, what runs fused blocks and why, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fusedres import vgpu
+from fusedres.commands.explain import MODELS
+from fusedres.compiler.targets import triton
+from fusedres.nn.plain import Bottleneck
+from fusedres.plan.gpus import device_gpu
+from fusedres.runtime import backends
+from fusedres.runtime.devices import gpus
+from fusedres.runtime.launch import tf32_allowed, why_not_on
+from fusedres.swap import fuse, report
+
+# By extra, as pyproject.toml has them.
+EXTRAS = {
+    "models": ("torchvision", "timm"),
+    "cli": ("rich", "matplotlib", "jinja2", "scikit-learn"),
+    "train": ("tensorboard",),
+    "vgpu": ("llvmlite",),
+}
+# As pyproject.toml has them; pip does not hold to them what is installed later.
+OLDEST = {"torch": (2, 10), "triton": (3, 6)}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command ``doctor`` to the subcommands of a parser."""
+    parser = commands.add_parser(
+        "doctor",
+        help="versions and devices, what runs fused blocks on them and why, and whether it computes what it should",
+        description="Says what is installed and what runs fused blocks on each device, and holds a fused block against "
+        "fp64 there. With MODEL it also says which of its blocks are fused, and why not the others.",
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODELS)
+    parser.set_defaults(run=lambda options: run(options.model))
+
+
+def run(model: str | None = None) -> int:
+    """Print what there is to say of this machine, and of a model; 1 if something computes what it should not.
+
+    Raises:
+        ValueError: no such model.
+    """
+    built = None
+    if model is not None:
+        from fusedres.models.sources import source
+
+        built = source(model).on_meta()
+    for name, found in (*_versions(), *_devices(), *_extras()):
+        print(f"{name:12}{found}")
+    right = True
+    for device in gpus() or ["cpu"]:
+        for dtype in ("fp32", "bf16"):
+            reason = _wrong(device, dtype)
+            right &= reason is None
+            print(
+                f"{'check':12}a fused block on {device} in {dtype}: {reason or 'as near to fp64 as eager PyTorch is'}"
+            )
+    if built is not None:
+        print(report(fuse(built)))
+    return 0 if right else 1
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "fusedres", importlib.metadata.version("fusedres")
+    yield "Python", f"{platform.python_version()}, {platform.system()} on {platform.machine()}"
+    compute = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    compute = compute if torch.version.hip or torch.version.cuda else "for CPUs"
+    yield "torch", f"{torch.__version__}, {compute}{_too_old('torch', torch.__version__)}"
+    if triton:
+        yield "triton", f"{triton.__version__}{_too_old('triton', triton.__version__)}"
+    else:
+        yield "triton", "not installed: no kernels"
+
+
+def _too_old(package: str, version: str) -> str:
+    """What is added to an older version than the library asks for."""
+    oldest = OLDEST[package]
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) >= oldest:
+        return ""
+    return f", too old: fusedres needs {oldest[0]}.{oldest[1]} or newer"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    found = gpus()
+    for index in range(len(found)):
+        reason = why_not_on(index)
+        runs = f"runs the plain modules: {reason}" if reason else f"runs kernels, planned as {device_gpu(index).name}"
+        yield f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {runs}"
+    if not found:
+        yield "GPU", "none that PyTorch sees; the CPU runs the library's calls"
+    yield "TF32", f"{'used' if tf32_allowed() else 'not used'} by fp32 convolutions (torch.backends.cudnn.conv)"
+    targets = ", ".join(f"{backends.VGPU}{target}" for target in vgpu.TARGETS)
+    yield "emulated", vgpu.why_unavailable() or f"backend({targets})"
+
+
+def _extras() -> Iterator[tuple[str, str]]:
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if not _installed(name)]
+        yield f"[{extra}]", f"lacks {', '.join(missing)}: pip install fusedres[{extra}]" if missing else "installed"
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _wrong(device: str, dtype: str) -> str | None:
+    """What is wrong with a fused block on a device, held against fp64 as benchmarks do, or None."""
+    from fusedres.bench.cases import ModelCase
+    from fusedres.bench.contenders import CONTENDERS
+    from fusedres.bench.gate import Gate
+    from fusedres.bench.setting import Setting, device_named
+
+    # With a projection: every kind of kernel that training launches but the stem's.
+    case = ModelCase("bottleneck", "block", lambda: Bottleneck(64, 32, stride=2), channels=64, px=12, batch=2)
+    for mode in case.modes:
+        setting = Setting(mode, dtype, case.batch, case.px, device_named(device))
+        # On a CPU "auto" would run the plain modules for so little.
+        name = "fused-block_end" if device == "cpu" else "fused"
+        try:
+            with setting.device.made_current(), setting.arithmetic():
+                reason = Gate(case, setting).judge(CONTENDERS[name]).reason
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            return f"{mode}: {reason}"
+    return None

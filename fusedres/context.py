@@ -1,0 +1,131 @@
+"""What a thread has chosen for the calls that it makes, and what of it reaches other threads.
+
+A choice belongs to the thread that made it and lasts as long as a ``with`` block. Two things go further. A backward
+pass resumes what its forward pass ran in: on a GPU autograd calls it on threads of its own, which have chosen nothing.
+And accounts of launches are of the whole process, so that they hold what such threads launch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["Context", "Snapshot", "accounts", "context", "here", "on_all_threads", "resume", "snapshot"]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What is chosen; classes of higher floors are not known here by name.
+
+    Attributes:
+        backend: which face of an op runs (`runtime.backends`).
+        gpu: the `plan.gpus.Gpu` that rungs are chosen for, whatever the device of the tensors.
+        meta_dtype: what fused passes on meta tensors convolve in, as under autocast.
+        dry_target: the name of the target whose launches tensors on the meta device make.
+        follower: is told of every launch (`runtime.launch.Follower`).
+        listeners: are told of every choice of a rung.
+        row_tile, conv_tile: in place of the plan's choice.
+        place: of the tile to take in every list of the plan.
+        replays: whether passes are replayed from notes.
+    """
+
+    backend: str = "auto"
+    gpu: Any = None
+    meta_dtype: torch.dtype | None = None
+    dry_target: str | None = None
+    follower: Any = None
+    listeners: tuple[Callable[[Any], None], ...] = ()
+    row_tile: Any = None
+    conv_tile: Any = None
+    place: int | None = None
+    replays: bool = True
+
+    @property
+    def tiles_by_hand(self) -> bool:
+        """Whether some tile is not the plan's choice."""
+        return not (self.row_tile is None and self.conv_tile is None and self.place is None)
+
+
+NOTHING_CHOSEN = Context()
+
+
+class _Thread(threading.local):
+    context = NOTHING_CHOSEN
+
+
+_thread = _Thread()
+
+
+def here() -> Context:
+    """What this thread goes by."""
+    return _thread.context
+
+
+@contextmanager
+def context(**changes: Any) -> Iterator[None]:
+    """This thread's context with other values of some fields, inside the ``with`` block."""
+    before = _thread.context
+    _thread.context = replace(before, **changes)
+    try:
+        yield
+    finally:
+        _thread.context = before
+
+
+class Snapshot(NamedTuple):
+    """What a forward pass ran in, and on which thread."""
+
+    context: Context
+    thread: int
+
+
+def snapshot() -> Snapshot:
+    """What this thread goes by, for the backward pass; who follows its launches follows no other thread's."""
+    now = _thread.context
+    return Snapshot(now if now.follower is None else replace(now, follower=None), threading.get_ident())
+
+
+def resume(forward: Snapshot) -> AbstractContextManager[None]:
+    """The backend of a forward pass, inside the ``with`` block; all that it ran in, on a thread that chose nothing."""
+    now = _thread.context
+    if now is NOTHING_CHOSEN and forward.thread != threading.get_ident():
+        return _entered(forward.context)
+    return nullcontext() if now.backend == forward.context.backend else context(backend=forward.context.backend)
+
+
+@contextmanager
+def _entered(whole: Context) -> Iterator[None]:
+    before = _thread.context
+    _thread.context = whole
+    try:
+        yield
+    finally:
+        _thread.context = before
+
+
+# Replaced, never changed: another thread may be going through it.
+_accounts: tuple[Any, ...] = ()
+_changing = threading.Lock()
+
+
+def accounts() -> tuple[Any, ...]:
+    """Everybody's accounts of launches, of whichever thread; each is a `runtime.launch.Trace`."""
+    return _accounts
+
+
+@contextmanager
+def on_all_threads(account: Any) -> Iterator[None]:
+    """One more of `accounts` inside the ``with`` block."""
+    global _accounts
+    with _changing:
+        _accounts = (*_accounts, account)
+    try:
+        yield
+    finally:
+        with _changing:
+            _accounts = tuple(one for one in _accounts if one is not account)

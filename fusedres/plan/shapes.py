@@ -1,0 +1,117 @@
+"""What a tile is chosen for, and what tiles of several kinds have in common."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from fusedres.compiler.targets import Target
+
+# The narrowest side of a tile that tensor cores multiply on every target.
+NARROWEST = 16
+
+
+class ConvVariant(NamedTuple):
+    """What the choice of a tile depends on: a convolution, and what its kernel does beside it.
+
+    Attributes:
+        pixels: of the output, all images together.
+        c, k: channels of input and output, of one group.
+        groups: how many.
+        r, s: the window.
+        itemsize: bytes of an element.
+        flat: depth runs along the rows of the window.
+        prologue: the left operand is formed on load.
+        second: a projection is contracted after the convolution, whose outputs wait in registers.
+        epilogue_bytes: of a value that joins the outputs (of a shortcut, a mask, features' gradient); 0 for none.
+        operands: how many tensors the left operand is formed of.
+        gradient: of the input; ``c`` are the channels of the convolution's output and ``k`` those of its input then.
+    """
+
+    pixels: int
+    c: int
+    k: int
+    groups: int
+    r: int
+    s: int
+    itemsize: int
+    flat: bool = False
+    prologue: bool = False
+    second: bool = False
+    epilogue_bytes: int = 0
+    operands: int = 1
+    gradient: bool = False
+
+    @property
+    def taps(self) -> int:
+        """Pixels of the window."""
+        return self.r * self.s
+
+
+class Compiled:
+    """A tile that says how its kernel is compiled."""
+
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a launch is told of it, beside the kernel's arguments."""
+        return {"num_warps": self.num_warps}
+
+
+class Pipelined(Compiled):
+    """One whose loop has ``num_stages`` steps under way; shared memory says how many fit on a multiprocessor."""
+
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "num_stages": self.num_stages, "all_registers": True}
+
+
+class InParts:
+    """A tile that goes ``block_pixels`` at a time through one of ``parts`` of the pixels."""
+
+    block_pixels: int
+    parts: int
+
+    def per_part(self, pixels: int) -> int:
+        """Pixels of a part, a multiple of ``block_pixels``."""
+        return self._multiple(pixels, self.parts)
+
+    def filled_parts(self, pixels: int, wanted: int) -> int:
+        """Into how many parts, at most ``wanted``, the pixels are cut so that none is empty."""
+        return -(-pixels // self._multiple(pixels, wanted))
+
+    def _multiple(self, pixels: int, parts: int) -> int:
+        return max(1, -(-pixels // parts // self.block_pixels)) * self.block_pixels
+
+
+def depthwise(conv: ConvVariant) -> bool:
+    """Whether a group has too few channels for tensor cores to gain by packing groups side by side."""
+    return conv.groups > 1 and conv.c * conv.k < 4
+
+
+def power_above(number: int) -> int:
+    """The smallest power of two that is not below ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def halves(widest: int, narrowest: int = NARROWEST) -> Iterator[int]:
+    """``widest``, half of it, and so on while that is not below ``narrowest``."""
+    while widest >= narrowest:
+        yield widest
+        widest //= 2
+
+
+def narrow_waves(target: Target) -> bool:
+    """Whether a wave has 32 threads on AMD: half as many share a tile, and their registers spill sooner."""
+    return target.backend == "hip" and target.warp_size == 32
+
+
+def tensor_memory(target: Target) -> bool:
+    """Whether accumulators have a memory of their own, as those of sm_100 do."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and 100 <= target.arch < 120
+
+
+def wide(target: Target) -> bool:
+    """Whether tensor cores read their operands from shared memory, as those of sm_90 and sm_100 do."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and 90 <= target.arch < 120

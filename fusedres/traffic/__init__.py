@@ -1,0 +1,1 @@
+"""What a pass moves, computes and keeps, counted."""

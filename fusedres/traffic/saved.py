@@ -1,0 +1,108 @@
+"""Bytes that autograd keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, is_dataclass
+
+import torch
+from torch import nn
+
+from fusedres.runtime.torch_private import storage_id
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Bytes saved for backward, by dtype of the tensor that was saved."""
+
+    by_dtype: dict[torch.dtype, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_dtype.values())
+
+    def as_dtype(self, dtype: torch.dtype) -> float:
+        """Bytes if every floating-point element had `dtype`; integers and masks keep their own size."""
+        return sum(
+            nbytes * dtype.itemsize / saved.itemsize if saved.is_floating_point else nbytes
+            for saved, nbytes in self.by_dtype.items()
+        )
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """Saved bytes as a straight line over the batch size: `slope` bytes per image plus a `fixed` part.
+
+    The fixed part (per-channel vectors, C×C and K×C matrices) does not grow with the batch and is fp32 in
+    every storage dtype, so only the slope may be converted to bf16.
+    """
+
+    slope: SavedBytes
+    fixed: SavedBytes
+
+
+def saved_bytes(model: nn.Module, make_loss: Callable[[nn.Module], torch.Tensor]) -> SavedBytes:
+    """Run `make_loss(model)` once and sum the storages that autograd keeps for its backward.
+
+    Storages are told apart by their StorageImpl, since data_ptr is 0 for every meta tensor, and all of them
+    stay referenced until the sum is taken, so that none is freed and its address given to another.
+    """
+    owned = {storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = make_loss(model)
+    saved.extend(_kept_on_contexts(loss))
+
+    by_dtype: dict[torch.dtype, float] = {}
+    seen = set(owned)
+    for tensor in saved:
+        if storage_id(tensor) not in seen:
+            seen.add(storage_id(tensor))
+            by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.untyped_storage().nbytes()
+    return SavedBytes(by_dtype)
+
+
+def _kept_on_contexts(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Tensors that custom Functions hold as attributes of their context, which no saved-tensor hook sees."""
+    pending = [loss.grad_fn]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending.extend(edge for edge, _ in node.next_functions)
+        yield from _tensors_in(getattr(node, "__dict__", {}))
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors_in(vars(value))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def per_image(model: nn.Module, make_loss: Callable[[nn.Module, int], torch.Tensor], batch: int) -> PerImage:
+    """Measure at `batch` and at twice `batch` images and return slope and intercept.
+
+    Raises:
+        ValueError: `batch` is below 1.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    once = saved_bytes(model, lambda m: make_loss(m, batch)).by_dtype
+    twice = saved_bytes(model, lambda m: make_loss(m, 2 * batch)).by_dtype
+    slope = {dtype: (twice[dtype] - once.get(dtype, 0)) / batch for dtype in twice}
+    fixed = {dtype: once.get(dtype, 0) - slope[dtype] * batch for dtype in twice}
+    return PerImage(SavedBytes(slope), SavedBytes(fixed))
