@@ -9,7 +9,7 @@ import torch
 
 import fusedres
 from fusedres.autograd.function import fused_or_composed
-from fusedres.autograd.saved import keep, packed
+from fusedres.autograd.saved import keep, pack
 from fusedres.compiler.targets import TARGETS
 from fusedres.context import NOTHING_CHOSEN, Context, accounts, context, here, on_all_threads, resume, snapshot
 from fusedres.patterns.choose import announce, listening
@@ -188,7 +188,7 @@ class Seen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.context = snapshot()
-        keep(ctx, packed((x,)), x)
+        keep(ctx, pack((x,)), x)
         return x.clone()
 
     @staticmethod

@@ -10,12 +10,12 @@ from fusedres.autograd.composed import Composed, joining, layered, through
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
 from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, contraction, measure, projection_grad
 from fusedres.autograd.layouts import in_dtype
-from fusedres.autograd.saved import Packed, attached, kept_with_anchors, packed, unpacked
+from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.autograd.spec import ChainSpec, layers_of
 from fusedres.operands import LAYER_TENSORS, ConvInput, Layer, OutputGrad, Producer
 from fusedres.ops.act_mask import is_bits
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.bn_backward import NormSums, masked
+from fusedres.ops.bn_backward import NormSums, masked_gradient
 from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.conv_input_grad import ProducerGrad
 from fusedres.ops.rows import channels_last
@@ -55,7 +55,7 @@ class ConvChain(FusedFunction):
     follows = True
 
     @staticmethod
-    def joined(x: Tensor, residual: Tensor | None, spec: ChainSpec) -> tuple[Tensor | None, ...]:
+    def summands(x: Tensor, residual: Tensor | None, spec: ChainSpec) -> tuple[Tensor | None, ...]:
         return (residual if spec.act.needs_input else None,)
 
     @staticmethod
@@ -79,18 +79,18 @@ class ConvChain(FusedFunction):
         if not (spec.schedule.statistics and source.tensor is given):
             under = None
         parameters = tuple(tensor for layer in every for tensor in layer.parameters)
-        saved = packed(Kept((*steps, walk.Step(main)), beside, mask, parameters, under))
+        saved = pack(Kept((*steps, walk.Step(main)), beside, mask, parameters, under))
         end = Producer(main.raw, main.numbers, mask=mask, act=spec.act) if _reducible(main, z, mask, spec) else None
         return Passed(z, saved, end=end)
 
     @staticmethod
     def go_back(dz: Tensor, sums: NormSums | None, spec: ChainSpec, pack: Packed, given: Given) -> Gradients:
         """From the gradient at z, and its sums where the block behind made them."""
-        saved: Kept = unpacked(pack)
+        saved: Kept = unpack(pack)
         every, count = layers_of(spec.every, saved.parameters), len(spec.layers)
         arriving = OutputGrad(dz, saved.mask if sums is None else None, act=spec.act)
         if saved.mask is not None and not spec.schedule.bit_masks:
-            arriving = OutputGrad(masked(arriving), scratch=True)
+            arriving = OutputGrad(masked_gradient(arriving), scratch=True)
         g = arriving._replace(g=in_dtype(arriving.g, spec.dtype), scratch=False)
 
         # What reaches the block's input by the shortcut; the chain's first layer adds its own share to it.
@@ -115,7 +115,7 @@ class ConvChain(FusedFunction):
         if given.needed_x and du is not None:
             dx, reduced = (du.g, du.sums) if isinstance(du, ProducerGrad) else (du, None)
             dx = dx.to(given.dtype)
-        dresidual = masked(arriving).to(given.residual_dtype) if given.needed_residual else None
+        dresidual = masked_gradient(arriving).to(given.residual_dtype) if given.needed_residual else None
         return Gradients(dx, [grad for layer in (*grads, *beside) for grad in layer], dresidual, reduced)
 
     @staticmethod
@@ -131,7 +131,7 @@ class ConvChain(FusedFunction):
             z = layered(through(source, every[: count - 1], numbers), every[count - 1], numbers[-1])
             if saved.projection is not None:
                 return z + layered(source, every[count], saved.projection.norm)
-            return spec.shortcut.joined(z, x) if residual is None else z + residual
+            return spec.shortcut.sum_with(z, x) if residual is None else z + residual
 
         x = attached(saved.steps[0].branch.source.tensor, anchor)
         inputs = (x, joining(dz, ctx.given.residual_dtype, of_residual), None, *saved.parameters)

@@ -29,7 +29,7 @@ from fusedres.autograd import walk
 from fusedres.autograd.composed import Composed, convolved, normalised, through
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
 from fusedres.autograd.layer import Below, Branch, LayerGrads, normaliser_of
-from fusedres.autograd.saved import Packed, attached, kept_with_anchors, packed, unpacked
+from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.autograd.spec import LayerSpec, PatternSpec, layers_of
 from fusedres.operands import (
     LAYER_TENSORS,
@@ -163,12 +163,12 @@ class Dense(FusedFunction):
         if not spec.call.differentiated:
             return Passed(features, None, of_all)
         mean = None if measured is None else measured.mean[0]
-        return Passed(features, packed(Kept(features, mean, tuple(saved))), of_all)
+        return Passed(features, pack(Kept(features, mean, tuple(saved))), of_all)
 
     @staticmethod
     def go_back(dz: Tensor, sums: None, spec: DenseSpec, pack: Packed, given: Given) -> Gradients:
         """The gradients of x and of every tensor of the layers."""
-        saved: Kept = unpacked(pack)
+        saved: Kept = unpack(pack)
         features = saved.features
         asked = spec.apart(given.tensors)
         needs, below = [], given.needed_x

@@ -10,11 +10,11 @@ from fusedres.autograd.composed import Composed, joining, normalised
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
 from fusedres.autograd.layer import normaliser_of
 from fusedres.autograd.layouts import in_dtype
-from fusedres.autograd.saved import Packed, attached, kept_with_anchors, packed, unpacked
+from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.operands import NORM_TENSORS, Norm, Normaliser, NormNumbers, OutputGrad, Partials
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.bn_backward import bn_backward, masked
+from fusedres.ops.bn_backward import bn_backward, masked_gradient
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.rows import channels_last
 from fusedres.runtime.call import Call
@@ -40,19 +40,19 @@ class AddAct(FusedFunction):
         return ()
 
     @staticmethod
-    def joined(x: Tensor, residual: Tensor | None, spec: AddActSpec) -> tuple[Tensor | None, ...]:
+    def summands(x: Tensor, residual: Tensor | None, spec: AddActSpec) -> tuple[Tensor | None, ...]:
         return (x, residual) if spec.act.needs_input else (None, None)
 
     @staticmethod
     def run(x: Tensor, residual: Tensor, spec: AddActSpec, tensors: tuple[()], under: None) -> Passed:
         bit_mask = spec.call.differentiated and not spec.act.is_identity
         z, mask = add_act(channels_last(x), channels_last(residual), act=spec.act, bit_mask=bit_mask)
-        return Passed(z, packed((mask,)) if spec.call.differentiated else None)
+        return Passed(z, pack((mask,)) if spec.call.differentiated else None)
 
     @staticmethod
     def go_back(dz: Tensor, sums: None, spec: AddActSpec, pack: Packed, given: Given) -> Gradients:
-        (mask,) = unpacked(pack)
-        g = masked(OutputGrad(channels_last(dz), mask, act=spec.act))
+        (mask,) = unpack(pack)
+        g = masked_gradient(OutputGrad(channels_last(dz), mask, act=spec.act))
         dx = g.to(given.dtype) if given.needed_x else None
         return Gradients(dx, dresidual=g.to(given.residual_dtype) if given.needed_residual else None)
 
@@ -100,7 +100,7 @@ class BNAddAct(FusedFunction):
         return x, residual if spec.residual_norm is not None else None
 
     @staticmethod
-    def joined(x: Tensor, residual: Tensor | None, spec: BNAddActSpec) -> tuple[Tensor | None, ...]:
+    def summands(x: Tensor, residual: Tensor | None, spec: BNAddActSpec) -> tuple[Tensor | None, ...]:
         return (residual if spec.residual_norm is None and spec.act.needs_input else None,)
 
     @staticmethod
@@ -125,11 +125,11 @@ class BNAddAct(FusedFunction):
             return Passed(z)
         raw_residual = residual if residual_numbers is not None else None
         affine = (*main.affine.tensors, *other.affine.tensors)
-        return Passed(z, packed(Kept(y, numbers, raw_residual, residual_numbers, mask, affine)))
+        return Passed(z, pack(Kept(y, numbers, raw_residual, residual_numbers, mask, affine)))
 
     @staticmethod
     def go_back(dz: Tensor, sums: None, spec: BNAddActSpec, pack: Packed, given: Given) -> Gradients:
-        saved: Kept = unpacked(pack)
+        saved: Kept = unpack(pack)
         main, other = spec.norms(saved.affine)
         g = OutputGrad(dz, saved.mask, act=spec.act)
         dy, grads = _through(g, saved.y, saved.numbers, main)
@@ -138,7 +138,7 @@ class BNAddAct(FusedFunction):
         if saved.residual is not None and saved.residual_numbers is not None:
             dresidual, residual_grads = _through(g, saved.residual, saved.residual_numbers, other)
         elif given.needed_residual:
-            dresidual = masked(g).to(given.residual_dtype)
+            dresidual = masked_gradient(g).to(given.residual_dtype)
         named = zip([*grads, *residual_grads], given.tensors, strict=True)
         return Gradients(dy, [grad if wanted else None for grad, wanted in named], dresidual)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedres.autograd import handover
 from fusedres.autograd.composed import Composed, composed_gradients
 from fusedres.autograd.layouts import arrived
-from fusedres.autograd.saved import Packed, keep, kept, unpacked_once
+from fusedres.autograd.saved import Packed, keep, saved_pack, unpacked_once
 from fusedres.context import resume, snapshot
 from fusedres.operands import Partials, Producer
 from fusedres.ops.bn_backward import NormSums
@@ -112,7 +112,7 @@ class FusedFunction(torch.autograd.Function):
         return (x,)
 
     @staticmethod
-    def joined(x: Tensor, residual: Tensor | None, spec: Any) -> tuple[Tensor | None, ...]:
+    def summands(x: Tensor, residual: Tensor | None, spec: Any) -> tuple[Tensor | None, ...]:
         """The inputs that join a sum, where the slope of the activation behind it has a derivative in them."""
         return ()
 
@@ -131,7 +131,7 @@ class FusedFunction(torch.autograd.Function):
             residual_dtype = None if residual is None else residual.dtype
             ctx.given = Given(x.dtype, tuple(x.shape), residual_dtype, ctx.needs_input_grad)
             inputs = function.anchored(x, residual, spec)
-            keep(ctx, passed.saved, *inputs, joined=function.joined(x, residual, spec))
+            keep(ctx, passed.saved, *inputs, summands=function.summands(x, residual, spec))
         if passed.end is not None:
             handover.ends.leave(passed.z, passed.end)
         if not function.measured:
@@ -147,7 +147,8 @@ class FusedFunction(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Any, ...]:
         function = forward_class(ctx)
         sums = handover.reduced.take(dz) if function.follows else None
-        found = replayed(function.go_back, arrived(dz, ctx.spec.call, ctx.owner), sums, ctx.spec, kept(ctx), ctx.given)
+        dz = arrived(dz, ctx.spec.call, ctx.owner)
+        found = replayed(function.go_back, dz, sums, ctx.spec, saved_pack(ctx), ctx.given)
         if found.dx is not None and found.sums is not None:
             handover.reduced.leave(found.dx, found.sums)
         return (found.dx, found.dresidual, None, *found.tensors)

@@ -18,7 +18,7 @@ from fusedres.autograd import walk
 from fusedres.autograd.composed import Composed, convolved, normalised, through
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
 from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, normaliser_of, projection_grad
-from fusedres.autograd.saved import Packed, attached, kept_with_anchors, packed, unpacked
+from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.autograd.spec import LayeredSpec, layers_of
 from fusedres.operands import (
     LAYER_TENSORS,
@@ -34,14 +34,14 @@ from fusedres.operands import (
 )
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.bn_backward import added, bn_backward, bn_backward_apply, output_grad
+from fusedres.ops.bn_backward import added_gradient, bn_backward, bn_backward_apply, output_grad
 from fusedres.ops.bn_forward import bn_forward
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_forward import conv_forward
-from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, joined
+from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, with_added
 from fusedres.ops.rows import channels_last
-from fusedres.ops.zero_pad_shortcut import Added, written
+from fusedres.ops.zero_pad_shortcut import Added, shortcut_tensor
 from fusedres.runtime.holding import HELD
 
 
@@ -105,12 +105,12 @@ class PreAct(FusedFunction):
             (*steps, walk.Step(Branch(u))),
             tuple(tensor for layer in every for tensor in layer.parameters),
         )
-        return Passed(z, packed(saved), partials)
+        return Passed(z, pack(saved), partials)
 
     @staticmethod
     def go_back(dz: Tensor, sums: None, spec: PreActSpec, pack: Packed, given: Given) -> Gradients:
         """The gradients of x, of the first batch norm's tensors and of every convolution's."""
-        saved: Kept = unpacked(pack)
+        saved: Kept = unpack(pack)
         every, count = layers_of(spec.every, saved.parameters), len(spec.layers)
         asked_of_head, asked = given.tensors[:NORM_TENSORS], given.tensors[NORM_TENSORS:]
         at_source = given.needed_x or any(asked_of_head[:2])
@@ -140,7 +140,7 @@ class PreAct(FusedFunction):
             for i, (grad, parameter) in enumerate(zip(affine, saved.affine, strict=False)):
                 head[i] = grad.to(parameter.dtype) if asked_of_head[i] and parameter is not None else None
         elif du is None and given.needed_x and at_input is not None:
-            dx = added(at_input)
+            dx = added_gradient(at_input)
         out = dx.to(given.dtype) if given.needed_x and dx is not None else None
         return Gradients(out, [*head, *(grad for layer in (*grads, *beside) for grad in layer)])
 
@@ -158,7 +158,7 @@ class PreAct(FusedFunction):
             z = convolved(through(source, every, numbers), every[len(numbers)])
             if spec.projection is not None:
                 return z + convolved(source, every[-1])
-            return spec.shortcut.joined(z, x)
+            return spec.shortcut.sum_with(z, x)
 
         x = attached(saved.source.tensor if saved.x is None else saved.x, anchor)
         return Composed((x, None, None, *saved.affine, *saved.parameters), form)
@@ -193,7 +193,7 @@ def _ended(
     z, _ = conv_forward(u, last.weight_in(spec.dtype), last.geometry)
     if projection is not None:
         residual, _ = conv_forward(source, projection.weight_in(spec.dtype), projection.geometry)
-    joining = written(residual)
+    joining = shortcut_tensor(residual)
     return z if joining is None else add_act(z, joining, act=IDENTITY)[0], None
 
 
@@ -222,4 +222,4 @@ def _at_x(
     mask = walk.activation_mask(x, numbers, saved.source.tensor, spec.act)
     g = OutputGrad(du.to(x.dtype), mask.to(x.dtype), scratch=True, act=spec.act)
     dx, dgamma, dbeta = bn_backward(g, x, numbers, saved.affine[0], batch_stats=spec.norm.batch_stats)
-    return joined(dx, shortcut), dgamma, dbeta
+    return with_added(dx, shortcut), dgamma, dbeta

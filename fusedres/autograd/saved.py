@@ -38,14 +38,14 @@ def _typed(part: Any) -> tuple[Any, ...]:
     return (type(part), *(map(_typed, part) if isinstance(part, tuple) else (part,)))
 
 
-def packed(nested: Any) -> Packed:
+def pack(nested: Any) -> Packed:
     """Tensors of nested tuples apart from their structure."""
     tensors: list[Tensor] = []
     return Packed(Structure(_detach(nested, tensors)), tuple(tensors))
 
 
-def unpacked(pack: Packed) -> Any:
-    """The nested tuples given to `packed`; vectors contiguous, whatever hooks of saved tensors made of them."""
+def unpack(pack: Packed) -> Any:
+    """The nested tuples given to `pack`; vectors contiguous, whatever hooks of saved tensors made of them."""
     dense = tuple(tensor.contiguous() if tensor.dim() == 1 else tensor for tensor in pack.tensors)
     return _attach(pack.structure.nested, dense)
 
@@ -66,25 +66,25 @@ class Anchor(torch.autograd.Function):
         return dz
 
 
-def keep(ctx: Any, pack: Packed, *inputs: Tensor | None, joined: Sequence[Tensor | None] = ()) -> None:
+def keep(ctx: Any, pack: Packed, *inputs: Tensor | None, summands: Sequence[Tensor | None] = ()) -> None:
     """Save every tensor through ``ctx.save_for_backward``, so that saved-tensor hooks see it.
 
-    ``inputs`` are those that `attached` is to give back; each or a copy of it is among the tensors. Of ``joined`` there
-    is none: zeros stand for them, attached to their graph.
+    ``inputs`` are those that `attached` is to give back; each or a copy of it is among the tensors. Of ``summands``
+    there is none: zeros stand for them, attached to their graph.
     """
     tensors = pack.tensors
     ctx.structure, ctx.count, ctx.unpacked = pack.structure, len(tensors), None
     ctx.owner = fallback.owner()
     ctx.anchored = [x is not None and x.requires_grad and id(x) not in map(id, tensors) for x in inputs]
-    ctx.anchored += [x is not None and x.requires_grad for x in joined]
+    ctx.anchored += [x is not None and x.requires_grad for x in summands]
     if True in ctx.anchored:
-        every = zip((*inputs, *joined), ctx.anchored, strict=True)
+        every = zip((*inputs, *summands), ctx.anchored, strict=True)
         with torch.enable_grad():
             tensors += tuple(Anchor.apply(x) for x, anchored in every if anchored)
     ctx.save_for_backward(*tensors)
 
 
-def kept(ctx: Any) -> Packed:
+def saved_pack(ctx: Any) -> Packed:
     """What was given to `keep`."""
     return Packed(ctx.structure, _saved(ctx)[: ctx.count])
 
@@ -93,7 +93,7 @@ def kept_with_anchors(ctx: Any) -> tuple[Any, list[Tensor | None]]:
     """The nested tuples that were packed and given to `keep`, and what each of its inputs is `attached` by."""
     tensors = _saved(ctx)
     anchors = iter(tensors[ctx.count :])
-    saved = unpacked(Packed(ctx.structure, tensors[: ctx.count]))
+    saved = unpack(Packed(ctx.structure, tensors[: ctx.count]))
     return saved, [next(anchors) if anchored else None for anchored in ctx.anchored]
 
 

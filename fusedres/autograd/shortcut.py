@@ -22,7 +22,7 @@ class Shortcut(Holding):
         """What an error calls it."""
         return "shortcut"
 
-    def joined_size(self, size: Size, channels: int) -> Size | None:
+    def operand_size(self, size: Size, channels: int) -> Size | None:
         """The shape of what joins an output of so many ``channels``, made of an input of ``size``; None: nothing."""
         return None
 
@@ -34,7 +34,7 @@ class Shortcut(Holding):
         """What the gradient at the sum sends to the block's input of ``size``."""
         return None
 
-    def joined(self, z: Tensor, x: Tensor) -> Tensor:
+    def sum_with(self, z: Tensor, x: Tensor) -> Tensor:
         """The sum, of differentiable PyTorch."""
         return z
 
@@ -54,7 +54,7 @@ class Identity(Shortcut):
     def name(self) -> str:
         return "x"
 
-    def joined_size(self, size: Size, channels: int) -> Size:
+    def operand_size(self, size: Size, channels: int) -> Size:
         return size
 
     def operand(self, x: Tensor, channels: int) -> Tensor:
@@ -63,7 +63,7 @@ class Identity(Shortcut):
     def input_grad(self, arriving: OutputGrad, size: Size) -> Added:
         return arriving
 
-    def joined(self, z: Tensor, x: Tensor) -> Tensor:
+    def sum_with(self, z: Tensor, x: Tensor) -> Tensor:
         return z + x
 
 
@@ -73,7 +73,7 @@ class ZeroPad(Shortcut):
 
     stride: tuple[int, int] = (1, 1)
 
-    def joined_size(self, size: Size, channels: int) -> Size:
+    def operand_size(self, size: Size, channels: int) -> Size:
         return zero_pad_size(size, channels, self.stride)
 
     def operand(self, x: Tensor, channels: int) -> ZeroPadded:
@@ -82,7 +82,7 @@ class ZeroPad(Shortcut):
     def input_grad(self, arriving: OutputGrad, size: Size) -> Added:
         return ZeroPaddedGrad(arriving, size, self.stride)
 
-    def joined(self, z: Tensor, x: Tensor) -> Tensor:
+    def sum_with(self, z: Tensor, x: Tensor) -> Tensor:
         return z + zero_pad_shortcut(x, z.shape[1], self.stride)
 
 
@@ -111,7 +111,7 @@ class Residual(Shortcut):
     def name(self) -> str:
         return "residual"
 
-    def joined_size(self, size: Size, channels: int) -> Size | None:
+    def operand_size(self, size: Size, channels: int) -> Size | None:
         return None if self.tensor is None else tuple(self.tensor.shape)
 
     def without_tensors(self) -> Shortcut:

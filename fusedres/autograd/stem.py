@@ -14,7 +14,7 @@ from fusedres.activation import Activation
 from fusedres.autograd.composed import Composed, layered
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
 from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, branch_backward, in_parameter_dtypes, measure
-from fusedres.autograd.saved import Packed, attached, kept_with_anchors, packed, unpacked
+from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.autograd.spec import StemSpec
 from fusedres.operands import ConvInput, Layer, OutputGrad
 from fusedres.ops.rows import channels_last
@@ -69,11 +69,11 @@ class StemPool(FusedFunction):
                 early = Early(*output_contraction(y, branch.numbers.mean, u, layer.window, layer.geometry))
             branch = branch._replace(y=None)
         saved = Kept(branch, early, index, None if compact else z, layer.parameters, tuple(y.shape))
-        return Passed(z, packed(saved))
+        return Passed(z, pack(saved))
 
     @staticmethod
     def go_back(dz: Tensor, sums: None, spec: StemSpec, pack: Packed, given: Given) -> Gradients:
-        saved: Kept = unpacked(pack)
+        saved: Kept = unpack(pack)
         layer = spec.layer.layer(saved.parameters)
         needs = Needs.of(given.tensors, given.needed_x)
         arriving = OutputGrad(dz.to(spec.dtype), saved.mask, act=layer.act)

@@ -20,7 +20,7 @@ from fusedres.autograd.layer import (
 from fusedres.operands import LAYER_TENSORS, ConvInput, Layer, Normaliser, OutputGrad
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_forward import bn_forward
-from fusedres.ops.conv_forward import conv_forward, formed
+from fusedres.ops.conv_forward import conv_forward, conv_operand
 from fusedres.ops.conv_input_grad import ProducerGrad
 from fusedres.ops.zero_pad_shortcut import ZeroPadded
 from fusedres.plan.schedule import Schedule
@@ -132,4 +132,4 @@ def activation_mask(y: Tensor, norm: Normaliser, out: Tensor | None, act: Activa
     input."""
     if out is not None and not act.needs_input:
         return out
-    return formed(ConvInput(y, norm.scale, norm.shift, IDENTITY if act.needs_input else act))
+    return conv_operand(ConvInput(y, norm.scale, norm.shift, IDENTITY if act.needs_input else act))

@@ -9,14 +9,14 @@ from fusedres.ops.act_mask import activated
 from fusedres.ops.checks import check_activation, check_vector
 from fusedres.ops.device import device_activation
 from fusedres.ops.op import Op
-from fusedres.ops.rows import empty_mask, empty_rows, in_rows, launch_rows, per_channel, pitch_of, storable
+from fusedres.ops.rows import empty_mask, empty_rows, launch_rows, per_channel, pitch_of, row_layout, storable
 from fusedres.ops.zero_pad_shortcut import (
     ZeroPadded,
     add_shortcut,
     residual_arguments,
     residual_read,
     shortcut_input,
-    written,
+    shortcut_tensor,
     zero_pad_shortcut,
 )
 
@@ -49,7 +49,7 @@ def normalised_sum(
         z = z * per_channel(scale)
     if shift is not None:
         z = z + per_channel(shift)
-    residual = written(residual)
+    residual = shortcut_tensor(residual)
     if residual is not None:
         branch = residual.to(z.dtype)
         if residual_scale is not None:
@@ -123,7 +123,7 @@ def launch_bn_act(
     """Fill ``z`` and, if asked for, its mask; ``numbers`` are a scale and a shift each, or None."""
     from fusedres.kernels.bn_act import bn_act_kernel
 
-    rows, mask = in_rows(y), empty_mask(z, act) if bit_mask else None
+    rows, mask = row_layout(y), empty_mask(z, act) if bit_mask else None
     arguments = {
         "y_ptr": rows, "y_row": pitch_of(rows), "scale_ptr": numbers[0], "shift_ptr": numbers[1],
         **residual_arguments(residual, z.shape), "P": z.shape[2], "Q": z.shape[3],

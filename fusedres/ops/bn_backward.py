@@ -12,13 +12,13 @@ from fusedres.ops.op import Op
 from fusedres.ops.rows import (
     channels_last,
     empty_rows,
-    in_rows,
     launch_reduction,
     launch_rows,
     per_channel,
     pitch_of,
     pixels,
     reduction_parts,
+    row_layout,
     storable,
 )
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
@@ -26,18 +26,18 @@ from fusedres.plan.tiles import MOST_PARTS, PartialTile
 from fusedres.runtime.launch import launch
 
 
-def masked(dy: OutputGrad) -> Tensor:
+def masked_gradient(dy: OutputGrad) -> Tensor:
     """The gradient behind the activation, without p, q, r."""
     if dy.mask is None or dy.act.is_identity:
         return dy.g
     return act_backward(dy.g, dy.mask, dy.act, scratch=dy.scratch)
 
 
-def added(add: Added) -> Tensor:
+def added_gradient(add: Added) -> Tensor:
     """A gradient from elsewhere, masked, as a tensor of the input's size."""
     if isinstance(add, ZeroPaddedGrad):
-        return zero_pad_shortcut_grad(masked(add.grad), add.size, add.stride)
-    return masked(add)
+        return zero_pad_shortcut_grad(masked_gradient(add.grad), add.size, add.stride)
+    return masked_gradient(add)
 
 
 class NormSums(NamedTuple):
@@ -65,7 +65,7 @@ def _bn_backward_reduce(g: OutputGrad, y: Tensor, norm: Normaliser) -> NormSums:
         `NormSums`.
     """
     dtype = norm.mean.dtype
-    grad = masked(g).to(dtype)
+    grad = masked_gradient(g).to(dtype)
     normalised = (y.to(dtype) - per_channel(norm.mean)) * per_channel(norm.invstd)
     sum_g, sum_gy = grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))
     return NormSums(sum_g, sum_gy, *bn_backward_coefficients(sum_g, sum_gy, pixels(y), norm))
@@ -157,8 +157,8 @@ def _bn_backward_apply(dy: OutputGrad, *, add: Added | None = None) -> Tensor:
     if add is not None:
         dtype = torch.promote_types(dy.g.dtype, add.g.dtype)
         wide = torch.promote_types(dtype, statistics_dtype(dtype))
-        return (_bn_backward_apply(dy._replace(g=dy.g.to(wide))) + added(add)).to(dtype)
-    grad = masked(dy)
+        return (_bn_backward_apply(dy._replace(g=dy.g.to(wide))) + added_gradient(add)).to(dtype)
+    grad = masked_gradient(dy)
     if dy.p is None:
         return grad
     out = grad.to(dy.p.dtype) * per_channel(dy.p)
@@ -194,17 +194,17 @@ def operands_of(dy: OutputGrad) -> int:
 @bn_backward_apply.triton
 def _bn_backward_apply_triton(dy: OutputGrad, *, add: Added | None = None) -> Tensor:
     if dy.p is None and add is None:
-        return masked(dy)
+        return masked_gradient(dy)
     if dy.p is None or not storable(dy.g, dy.y, None if add is None else add.g):
         return NotImplemented
     from fusedres.kernels.bn_backward import bn_backward_apply_kernel
 
     joining = None
     if add is not None:
-        joining = channels_last(masked(add.grad if isinstance(add, ZeroPaddedGrad) else add))
+        joining = channels_last(masked_gradient(add.grad if isinstance(add, ZeroPaddedGrad) else add))
     out = empty_rows(dy.g, dy.g.dtype if joining is None else torch.promote_types(dy.g.dtype, joining.dtype))
     arguments = {
-        **gradient_arguments(dy, in_rows), "add_ptr": joining, **added_geometry(add), "H": out.shape[2],
+        **gradient_arguments(dy, row_layout), "add_ptr": joining, **added_geometry(add), "H": out.shape[2],
         "W": out.shape[3],
     }  # fmt: skip
     rows = {
@@ -257,7 +257,7 @@ def _bn_backward_native(
         return NotImplemented
     # Where the two layouts differ the library sums in the storage dtype (dbeta off by 2e-3 in bf16).
     dtype = statistics_dtype(y.dtype)
-    grad, raw = (channels_last(tensor.to(dtype)) for tensor in (masked(g), y))
+    grad, raw = (channels_last(tensor.to(dtype)) for tensor in (masked_gradient(g), y))
     # On a CPU it takes these for contiguous where the activations are channels_last.
     weight, mean, invstd = (vector.contiguous() for vector in (gamma.to(dtype), norm.mean, norm.invstd))
     dy, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedres.compiler.targets import Target
 from fusedres.operands import ConvInput, Geometry
 from fusedres.ops.device import device_activation
-from fusedres.ops.rows import channels_last, in_rows, pitch_of, storable
+from fusedres.ops.rows import channels_last, pitch_of, row_layout, storable
 from fusedres.plan.conv_tiles import ConvTile, conv_tile
 from fusedres.plan.shapes import ConvVariant, depthwise, narrow_waves, wide
 from fusedres.plan.tiles import alignment
@@ -23,7 +23,7 @@ LARGEST_OFFSET = 2**31
 LARGEST_WINDOW = 31  # taps along a side, a bit each
 
 
-class Contracted(NamedTuple):
+class ConvLaunch(NamedTuple):
     """A convolution that a kernel is launched for."""
 
     shape: ConvVariant
@@ -88,15 +88,15 @@ def window_arguments(
     }  # fmt: skip
 
 
-def contracted(
+def conv_launch(
     u: ConvInput, weight: Tensor, geometry: Geometry, *, second: bool = False, epilogue_bytes: int = 0,
     y_row: int | None = None,
-) -> Contracted:  # fmt: skip
+) -> ConvLaunch:  # fmt: skip
     """The convolution as both kernels are told of it.
 
     ``second`` and ``epilogue_bytes`` are those of `ConvVariant`, ``y_row`` the pitch of the output.
     """
-    x, weight = in_rows(u.tensor), channels_last(weight)
+    x, weight = row_layout(u.tensor), channels_last(weight)
     n, _, h, w = x.shape
     shape = conv_shape(u, weight, geometry)._replace(second=second, epilogue_bytes=epilogue_bytes)
     window, groups, x_row = (shape.r, shape.s), geometry.groups, pitch_of(x)
@@ -116,7 +116,7 @@ def contracted(
     }  # fmt: skip
     read = bytes_in_windows(x, size, window, geometry)
     flops = 2 * shape.pixels * weight.numel()
-    return Contracted(shape, tile, (n, shape.k * groups, *size), arguments, read, flops)
+    return ConvLaunch(shape, tile, (n, shape.k * groups, *size), arguments, read, flops)
 
 
 def in_pairs(operand: Tensor, target: Target) -> bool:

@@ -14,23 +14,23 @@ from fusedres.ops.act_mask import gradient, is_bits, is_pooled, mask_arguments
 from fusedres.ops.bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
 from fusedres.ops.checks import check_activation
 from fusedres.ops.contractions import window_arguments
-from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.conv_input_grad import (
     ProducerGrad,
     check_gradient,
     check_producer_grad,
     conv_input_grad,
     conv_producer_grad,
-    joined,
     joined_by_onednn,
     takes,
+    with_added,
 )
 from fusedres.ops.conv_weight_grad import conv_weight_grad, parts_summed
 from fusedres.ops.device import device_activation
 from fusedres.ops.features import FeatureGrads
 from fusedres.ops.input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
 from fusedres.ops.op import Op
-from fusedres.ops.rows import channels_last, in_rows, pitch_of, pixels
+from fusedres.ops.rows import channels_last, pitch_of, pixels, row_layout
 from fusedres.ops.zero_pad_shortcut import Added, added_geometry, added_read
 from fusedres.plan.backward_tiles import BackwardTile, backward_tile, writing_pays
 from fusedres.plan.shapes import ConvVariant, depthwise
@@ -86,10 +86,10 @@ def _conv_backward_native(
         return NotImplemented
     stride, padding, dilation, groups = geometry
     du, dweight, _ = torch.ops.aten.convolution_backward(
-        bn_backward_apply(dy), formed(u), weight, None, stride, padding, dilation, False, (0, 0), groups,
+        bn_backward_apply(dy), conv_operand(u), weight, None, stride, padding, dilation, False, (0, 0), groups,
         (True, True, False),
     )  # fmt: skip
-    return dweight.to(statistics_dtype(dweight.dtype)), joined(du, add)
+    return dweight.to(statistics_dtype(dweight.dtype)), with_added(du, add)
 
 
 def _check_producer_backward(
@@ -184,7 +184,7 @@ def _launched(
     """The kernel, and what adds its parts."""
     from fusedres.kernels.conv_backward import conv_backward_kernel
 
-    x, size = in_rows(u.tensor), (dy.g.shape[2], dy.g.shape[3])
+    x, size = row_layout(u.tensor), (dy.g.shape[2], dy.g.shape[3])
     x_row = pitch_of(x)
     taps = (shape.r, shape.s, shape.c)
     norm = producer and producer.norm

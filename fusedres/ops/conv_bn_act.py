@@ -13,8 +13,8 @@ from fusedres.ops.bn_act import affine, check_act, normalised_sum, output_dtype
 from fusedres.ops.bn_finalize import bn_from_running, eps_of, running_arguments
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.checks import check_conv, check_vector
-from fusedres.ops.contractions import Contracted, bytes_in_windows, contracted, why_no_kernel
-from fusedres.ops.conv_forward import conv_forward, formed, wide_conv
+from fusedres.ops.contractions import ConvLaunch, bytes_in_windows, conv_launch, why_no_kernel
+from fusedres.ops.conv_forward import conv_forward, conv_operand, wide_conv
 from fusedres.ops.device import device_activation
 from fusedres.ops.op import Op
 from fusedres.ops.rows import (
@@ -26,7 +26,13 @@ from fusedres.ops.rows import (
     storable,
     word_channels,
 )
-from fusedres.ops.zero_pad_shortcut import ZeroPadded, residual_arguments, residual_read, shortcut_input, written
+from fusedres.ops.zero_pad_shortcut import (
+    ZeroPadded,
+    residual_arguments,
+    residual_read,
+    shortcut_input,
+    shortcut_tensor,
+)
 from fusedres.plan.tiles import alignment
 from fusedres.runtime.launch import launch
 
@@ -119,10 +125,10 @@ def _conv_bn_act(
     Returns:
         z (N, K, P, Q), rounded once to the storage dtype; its mask or None; the statistics of z or None.
     """
-    y = wide_conv(formed(main.u), main.weight, main.geometry)
+    y = wide_conv(conv_operand(main.u), main.weight, main.geometry)
     dtype = output_dtype(main.weight, residual, residual_scale)
     if second is not None:
-        residual = wide_conv(formed(second.u), second.weight, second.geometry)
+        residual = wide_conv(conv_operand(second.u), second.weight, second.geometry)
         residual_scale, residual_shift = second.numbers
     v = normalised_sum(y, *main.numbers, residual, residual_scale, residual_shift)
     z, mask = activated(v, act, dtype, bit_mask=bit_mask)
@@ -153,7 +159,7 @@ def _conv_bn_act_triton(
 
     bit_mask = bit_mask and not act.is_identity
     epilogue_bytes = int(bit_mask) if residual is None else residual.dtype.itemsize
-    conv = contracted(main.u, main.weight, main.geometry, second=second is not None, epilogue_bytes=epilogue_bytes)
+    conv = conv_launch(main.u, main.weight, main.geometry, second=second is not None, epilogue_bytes=epilogue_bytes)
     if (
         bit_mask
         and not act.needs_input
@@ -208,7 +214,7 @@ def _joins(second: Contraction) -> bool:
 
 
 def _projection(
-    second: Contraction | None, conv: Contracted
+    second: Contraction | None, conv: ConvLaunch
 ) -> tuple[dict[str, Tensor | None], dict[str, Any], int, int]:
     """Tensors and sizes of the second contraction, the bytes it reads of its input, its FLOPs."""
     names = (
@@ -255,7 +261,7 @@ def _conv_bn_act_native(
     # Folding rounds the weight once more, which 16 bits would show.
     if not onednn.runs(main.weight) or (residual is not None and residual.dtype != main.weight.dtype):
         return NotImplemented
-    residual = written(residual)
+    residual = shortcut_tensor(residual)
     if residual is not None and residual_scale is not None and residual_shift is not None:
         residual = residual * per_channel(residual_scale) + per_channel(residual_shift)
     if second is not None:
@@ -277,7 +283,7 @@ _FOLDS_FROM = 32
 def _normalised(branch: Contraction) -> Tensor:
     """conv(u, weight) * scale + shift, in new memory."""
     scale, shift = branch.numbers
-    u, weight = formed(branch.u), branch.weight
+    u, weight = conv_operand(branch.u), branch.weight
     p, q = branch.geometry.output_size(u.shape[2], u.shape[3], (weight.shape[2], weight.shape[3]))
     if scale is None or u.shape[0] * weight.shape[0] * p * q >= _FOLDS_FROM * weight.numel():
         folded = weight if scale is None else weight * scale.view(-1, 1, 1, 1)

@@ -7,14 +7,14 @@ from fusedres.operands import ConvInput, Geometry, Partials, statistics_dtype
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.checks import check_conv
-from fusedres.ops.contractions import contracted, why_no_kernel
+from fusedres.ops.contractions import conv_launch, why_no_kernel
 from fusedres.ops.op import Op
-from fusedres.ops.rows import channels_last, empty_partials, empty_rows, in_rows, pitch_of
+from fusedres.ops.rows import channels_last, empty_partials, empty_rows, pitch_of, row_layout
 from fusedres.runtime import backends
 from fusedres.runtime.launch import launch
 
 
-def formed(u: ConvInput) -> Tensor:
+def conv_operand(u: ConvInput) -> Tensor:
     """The operand itself, or act(tensor * scale + shift) rounded to the storage dtype.
 
     Padding is added after this, so it is zero and not act(shift).
@@ -45,7 +45,7 @@ def _conv_forward(
     Returns:
         y (N, K, P, Q) raw, channels_last or ``out``, and its `Partials` or None.
     """
-    y = stored(wide_conv(formed(u), weight, geometry).to(weight.dtype), out)
+    y = stored(wide_conv(conv_operand(u), weight, geometry).to(weight.dtype), out)
     return y, bn_statistics(y) if statistics else None
 
 
@@ -76,12 +76,12 @@ def _conv_forward_triton(
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
     if backends.runs_native() and u.scale is None and not statistics:
         return NotImplemented
-    if why_no_kernel(u, weight, geometry) is not None or (out is not None and in_rows(out) is not out):
+    if why_no_kernel(u, weight, geometry) is not None or (out is not None and row_layout(out) is not out):
         return NotImplemented
     from fusedres.kernels.conv_forward import conv_forward_kernel
 
     y_row = None if out is None else pitch_of(out)
-    conv = contracted(u, weight, geometry, y_row=y_row)
+    conv = conv_launch(u, weight, geometry, y_row=y_row)
     y = empty_rows(u.tensor, size=conv.size) if out is None else out
     partials = empty_partials(conv.tile.tiles(conv.shape), y.shape[1], y.device) if statistics else None
     counts, mean, m2 = partials or (None, None, None)
@@ -100,5 +100,5 @@ def _conv_forward_triton(
 def _conv_forward_native(
     u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | None]:
-    y = stored(channels_last(conv2d(formed(u), weight, None, *geometry)), out)
+    y = stored(channels_last(conv2d(conv_operand(u), weight, None, *geometry)), out)
     return y, bn_statistics(y) if statistics else None

@@ -8,13 +8,13 @@ from torch import Tensor
 from fusedres.activation import IDENTITY
 from fusedres.operands import ConvInput, Geometry, OutputGrad, Producer, statistics_dtype
 from fusedres.ops import onednn
-from fusedres.ops.bn_backward import NormSums, added, bn_backward_apply, bn_backward_reduce, masked
+from fusedres.ops.bn_backward import NormSums, added_gradient, bn_backward_apply, bn_backward_reduce, masked_gradient
 from fusedres.ops.checks import check_activation, check_conv_shapes, check_producer
-from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.features import FeatureGrads, add_feature_grad, check_features
 from fusedres.ops.input_gradients import launch_input_grad, why_no_kernel
 from fusedres.ops.op import Op
-from fusedres.ops.rows import in_rows, pitch_of
+from fusedres.ops.rows import pitch_of, row_layout
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad
 from fusedres.runtime import backends
 
@@ -42,8 +42,8 @@ def at_producer(du: Tensor, producer: Producer) -> ProducerGrad:
     y, norm, _, mask, act = producer
     if mask is None:
         told_by = ConvInput(y, norm.scale, norm.shift, IDENTITY) if act.needs_input else producer.output
-        mask = formed(told_by)
-    g = masked(OutputGrad(du, mask, act=act))
+        mask = conv_operand(told_by)
+    g = masked_gradient(OutputGrad(du, mask, act=act))
     return ProducerGrad(g, bn_backward_reduce(OutputGrad(g), y, norm))
 
 
@@ -82,7 +82,7 @@ def _conv_input_grad(
     du = input_grad(bn_backward_apply(dy).to(dtype), weight.to(dtype), size, geometry)
     if add is None:
         return du.to(weight.dtype)
-    return (du + added(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
+    return (du + added_gradient(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
 
 
 conv_input_grad = Op(_conv_input_grad, check=check_gradient)
@@ -165,7 +165,7 @@ def _conv_producer_grad_triton(
 
 def takes(features: FeatureGrads, producer: Producer, weight: Tensor) -> bool:
     """Whether kernels add to these where they lie: in the storage dtype, rows as far apart as y's."""
-    alike = all(in_rows(t) is t and pitch_of(t) == pitch_of(producer.y) for t in (producer.y, *features))
+    alike = all(row_layout(t) is t and pitch_of(t) == pitch_of(producer.y) for t in (producer.y, *features))
     return alike and features.into.dtype == weight.dtype and producer.out is None
 
 
@@ -179,15 +179,15 @@ def joined_by_onednn(weight: Tensor, geometry: Geometry, add: OutputGrad) -> boo
     return pointwise and small and add.g.dtype == weight.dtype and onednn.runs(weight)
 
 
-def joined(du: Tensor, add: Added | None) -> Tensor:
+def with_added(du: Tensor, add: Added | None) -> Tensor:
     """``du``, whose memory may be written to, plus the masked ``add``, in the wider dtype of the two."""
     if add is None:
         return du
     if isinstance(add, ZeroPaddedGrad):
         du = du.to(torch.promote_types(du.dtype, add.g.dtype))
-        du[:, :, :: add.stride[0], :: add.stride[1]] += masked(add.grad)[:, add.places]
+        du[:, :, :: add.stride[0], :: add.stride[1]] += masked_gradient(add.grad)[:, add.places]
         return du
-    shortcut = masked(add)
+    shortcut = masked_gradient(add)
     return du.add_(shortcut) if shortcut.dtype == du.dtype else du + shortcut
 
 
@@ -202,8 +202,8 @@ def _conv_input_grad_native(
 ) -> Tensor:
     grad = bn_backward_apply(dy)
     if isinstance(add, OutputGrad) and joined_by_onednn(weight, geometry, add):
-        shortcut, transposed = masked(add), onednn.pointwise(weight.flatten(1).t())
+        shortcut, transposed = masked_gradient(add), onednn.pointwise(weight.flatten(1).t())
         if add.scratch:
             return onednn.conv_onto(shortcut, grad, transposed)
         return onednn.conv(grad, transposed, None, geometry).add_(shortcut)
-    return joined(input_grad(grad, weight, size, geometry), add)
+    return with_added(input_grad(grad, weight, size, geometry), add)

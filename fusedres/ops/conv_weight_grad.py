@@ -12,10 +12,10 @@ from fusedres.operands import ConvInput, Geometry, OutputGrad, PoolGeometry, sta
 from fusedres.ops.bn_backward import GRADIENT, bn_backward_apply, gradient_arguments, operands_of
 from fusedres.ops.checks import check_activation
 from fusedres.ops.contractions import bytes_in_windows, columns_apart, in_pairs, shape_of, window_arguments
-from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.device import device_activation
 from fusedres.ops.op import Op
-from fusedres.ops.rows import channels_last, in_rows, pitch_of, storable
+from fusedres.ops.rows import channels_last, pitch_of, row_layout, storable
 from fusedres.plan.conv_tiles import WeightGradTile, weight_grad_tiles
 from fusedres.plan.shapes import ConvVariant, depthwise
 from fusedres.plan.tiles import chosen
@@ -58,7 +58,7 @@ def _conv_weight_grad(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geo
         dW (K, C/groups, R, S) in the statistics dtype.
     """
     dtype = statistics_dtype(u.tensor.dtype)
-    return weight_grad(bn_backward_apply(dy).to(dtype), formed(u).to(dtype), kernel, geometry)
+    return weight_grad(bn_backward_apply(dy).to(dtype), conv_operand(u).to(dtype), kernel, geometry)
 
 
 conv_weight_grad = Op(_conv_weight_grad, check=_check)
@@ -114,7 +114,7 @@ def _launched(
     """The kernel, and where the pixels come in parts a second that adds them."""
     from fusedres.kernels.conv_weight_grad import conv_weight_grad_kernel
 
-    x = in_rows(u.tensor)
+    x = row_layout(u.tensor)
     x_row = pitch_of(x)
     k = shape.groups * shape.k
     taps = (shape.r, shape.s, shape.c)
@@ -181,5 +181,5 @@ def _pooling(pooled: Pooled | None, g: Tensor) -> dict[str, Any]:
 
 @conv_weight_grad.native
 def _conv_weight_grad_native(dy: OutputGrad, u: ConvInput, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
-    dw = weight_grad(bn_backward_apply(dy), formed(u), kernel, geometry)
+    dw = weight_grad(bn_backward_apply(dy), conv_operand(u), kernel, geometry)
     return dw.to(statistics_dtype(dw.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedres.operands import ConvInput, Geometry, OutputGrad, Producer
 from fusedres.ops.act_mask import gradient, is_bits, is_pooled, laid_out, mask_arguments
-from fusedres.ops.bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked, operands_of
+from fusedres.ops.bn_backward import GRADIENT, NormSums, finished, gradient_arguments, masked_gradient, operands_of
 from fusedres.ops.contractions import (
     LARGEST_OFFSET,
     LARGEST_WINDOW,
@@ -20,7 +20,7 @@ from fusedres.ops.contractions import (
 )
 from fusedres.ops.device import device_activation
 from fusedres.ops.features import FeatureGrads
-from fusedres.ops.rows import channels_last, empty_rows, in_rows, pitch_of, pixels, storable, word_channels
+from fusedres.ops.rows import channels_last, empty_rows, pitch_of, pixels, row_layout, storable, word_channels
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
 from fusedres.plan.conv_tiles import conv_tile
 from fusedres.plan.shapes import ConvVariant, depthwise
@@ -102,7 +102,7 @@ def launch_input_grad(
     tile = conv_tile(shape, target)
     packed, per_tile = tile.groups_per_tile, tile.groups_per_tile * shape.c
     if groups > 1 and is_bits(dy.mask) and packed * shape.c % word_channels(weight.shape[0]):
-        dy = dy._replace(g=masked(dy), mask=None)
+        dy = dy._replace(g=masked_gradient(dy), mask=None)
     split = groups > 1 and packed * shape.k % word_channels(c) != 0
     other = from_elsewhere(add, split)
     out = written_to(dy.g, weight, size, add, features)
@@ -119,7 +119,7 @@ def launch_input_grad(
         x = x if known else producer.output
         sums, products = torch.empty((2, classes * tiles, c), dtype=torch.float32, device=out.device)
     window = (shape.r, shape.s)
-    consumed, norm = None if x is None else in_rows(x.tensor), producer and producer.norm
+    consumed, norm = None if x is None else row_layout(x.tensor), producer and producer.norm
     x_row = None if consumed is None else pitch_of(consumed)
     arriving = gradient_arguments(dy)
     pooled = arriving.pop("image") is not None
@@ -195,7 +195,7 @@ def from_elsewhere(add: Added | None, split: bool = False) -> OutputGrad | None:
         return None
     grad = add.grad if isinstance(add, ZeroPaddedGrad) else add
     if is_bits(grad.mask) and (split or (isinstance(add, ZeroPaddedGrad) and add.places.start % 8)):
-        return OutputGrad(masked(grad))
+        return OutputGrad(masked_gradient(grad))
     return grad
 
 

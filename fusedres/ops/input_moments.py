@@ -8,7 +8,7 @@ from fusedres.ops import onednn
 from fusedres.ops.bn_finalize import bn_finalize, check_norm, finalisable, normaliser_outputs
 from fusedres.ops.checks import check_activation
 from fusedres.ops.contractions import columns_apart, in_pairs
-from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.conv_weight_grad import weight_grad
 from fusedres.ops.device import device_activation
 from fusedres.ops.op import Op
@@ -48,7 +48,7 @@ def _input_moments(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
     dtype = statistics_dtype(rows.dtype)
 
     def piece(part: Tensor) -> Tensor:
-        return formed(ConvInput(part[:, :, None, None], scale, shift, act)).flatten(1).to(dtype)
+        return conv_operand(ConvInput(part[:, :, None, None], scale, shift, act)).flatten(1).to(dtype)
 
     parts = rows.split(max(1, _PIECE // channels))
     row = piece(parts[0]).mean(0)
@@ -114,7 +114,7 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
 def _input_moments_native(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
     if not onednn.runs(u.tensor):
         return NotImplemented
-    seen = channels_last(formed(sampled(u, stride)))
+    seen = channels_last(conv_operand(sampled(u, stride)))
     n = pixels(seen)
     row = torch.ops.aten.batch_norm_update_stats(seen, None, None, 0.0)[0]
     t = seen - per_channel(row)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fusedres.operands import ConvInput, Geometry, Moments, Normaliser, OutputGrad, Producer, statistics_dtype
 from fusedres.ops import onednn
-from fusedres.ops.bn_backward import added, masked
+from fusedres.ops.bn_backward import added_gradient, masked_gradient
 from fusedres.ops.checks import check_producer
-from fusedres.ops.conv_forward import formed
-from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, joined
+from fusedres.ops.conv_forward import conv_operand
+from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, with_added
 from fusedres.ops.conv_weight_grad import summed_weight_grad, weight_grad
 from fusedres.ops.input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
 from fusedres.ops.input_moments import sampled
@@ -71,8 +71,8 @@ def _moments_contraction(
     """
     # D is centred afterwards, so it must not be rounded to 16 bits on the way, as the library's own would be.
     dtype = statistics_dtype(u.tensor.dtype)
-    grad = masked(g).to(dtype)
-    d = weight_grad(grad, formed(u).to(dtype), kernel, geometry).flatten(1)
+    grad = masked_gradient(g).to(dtype)
+    d = weight_grad(grad, conv_operand(u).to(dtype), kernel, geometry).flatten(1)
     return d, as_rows(grad).sum(0)
 
 
@@ -230,16 +230,16 @@ def _moments_input_grad(
     """
     seen = sampled(u, geometry.stride)
     dtype = statistics_dtype(u.tensor.dtype)
-    rows = (as_rows(masked(g)).to(dtype) * matrices.scale) @ matrices.weight.to(dtype)
+    rows = (as_rows(masked_gradient(g)).to(dtype) * matrices.scale) @ matrices.weight.to(dtype)
     if matrices.quadratic is not None and matrices.constants is not None:
-        rows.addmm_(as_rows(formed(seen)).to(dtype), matrices.quadratic.to(dtype).sum(1))
+        rows.addmm_(as_rows(conv_operand(seen)).to(dtype), matrices.quadratic.to(dtype).sum(1))
         rows.add_(matrices.constants.sum(0))
     du = from_rows(rows, seen.tensor)
     if not compact:
         du = _spread(du, u.tensor, geometry.stride)
     if add is None:
         return du.to(u.tensor.dtype)
-    return (du + added(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
+    return (du + added_gradient(add)).to(torch.promote_types(u.tensor.dtype, add.g.dtype))
 
 
 def _spread(seen: Tensor, like: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -330,11 +330,11 @@ def _moments_input_grad_native(
         return NotImplemented
     linear = onednn.pointwise((matrices.scale.unsqueeze(1) * matrices.weight).t())
     if matrices.quadratic is None or matrices.constants is None:
-        du = onednn.conv(masked(g), linear, None, Geometry())
+        du = onednn.conv(masked_gradient(g), linear, None, Geometry())
     else:
-        seen = channels_last(formed(sampled(u, geometry.stride)))
+        seen = channels_last(conv_operand(sampled(u, geometry.stride)))
         du = onednn.conv(seen, onednn.pointwise(matrices.quadratic.sum(1)), matrices.constants.sum(0), Geometry())
-        onednn.conv_onto(du, masked(g), linear)
+        onednn.conv_onto(du, masked_gradient(g), linear)
     if not compact:
         du = _spread(du, u.tensor, geometry.stride)
-    return joined(du, add)
+    return with_added(du, add)

@@ -37,7 +37,7 @@ def pitch_of(tensor: Tensor) -> int | None:
     return pitch if pitch is not None and pitch >= channels else None
 
 
-def in_rows(tensor: Tensor) -> Tensor:
+def row_layout(tensor: Tensor) -> Tensor:
     """``tensor`` itself where it is channels_last or has a pitch, else a channels_last copy."""
     return tensor if pitch_of(tensor) is not None else channels_last(tensor)
 

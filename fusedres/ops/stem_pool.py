@@ -10,7 +10,7 @@ from fusedres.activation import IDENTITY, RELU, Activation
 from fusedres.operands import Geometry, Norm, OutputGrad, PoolGeometry, statistics_dtype
 from fusedres.ops.act_mask import activated
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.bn_backward import masked
+from fusedres.ops.bn_backward import masked_gradient
 from fusedres.ops.bn_finalize import bn_from_running, eps_of, running_arguments
 from fusedres.ops.checks import check_activation, check_vector
 from fusedres.ops.contractions import bytes_in_windows
@@ -175,7 +175,7 @@ def _stem_pool_backward(dz: OutputGrad, index: Tensor, size: tuple[int, ...], po
         g (N, C, H, W) in the dtype of ``dz``: the gradient at y * scale + shift.
     """
     check_activation("dz", dz.g, size[1])
-    arriving = masked(dz)
+    arriving = masked_gradient(dz)
     if index.dtype == torch.uint8:
         arriving = torch.where(index == NO_GRADIENT, 0.0, arriving)
         index = _position(index, size[3], pool)

@@ -106,7 +106,7 @@ def shortcut_input(residual: Tensor | ZeroPadded | None) -> Tensor | None:
     return residual.x if isinstance(residual, ZeroPadded) else residual
 
 
-def written(residual: Tensor | ZeroPadded | None) -> Tensor | None:
+def shortcut_tensor(residual: Tensor | ZeroPadded | None) -> Tensor | None:
     """A shortcut as a tensor."""
     return zero_pad_shortcut(*residual) if isinstance(residual, ZeroPadded) else residual
 

@@ -135,7 +135,7 @@ def check_shortcut(x: Tensor, shortcut: Shortcut, size: Size, call: Call) -> Non
     if isinstance(shortcut, Projection):
         joins: Size | None = checked_size("projection", x, shortcut.layer, tuple(x.shape), call)
     else:
-        joins = shortcut.joined_size(tuple(x.shape), size[1])
+        joins = shortcut.operand_size(tuple(x.shape), size[1])
     if joins is not None:
         check_joins(shortcut.name, joins, size)
 

@@ -23,7 +23,7 @@ from fusedres.patterns.door import (
     check_norm_of,
     checked_size,
     enter,
-    measured,
+    leave_statistics,
     partials_of,
     with_rounded_weights,
 )
@@ -113,7 +113,7 @@ class _Dense:
         )
         partials = partials_of(self.x, self.layers[0].norm if self.layers else None)
         spec = DenseSpec(call, fused_schedule(self.schedule, call), layers, partials)
-        return measured(*Dense.apply(self.x, None, spec, *self.tensors))
+        return leave_statistics(*Dense.apply(self.x, None, spec, *self.tensors))
 
 
 def _inferred(x: Tensor, layers: tuple[DenseLayerParts, ...], call: Call) -> Tensor:

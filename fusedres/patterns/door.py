@@ -67,7 +67,7 @@ def with_rounded_weights(layers: Sequence[Layer], dtype: torch.dtype) -> list[La
     ]
 
 
-def measured(z: Tensor, *partials: Tensor | None) -> Tensor:
+def leave_statistics(z: Tensor, *partials: Tensor | None) -> Tensor:
     """A pattern's output, its statistics left for the batch norm that follows."""
     counts, mean, m2 = partials
     if counts is not None and mean is not None and m2 is not None:

@@ -23,7 +23,7 @@ from fusedres.patterns.door import (
     check_norm_of,
     checked_size,
     enter,
-    measured,
+    leave_statistics,
     partials_of,
     with_rounded_weights,
 )
@@ -119,7 +119,7 @@ class _PreAct:
             partials_of(self.x, self.norm),
         )
         tensors = [tensor for layer in every for tensor in layer.tensors]
-        return measured(*PreAct.apply(self.x, None, spec, *(self.norm or Norm()).tensors, *tensors))
+        return leave_statistics(*PreAct.apply(self.x, None, spec, *(self.norm or Norm()).tensors, *tensors))
 
 
 def run_bn_act(x: Tensor, norm: Norm, act: Activation = RELU) -> Tensor:

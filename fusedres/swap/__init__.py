@@ -1,8 +1,8 @@
 """Swapping fused blocks into existing models and out of them."""
 
 from fusedres.swap.freeze import freeze
-from fusedres.swap.reasons import report
-from fusedres.swap.report import Report, Row
+from fusedres.swap.report import report
 from fusedres.swap.swap import fuse, unfuse
+from fusedres.swap.table import Report, Row
 
 __all__ = ["Report", "Row", "freeze", "fuse", "report", "unfuse"]

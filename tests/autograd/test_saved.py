@@ -11,10 +11,10 @@ from fusedres.autograd.function import fused_or_composed
 from fusedres.autograd.saved import (
     attached,
     keep,
-    kept,
     kept_with_anchors,
-    packed,
-    unpacked,
+    pack,
+    saved_pack,
+    unpack,
 )
 from fusedres.context import snapshot
 from fusedres.runtime.autocast import no_autocast
@@ -34,13 +34,13 @@ class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, nest):
         ctx.context = snapshot()
-        keep(ctx, packed((Pair(x, 7), (nest, Pair(None, x + 1)), "text")))
+        keep(ctx, pack((Pair(x, 7), (nest, Pair(None, x + 1)), "text")))
         return x * x
 
     @staticmethod
     @fused_or_composed
     def backward(ctx, dz):
-        Square.seen = unpacked(kept(ctx)), current(), torch.is_autocast_enabled("cpu")
+        Square.seen = unpack(saved_pack(ctx)), current(), torch.is_autocast_enabled("cpu")
         (pair, _, _) = Square.seen[0]
         return 2 * pair.left * dz, None
 
@@ -57,13 +57,13 @@ class CubeOfCopy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.context = snapshot()
-        keep(ctx, packed((x.bfloat16(),)), x)
+        keep(ctx, pack((x.bfloat16(),)), x)
         return x**3
 
     @staticmethod
     @fused_or_composed
     def backward(ctx, dz):
-        (copy,) = unpacked(kept(ctx))
+        (copy,) = unpack(saved_pack(ctx))
         return (3 * copy.to(dz.dtype) ** 2 * dz,)
 
     @staticmethod
@@ -86,7 +86,7 @@ def test_nest_comes_back_as_it_was():
 
 def test_structures_are_equal_where_constants_and_places_are():
     def structure(*nested):
-        return packed(nested).structure
+        return pack(nested).structure
 
     x, y = torch.randn(2), torch.randn(2)
     same = structure(Pair(x, 7), y), structure(Pair(y, 7), x)

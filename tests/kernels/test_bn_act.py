@@ -11,7 +11,7 @@ from fusedres.bench.eager import normalised
 from fusedres.ops.act_mask import pack_relu_mask
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.zero_pad_shortcut import ZeroPadded, written
+from fusedres.ops.zero_pad_shortcut import ZeroPadded, shortcut_tensor
 from fusedres.plan.tiles import pinned, row_tiles
 from tests.comparison import STORAGE, assert_as_accurate_as_eager
 from tests.kernels.executed import SIZES, TESTED, Size, activation, channels_last, covering, executed
@@ -39,7 +39,7 @@ def eager(
     """What separate modules compute, each rounding to the storage dtype."""
     z = normalised(y, scale, shift)
     if residual is not None:
-        residual = written(residual)
+        residual = shortcut_tensor(residual)
         z = z + (residual if residual_scale is None else normalised(residual, residual_scale, residual_shift))
     return act.value(z)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from fusedres.compiler.targets import TARGETS
 from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.act_mask import is_bits, pack_relu_mask
-from fusedres.ops.bn_backward import added, bn_backward_apply, bn_backward_reduce
+from fusedres.ops.bn_backward import added_gradient, bn_backward_apply, bn_backward_reduce
 from fusedres.ops.conv_backward import conv_backward, conv_producer_backward
-from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.conv_input_grad import input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
 from fusedres.plan.backward_tiles import backward_tile
@@ -102,13 +102,13 @@ class Operands:
             return tensor if tensor is None or is_bits(tensor) else tensor.to(wide if vector else dtype)
 
         grad = bn_backward_apply.reference(OutputGrad(*(to(part) for part in self.dy[:7])))
-        source = formed(ConvInput(*(to(part) for part in self.u[:3])))
+        source = conv_operand(ConvInput(*(to(part) for part in self.u[:3])))
         dw = weight_grad(grad, source, self.conv.window, self.conv.geometry)
         du = input_grad(grad, to(self.weight), self.conv.size, self.conv.geometry)
         if self.add is not None:
-            du = du.to(torch.promote_types(self.add.g.dtype, dtype)) + added(self.add)
+            du = du.to(torch.promote_types(self.add.g.dtype, dtype)) + added_gradient(self.add)
         if self.producer is not None:
-            du = torch.where(formed(self.u) > 0, du, 0.0)
+            du = torch.where(conv_operand(self.u) > 0, du, 0.0)
         return dw, du
 
 

@@ -11,7 +11,7 @@ from fusedres.operands import ConvInput, Geometry, Norm, NormNumbers
 from fusedres.ops.act_mask import pack_relu_mask
 from fusedres.ops.contractions import conv_shape
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
-from fusedres.ops.zero_pad_shortcut import ZeroPadded, written
+from fusedres.ops.zero_pad_shortcut import ZeroPadded, shortcut_tensor
 from fusedres.plan.conv_tiles import conv_tiles, pinned
 from tests.comparison import LOW
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
@@ -99,7 +99,7 @@ class Operands:
         elif self.residual is not None and self.residual_scale is not None:
             z = z + (self.residual.to(wide) * numbers(self.residual_scale) + numbers(self.residual_shift)).to(dtype)
         elif self.residual is not None:
-            z = z + written(self.residual).to(dtype)
+            z = z + shortcut_tensor(self.residual).to(dtype)
         return act.value(z)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedres.compiler.targets import TARGETS
 from fusedres.operands import Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.act_mask import is_bits, pack_relu_mask
-from fusedres.ops.bn_backward import added, bn_backward_apply, bn_backward_reduce
+from fusedres.ops.bn_backward import added_gradient, bn_backward_apply, bn_backward_reduce
 from fusedres.ops.conv_input_grad import conv_input_grad, conv_producer_grad, input_grad
 from fusedres.ops.input_gradients import gradient_shape
 from fusedres.ops.zero_pad_shortcut import ZeroPaddedGrad, zero_pad_size
@@ -130,8 +130,8 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str = "n
             add = OutputGrad(other, {"bits": pack_relu_mask(z), "output": z}.get(join))
             if join.startswith("zero-padded"):
                 add = zero_padded_grad(conv.size, dtype, join)
-            eager = eager.to(other.dtype) + added(add)
-            exact, tf32 = exact + added(add), None if tf32 is None else tf32 + added(add)
+            eager = eager.to(other.dtype) + added_gradient(add)
+            exact, tf32 = exact + added_gradient(add), None if tf32 is None else tf32 + added_gradient(add)
         call = lambda: conv_input_grad(operands.dy, operands.weight, conv.size, conv.geometry, add=add)  # noqa: E731
         g, trace = executed(target, call)
     assert trace.by_kernel()["conv_input_grad_kernel"] == 1

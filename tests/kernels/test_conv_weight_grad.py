@@ -12,7 +12,7 @@ import fusedres
 from fusedres.operands import ConvInput, Geometry, OutputGrad
 from fusedres.ops.act_mask import is_bits, pack_relu_mask
 from fusedres.ops.bn_backward import bn_backward_apply
-from fusedres.ops.conv_forward import formed
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.conv_weight_grad import conv_weight_grad, weight_grad
 from tests.comparison import LOW, assert_close
 from tests.kernels import random_convolutions
@@ -78,7 +78,7 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str) -> None:
             return tensor if tensor is None or is_bits(tensor) else tensor.to(wide if vector else dtype)
 
         grad = bn_backward_apply.reference(OutputGrad(*(to(part) for part in dy[:7])))
-        source = formed(ConvInput(to(u.tensor), to(u.scale), to(u.shift)))
+        source = conv_operand(ConvInput(to(u.tensor), to(u.scale), to(u.shift)))
         if tf32:
             grad, source = as_tf32(grad.float()).double(), as_tf32(source.float()).double()
         return weight_grad(grad, source, conv.window, conv.geometry)

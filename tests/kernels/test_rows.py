@@ -14,7 +14,7 @@ from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_backward import bn_backward_apply, bn_backward_reduce
 from fusedres.ops.conv_backward import conv_producer_backward
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
-from fusedres.ops.conv_forward import conv_forward, formed
+from fusedres.ops.conv_forward import conv_forward, conv_operand
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad, input_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad, weight_grad
 from fusedres.ops.features import FeatureGrads
@@ -96,7 +96,7 @@ class Operands:
         p, q = conv.geometry.output_size(*conv.size[2:], conv.window)
         self.size = (conv.size[0], conv.k, p, q)
 
-    def formed(self, dtype: torch.dtype) -> Tensor:
+    def conv_operand(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         numbers = (vector.to(wide).view(1, -1, 1, 1) for vector in (self.u.scale, self.u.shift))
         scale, shift = numbers
@@ -295,4 +295,4 @@ def test_an_output_whose_channels_are_apart_is_written_all_the_same() -> None:
     with fusedres.backend("vgpu:sm_90"):
         y, _ = conv_forward(u, weight, Geometry(), out=out)
     assert y is out
-    torch.testing.assert_close(out, conv2d(formed(u), weight))
+    torch.testing.assert_close(out, conv2d(conv_operand(u), weight))

@@ -6,7 +6,7 @@ from torch.nn.functional import batch_norm
 
 from fusedres.operands import Norm, Normaliser, NormNumbers, OutputGrad
 from fusedres.ops.act_mask import pack_relu_mask
-from fusedres.ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_reduce, masked, output_grad
+from fusedres.ops.bn_backward import bn_backward, bn_backward_apply, bn_backward_reduce, masked_gradient, output_grad
 from fusedres.ops.bn_finalize import bn_from_running
 from tests.comparison import STORAGE, assert_as_accurate_as_eager, assert_close
 
@@ -100,7 +100,7 @@ def test_apply_without_coefficients_masks_alone(mask, each_backend):
     _, _, _, g, open_ = setting(SIZES["odd"], torch.float64, mask, False)
     exact = g.g if mask == "none" else g.g * open_
     assert torch.equal(bn_backward_apply(g), exact)
-    assert torch.equal(masked(g), exact)
+    assert torch.equal(masked_gradient(g), exact)
 
 
 @pytest.mark.parametrize("gamma", ["zero", "negative", "one channel zero"])

@@ -7,7 +7,7 @@ from torch.nn.functional import conv2d
 
 from fusedres.bench.eager import normalised
 from fusedres.operands import ConvInput, Geometry
-from fusedres.ops.conv_forward import conv_forward, formed
+from fusedres.ops.conv_forward import conv_forward, conv_operand
 from tests.comparison import LOW, STORAGE, assert_as_accurate_as_eager, assert_close, naive_conv
 
 # (N, C, H, W), (K, R, S), geometry
@@ -108,11 +108,11 @@ def test_layout_of_the_input_does_not_matter(layout, each_backend):
 @pytest.mark.parametrize("dtype", LOW)
 def test_formed_operand_is_rounded_to_storage(dtype, each_backend):
     u, _, _ = operands("3x3", dtype, True)
-    out = formed(u)
+    out = conv_operand(u)
     assert out.dtype == dtype
     exact = on_load(ConvInput(*(part.double() for part in u[:3])))
     assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps / 2 * exact.max()
-    assert formed(ConvInput(u.tensor)) is u.tensor
+    assert conv_operand(ConvInput(u.tensor)) is u.tensor
 
 
 @pytest.mark.parametrize(

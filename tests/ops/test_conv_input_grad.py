@@ -6,7 +6,7 @@ from torch.nn.functional import conv2d
 
 from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad, Producer
 from fusedres.ops.act_mask import pack_relu_mask
-from fusedres.ops.bn_backward import bn_backward_reduce, masked
+from fusedres.ops.bn_backward import bn_backward_reduce, masked_gradient
 from fusedres.ops.conv_backward import conv_producer_backward
 from fusedres.ops.conv_input_grad import at_producer, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad
@@ -156,7 +156,7 @@ def test_at_the_producer_uses_the_rounded_output_as_its_mask(each_backend):
     y = torch.full((1, 1, 1, 1), 2.0**-20, dtype=torch.float16)
     one, tiny, zero = torch.ones(1), torch.full((1,), 2.0**-20), torch.zeros(1)
     grad = at_producer(torch.ones_like(y), Producer(y, Normaliser(zero, one, tiny, zero)))
-    assert not masked(OutputGrad(grad.g)).any()
+    assert not masked_gradient(OutputGrad(grad.g)).any()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedres.ops.rows import in_rows, pitch_of
+from fusedres.ops.rows import pitch_of, row_layout
 
 
 def buffer(n: int, c: int, h: int, w: int) -> torch.Tensor:
@@ -37,12 +37,12 @@ OTHERS = {
 @pytest.mark.parametrize(("tensor", "pitch"), SLICES.values(), ids=SLICES)
 def test_a_slice_of_channels_is_taken_as_it_lies(tensor, pitch):
     assert pitch_of(tensor) == pitch
-    assert in_rows(tensor) is tensor
+    assert row_layout(tensor) is tensor
 
 
 @pytest.mark.parametrize("tensor", OTHERS.values(), ids=OTHERS)
 def test_anything_else_is_channels_last_or_becomes_it(tensor):
     assert pitch_of(tensor) is None
-    rows = in_rows(tensor)
+    rows = row_layout(tensor)
     assert rows.is_contiguous(memory_format=torch.channels_last) and torch.equal(rows, tensor)
     assert (rows is tensor) == tensor.is_contiguous(memory_format=torch.channels_last)

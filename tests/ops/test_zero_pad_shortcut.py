@@ -5,7 +5,7 @@ import torch
 
 from fusedres.operands import ConvInput, Geometry, Norm, Normaliser, OutputGrad
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.bn_backward import added, bn_backward_apply, masked
+from fusedres.ops.bn_backward import added_gradient, bn_backward_apply, masked_gradient
 from fusedres.ops.bn_forward import bn_forward
 from fusedres.ops.conv_bn_act import Contraction, conv_bn_act
 from fusedres.ops.conv_input_grad import Producer, conv_input_grad, conv_producer_grad
@@ -91,8 +91,8 @@ def test_its_gradient_as_an_operand_of_the_input_gradient(mask, each_backend):
     g, y = torch.randn(zero_pad_size(*OPERAND), dtype=torch.float64), torch.randn(size, dtype=torch.float64)
     grad = OutputGrad(g, torch.randn_like(g) if mask else None)
     add = ZeroPaddedGrad(grad, size, stride)
-    tensor = OutputGrad(zero_pad_shortcut_grad(masked(grad), size, stride))
-    torch.testing.assert_close(added(add), tensor.g)
+    tensor = OutputGrad(zero_pad_shortcut_grad(masked_gradient(grad), size, stride))
+    torch.testing.assert_close(added_gradient(add), tensor.g)
     weight, geometry = torch.randn(6, size[1], 3, 3, dtype=torch.float64), Geometry((2, 2), (1, 1))
     dy = OutputGrad(torch.randn(2, 6, 3, 2, dtype=torch.float64))
     ours, exact = (conv_input_grad(dy, weight, size, geometry, add=given) for given in (add, tensor))

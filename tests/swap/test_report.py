@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -389,7 +390,7 @@ def test_a_gradient_in_another_layout_is_copied_once_and_noted():
 
 def test_a_gpu_without_matrix_units_is_noted(small, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr("fusedres.swap.reasons.why_not_on", lambda index: "it is old")
+    monkeypatch.setattr(sys.modules["fusedres.swap.report"], "why_not_on", lambda index: "it is old")
     rows = fusedres.report(fusedres.fuse(small))
     assert {row.note for row in rows if row.fused} == {"runs the plain modules: it is old"}
     rows = fusedres.report(fusedres.fuse(small, schedule="stats"))
