@@ -96,7 +96,7 @@ class Operands:
         p, q = conv.geometry.output_size(*conv.size[2:], conv.window)
         self.size = (conv.size[0], conv.k, p, q)
 
-    def conv_operand(self, dtype: torch.dtype) -> Tensor:
+    def formed(self, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         numbers = (vector.to(wide).view(1, -1, 1, 1) for vector in (self.u.scale, self.u.shift))
         scale, shift = numbers
