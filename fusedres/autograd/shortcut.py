@@ -100,6 +100,9 @@ class Projection(Shortcut, Generic[L]):
     def name(self) -> str:
         return "projection"
 
+    def without_tensors(self) -> Shortcut:
+        return NO_SHORTCUT  # its layer is told of beside the others
+
 
 @dataclass(frozen=True)
 class Residual(Shortcut):

@@ -98,7 +98,7 @@ class _Chain:
 
     def infer(self, call: Call) -> Tensor:
         layers, residual = inference.evaluated(self.every, call), self.residual
-        count, shortcut = len(self.layers), stripped(self.shortcut)
+        count, shortcut = len(self.layers), self.shortcut.without_tensors()
         operands = (self.x, residual, layers[:count], layers[count:], shortcut, self.act, call.dtype)
         return inference.run(call, _inferred, *operands)
 
@@ -106,7 +106,7 @@ class _Chain:
         schedule = self.schedule
         if schedule == AUTO and call.gpu is not None:
             windows = tuple([(layer.weight.shape, layer.geometry) for layer in self.every])
-            kind = NO_SHORTCUT if len(windows) > len(self.layers) else stripped(self.shortcut)
+            kind = self.shortcut.without_tensors()
             choice = _choice(self.x.shape, windows, len(self.layers), kind, call.dtype, call.gpu, call.tf32)
             announce(choice)
             schedule = choice.schedule.name
@@ -116,18 +116,13 @@ class _Chain:
             for i, layer in enumerate(with_rounded_weights(self.every, call.dtype))
         ]
         specs = tuple([LayerSpec.of(layer) for layer in every])
-        shortcut = Projection(specs[-1]) if len(specs) > last + 1 else stripped(self.shortcut)
+        shortcut = Projection(specs[-1]) if len(specs) > last + 1 else self.shortcut.without_tensors()
         spec = ChainSpec(
             call, chain_schedule(schedule, kernels=call.kernels), specs[: last + 1], shortcut, self.act, self.hands_over
         )
         tensors = [tensor for layer in every for tensor in layer.tensors]
         z: Tensor = ConvChain.apply(self.x, self.residual, spec, *tensors)
         return z
-
-
-def stripped(shortcut: Shortcut) -> Shortcut:
-    """A shortcut as others are told of it besides its tensors."""
-    return NO_SHORTCUT if isinstance(shortcut, Projection) else shortcut.without_tensors()
 
 
 def check_shortcut(x: Tensor, shortcut: Shortcut, size: Size, call: Call) -> None:

@@ -16,7 +16,7 @@ from fusedres.ops.checks import check_activation
 from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.rows import channels_last
 from fusedres.patterns import inference
-from fusedres.patterns.chain import check_shortcut, stripped
+from fusedres.patterns.chain import check_shortcut
 from fusedres.patterns.choose import AUTO, fused_schedule
 from fusedres.patterns.door import (
     Size,
@@ -100,7 +100,7 @@ class _PreAct:
     def infer(self, call: Call) -> Tensor:
         layers, count = inference.evaluated(self.every, call), len(self.layers)
         norm = None if self.norm is None else inference.uncounted(self.norm)
-        operands = (self.x, norm, layers[:count], layers[count:], stripped(self.shortcut), self.act, call)
+        operands = (self.x, norm, layers[:count], layers[count:], self.shortcut.without_tensors(), self.act, call)
         return inference.run(call, _inferred, *operands)
 
     def train(self, call: Call) -> Tensor:
@@ -112,7 +112,7 @@ class _PreAct:
             call,
             schedule,
             specs[:count],
-            Projection(specs[-1]) if len(specs) > count else stripped(self.shortcut),
+            Projection(specs[-1]) if len(specs) > count else self.shortcut.without_tensors(),
             None if self.norm is None else self.norm.numbers,
             self.act,
             self.measured and schedule.statistics and measures,
