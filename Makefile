@@ -21,7 +21,7 @@ COMPAT_STAMPS := $(COMPAT:%=.compat/%/.set-up)
 CHOICE = PYTHON
 $(COMPAT_STAMPS): CHOICE = PYTHON312
 
-.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report bench gpu check format clean
+.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage bench gpu check format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -45,6 +45,10 @@ $(COMPAT:%=compat-%): compat-%: .compat/%/.set-up
 # after that. EVERY=1 takes the tiles that tuning would try, too.
 compile-report: $(STAMP)
 	$(BIN)/fusedres compile --report $(if $(EVERY),--every-tile) --csv compile-report.csv
+
+# What of other libraries' models is fused: docs/coverage.md. A run that was cut short is taken up again.
+coverage: $(STAMP)
+	$(TESTED) $(BIN)/fusedres coverage --out docs/coverage.md
 
 # A first impression on whatever is here; make bench ARGS="--model resnet50 --train" asks for more.
 ARGS ?= --quick

@@ -5,11 +5,23 @@ from importlib.metadata import PackageNotFoundError, version
 from fusedres import functional, models, nn
 from fusedres.runtime.backends import backend
 from fusedres.runtime.launch import record
-from fusedres.swap import freeze, fuse, report, unfuse
+from fusedres.swap import freeze, fuse, register, report, unfuse
 
 try:
     __version__ = version("fusedres")
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "backend", "freeze", "functional", "fuse", "models", "nn", "record", "report", "unfuse"]
+__all__ = [
+    "__version__",
+    "backend",
+    "freeze",
+    "functional",
+    "fuse",
+    "models",
+    "nn",
+    "record",
+    "register",
+    "report",
+    "unfuse",
+]

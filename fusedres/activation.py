@@ -7,7 +7,8 @@ here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,13 +105,47 @@ def _hardswish_slope(v: Tensor) -> Tensor:
     return torch.where(v <= -3, 0.0, middle)
 
 
+_TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_slope(v: Tensor) -> Tensor:
+    return (1 + torch.erf(v * math.sqrt(0.5))) / 2 + v * torch.exp(-v * v / 2) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_slope(v: Tensor) -> Tensor:
+    s = torch.sigmoid(2 * _TANH_SCALE * (v + _TANH_CUBE * v**3))
+    return s + v * s * (1 - s) * 2 * _TANH_SCALE * (1 + 3 * _TANH_CUBE * v * v)
+
+
+def _mish_slope(v: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(v))
+    return t + v * (1 - t * t) * torch.sigmoid(v)
+
+
+@functools.cache
+def elu(alpha: float = 1.0) -> Activation:
+    """v where that is positive, alpha * (exp(v) - 1) elsewhere."""
+
+    def slope(v: Tensor) -> Tensor:
+        return torch.where(v > 0, torch.ones_like(v), alpha * torch.exp(v))
+
+    return Activation("elu", (alpha,), value=lambda v: F.elu(v, alpha), slope=slope, rises=alpha >= 0)
+
+
 IDENTITY = _two_slopes("identity", lambda v: v, lambda v: torch.ones_like(v, dtype=torch.bool))
 RELU = _two_slopes("relu", torch.relu, lambda v: v > 0)
 RELU6 = _two_slopes("relu6", F.relu6, lambda v: (v > 0) & (v < 6))
 SILU = Activation("silu", value=F.silu, slope=_silu_slope, rises=False)
 HARDSWISH = Activation("hardswish", value=F.hardswish, slope=_hardswish_slope, rises=False)
+GELU = Activation("gelu", value=F.gelu, slope=_gelu_slope, rises=False)
+GELU_TANH = Activation(
+    "gelu_tanh", value=lambda v: F.gelu(v, approximate="tanh"), slope=_gelu_tanh_slope, rises=False
+)  # fmt: skip
+MISH = Activation("mish", value=F.mish, slope=_mish_slope, rises=False)
 
-NAMED = {act.name: act for act in (IDENTITY, RELU, leaky_relu(), RELU6, SILU, HARDSWISH)}
+NAMED = {
+    act.name: act for act in (IDENTITY, RELU, leaky_relu(), RELU6, SILU, HARDSWISH, GELU, GELU_TANH, MISH, elu())
+}  # fmt: skip
 
 _OF_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Identity: lambda module: IDENTITY,
@@ -119,6 +154,33 @@ _OF_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.ReLU6: lambda module: RELU6,
     nn.SiLU: lambda module: SILU,
     nn.Hardswish: lambda module: HARDSWISH,
+    nn.GELU: lambda module: _gelu(module.approximate),
+    nn.Mish: lambda module: MISH,
+    nn.ELU: lambda module: elu(float(module.alpha)),
+}
+
+
+MODULES = tuple(_OF_MODULES)
+"""PyTorch's modules that compute one, an Identity among them."""
+
+
+def _gelu(approximate: str = "none") -> Activation:
+    return GELU_TANH if approximate == "tanh" else GELU
+
+
+# Each takes what its function takes behind the tensor; functions stand beside their names as methods.
+_OF_FUNCTIONS: dict[Any, Callable[..., Activation]] = {
+    **dict.fromkeys((torch.relu, torch.relu_, "relu", "relu_"), lambda: RELU),
+    F.relu: lambda inplace=False: RELU,
+    F.relu6: lambda inplace=False: RELU6,
+    F.leaky_relu: lambda negative_slope=0.01, inplace=False: leaky_relu(float(negative_slope)),
+    F.leaky_relu_: lambda negative_slope=0.01: leaky_relu(float(negative_slope)),
+    F.silu: lambda inplace=False: SILU,
+    F.hardswish: lambda inplace=False: HARDSWISH,
+    F.gelu: lambda *, approximate="none": _gelu(approximate),
+    F.mish: lambda inplace=False: MISH,
+    F.elu: lambda alpha=1.0, inplace=False: elu(float(alpha)),
+    F.elu_: lambda alpha=1.0: elu(float(alpha)),
 }
 
 
@@ -143,12 +205,31 @@ def activation_of(module: nn.Module) -> Activation | None:
     return None if read is None else read(module)
 
 
+def activation_of_function(
+    function: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Activation | None:
+    """What a call of one of PyTorch's functions computes, or of a method by its name.
+
+    ``args`` and ``kwargs`` are those behind the tensor. None: it is no activation, or its numbers are not known yet.
+    """
+    kwargs = kwargs or {}
+    read = _OF_FUNCTIONS.get(function) if isinstance(function, Hashable) else None
+    if read is None or not all(isinstance(value, bool | int | float | str) for value in (*args, *kwargs.values())):
+        return None
+    try:
+        return read(*args, **kwargs)
+    except TypeError:  # the function itself would refuse these arguments
+        return None
+
+
 def module_of(act: Activation) -> nn.Module:
     """A module of PyTorch's that computes one of `NAMED`, in place where its gradient does not need its input.
 
     Raises:
         ValueError: there is none.
     """
+    if act == GELU_TANH:
+        return nn.GELU(approximate="tanh")
     for cls, read in _OF_MODULES.items():
         if read(cls()) == act:
             return cls() if act.is_identity or act.needs_input else cls(inplace=True)

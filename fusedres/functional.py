@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusedres.activation import activation_named
+from fusedres.activation import Activation, activation_named
 from fusedres.autograd import AddAct, BNAddAct
 from fusedres.autograd.ends import AddActSpec, BNAddActSpec
 from fusedres.autograd.shortcut import NO_SHORTCUT, Residual
@@ -11,6 +11,7 @@ from fusedres.operands import Geometry, Layer, Norm, NormNumbers
 from fusedres.ops.bn_finalize import check_norm
 from fusedres.ops.checks import check_activation
 from fusedres.ops.rows import pixels
+from fusedres.patterns.bn_act import run_bn_prelu
 from fusedres.patterns.chain import run_chain
 from fusedres.patterns.choose import AUTO, check_schedule
 from fusedres.patterns.door import check_norm_numbers
@@ -144,7 +145,40 @@ def bn_add_act(
     return z
 
 
-def add_act(x: Tensor, residual: Tensor, *, act: str | None = "relu") -> Tensor:
+def bn_prelu(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    slope: Tensor,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """prelu(batch_norm(x)) with slopes that are trained: nothing but x is kept for the backward pass.
+
+    Args:
+        x: (N, K, P, Q) raw convolution output.
+        gamma, beta, running_mean, running_var: as in `conv_bn_act`.
+        slope: (K,), or (1,) for all channels; of the dtype of x, or under autocast of any.
+        training: normalise with this batch's statistics.
+        momentum, eps: of the batch norm.
+
+    Returns:
+        (N, K, P, Q), channels_last.
+
+    Raises:
+        ValueError, TypeError: naming the argument; no running statistic has changed then.
+    """
+    check_activation("x", x)
+    norm = Norm(gamma, beta, running_mean, running_var)
+    batch_stats = _check_norm_tensors(norm, x.shape[1], training, x.device)
+    return run_bn_prelu(x, norm._replace(numbers=NormNumbers(eps, momentum, batch_stats)), slope)
+
+
+def add_act(x: Tensor, residual: Tensor, *, act: str | Activation | None = "relu") -> Tensor:
     """act(x + residual) in one pass; the backward pass keeps one bit per value.
 
     Args:

@@ -33,7 +33,7 @@ def test_compat_installs_and_tests_two_environments_of_its_own():
     assert ".compat/" in ignored
 
 
-@pytest.mark.parametrize("target", ["test", "demo", "gpu", "check"])
+@pytest.mark.parametrize("target", ["test", "demo", "coverage", "gpu", "check"])
 def test_other_targets_set_up_the_usual_environment_alone(target):
     commands = would_run(target, "PYTHON=python-of-choice")
     assert [(folder, pins.split()) for folder, pins in re.findall(INSTALL, commands)] == [(".venv", [])]

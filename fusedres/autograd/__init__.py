@@ -2,9 +2,9 @@
 
 from fusedres.autograd.chain import ConvChain
 from fusedres.autograd.dense import Dense
-from fusedres.autograd.ends import AddAct, BNAddAct
+from fusedres.autograd.ends import AddAct, BNAddAct, BNPReLU
 from fusedres.autograd.global_pool import GlobalPool
 from fusedres.autograd.preact import PreAct
 from fusedres.autograd.stem import StemPool
 
-__all__ = ["AddAct", "BNAddAct", "ConvChain", "Dense", "GlobalPool", "PreAct", "StemPool"]
+__all__ = ["AddAct", "BNAddAct", "BNPReLU", "ConvChain", "Dense", "GlobalPool", "PreAct", "StemPool"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import prelu
 
 from fusedres.activation import RELU, Activation
 from fusedres.autograd.composed import Composed, joining, normalised
@@ -15,6 +16,7 @@ from fusedres.operands import NORM_TENSORS, Norm, Normaliser, NormNumbers, Outpu
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_backward import bn_backward, masked_gradient
+from fusedres.ops.bn_prelu import bn_prelu, bn_prelu_backward
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.rows import channels_last
 from fusedres.runtime.call import Call
@@ -158,6 +160,59 @@ class BNAddAct(FusedFunction):
         raw = saved.residual
         residual = joining(dz, ctx.given.residual_dtype, joined) if raw is None else attached(raw, of_residual)
         return Composed((attached(saved.y, of_y), residual, None, *saved.affine), form, saved.mask, spec.act)
+
+
+@dataclass(frozen=True)
+class BNPReLUSpec(Holding):
+    """``partials`` are y's where they were measured."""
+
+    call: Call
+    norm: NormNumbers
+    partials: Partials | None = field(default=None, compare=False, repr=False, metadata=HELD)
+
+
+class KeptOfPReLU(NamedTuple):
+    y: Tensor
+    numbers: Normaliser
+    slope: Tensor
+    affine: tuple[Tensor | None, ...]
+
+
+class BNPReLU(FusedFunction):
+    """z = prelu(bn(y)).
+
+    ``apply(y, None, spec, slope, *tensors)``: y (N, K, P, Q); slope (K,) or (1,); tensors are those of a `Norm`.
+    """
+
+    @staticmethod
+    def run(y: Tensor, residual: None, spec: BNPReLUSpec, tensors: tuple[Any, ...], under: None) -> Passed:
+        slope, norm = tensors[0], Norm.of(tensors[1:], spec.norm)
+        y = channels_last(y)
+        numbers = _measured(y, norm, spec.partials)
+        z = bn_prelu(y, numbers.scale, numbers.shift, slope)
+        kept = KeptOfPReLU(y, numbers, slope, norm.affine.tensors)
+        return Passed(z, pack(kept) if spec.call.differentiated else None)
+
+    @staticmethod
+    def go_back(dz: Tensor, sums: None, spec: BNPReLUSpec, pack: Packed, given: Given) -> Gradients:
+        saved: KeptOfPReLU = unpack(pack)
+        dy, dgamma, dbeta, dslope = bn_prelu_backward(
+            in_dtype(dz, saved.y.dtype), saved.y, saved.numbers, saved.slope, saved.affine[0],
+            batch_stats=spec.norm.batch_stats,
+        )  # fmt: skip
+        named = zip((dslope, dgamma, dbeta, *[None] * (NORM_TENSORS - 2)), given.tensors, strict=True)
+        return Gradients(dy, [grad if wanted else None for grad, wanted in named])
+
+    @staticmethod
+    def composed(ctx: Any, dz: Tensor) -> Composed:
+        saved: KeptOfPReLU
+        saved, (of_y,) = kept_with_anchors(ctx)
+
+        def form(y: Tensor, residual: None, _: None, slope: Tensor, *tensors: Tensor | None) -> Tensor:
+            v = normalised(y, Norm.of(tensors, ctx.spec.norm), saved.numbers)
+            return prelu(v, slope.to(v.dtype))
+
+        return Composed((attached(saved.y, of_y), None, None, saved.slope, *saved.affine), form)
 
 
 def _measured(y: Tensor, norm: Norm, partials: Partials | None = None) -> Normaliser:

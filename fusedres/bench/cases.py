@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusedres import models
-from fusedres.arguments import check_packages
-from fusedres.models.sources import library_source, timm_name, timm_names, torchvision_names
+from fusedres.models.sources import Source, in_one_line, source
+from fusedres.traffic.tensors import first_tensor
 
 if TYPE_CHECKING:
     from fusedres.bench.setting import Setting
 
-__all__ = ["BLOCKS", "Case", "ModelCase", "OpCase", "block", "damp", "near", "network", "network_names"]
+__all__ = ["BLOCKS", "Case", "ModelCase", "OpCase", "block", "damp", "near", "network"]
 
 # Gamma where a block's branch ends. With 1, as libraries initialise it, the bf16 gradient of a ResNet-50 of random
 # weights is noise (its error against fp64 is 1.3), and nothing could be told from anything; with 0.2 it is 0.3.
@@ -49,6 +48,10 @@ class ModelCase:
     def modes(self) -> tuple[str, ...]:
         return ("train", "infer")
 
+    def on_meta(self) -> nn.Module:
+        """The plain model on the meta device, in training mode."""
+        return Source(self.name, self.build, (self.channels, self.px, self.px)).on_meta()
+
     def model(self, seed: int = 0) -> nn.Module:
         """The plain model with weights drawn from ``seed``, channels_last, on the CPU."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -57,30 +60,37 @@ class ModelCase:
         return model.to(memory_format=torch.channels_last)
 
     def data(self, setting: Setting, seed: int) -> tuple[Tensor, Tensor]:
-        """Images or activations, and labels or the gradient that arrives at the output; fp32, on the CPU."""
+        """Images or activations, and labels or the gradient that arrives at the output; fp32, on the CPU.
+
+        A label for each image, or for each pixel where that is what the network classifies.
+        """
         generator = torch.Generator().manual_seed(seed)
         shape = (setting.batch, self.channels, setting.px, setting.px)
         x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
         size = output_size(self, setting.px)
         if self.kind == "network":
-            return x, torch.randint(0, size[0], (setting.batch,), generator=generator)
+            return x, torch.randint(0, size[0], (setting.batch, *size[1:]), generator=generator)
         arriving = torch.randn((setting.batch, *size), generator=generator)
         return x, arriving.contiguous(memory_format=torch.channels_last)
 
 
 @cache
 def output_size(case: ModelCase, px: int) -> tuple[int, ...]:
-    """Shape of the output for one image of ``px`` pixels, without the batch.
+    """Shape of the output, the first of several, for one image of ``px`` pixels, without the batch.
 
     Raises:
-        ValueError: the images are too small for the model.
+        ValueError: the model can not be built, can not take such images, or gives no classes or channels.
     """
-    with torch.device("meta"):
-        model = case.build().eval()
-        try:
-            return tuple(model(torch.empty(2, case.channels, px, px)).shape[1:])
-        except RuntimeError as error:
-            raise ValueError(f"px: {case.name} can not take images of {px} x {px} pixels: {error}") from error
+    model = case.on_meta().eval()
+    try:
+        with torch.device("meta"):
+            output = model(torch.empty(2, case.channels, px, px))
+    except Exception as error:
+        raise ValueError(f"px: {case.name} can not take images of {px} x {px} pixels: {in_one_line(error)}") from error
+    shape = first_tensor(output).shape
+    if len(shape) < 2:
+        raise ValueError(f"model: expected one that gives (N, classes, ...), got {tuple(shape)} from {case.name}")
+    return tuple(shape[1:])
 
 
 def damp(model: nn.Module) -> nn.Module:
@@ -124,29 +134,15 @@ Case = ModelCase | OpCase
 
 
 def network(name: str) -> ModelCase:
-    """A network of `fusedres.models` (its plain twin), of torchvision, or of timm as ``timm.NAME`` or ``timm/NAME``.
+    """The plain network called so, by the rule of `models.sources.source`.
 
     Raises:
-        ValueError: there is none; near names are listed.
+        ValueError: there is none, for which near names are listed, or it takes something else than images.
         ImportError: the library it is of is not installed.
     """
-    if timm_name(name) is not None:
-        check_packages("timm", extra="models")
-        known = [f"timm.{bare}" for bare in timm_names()]
-        found = library_source(name)
-    else:
-        known = list(network_names())
-        found = library_source(name) if name in known else None
-    if found is None:
-        raise ValueError(near("model", name, known))
+    found = source(name).of_images()
     channels, side, _ = found.size
-    return ModelCase(name, "network", found.build, channels, side, 128 if name in models.names() else 64)
-
-
-def network_names() -> tuple[str, ...]:
-    """Networks that need no prefix."""
-    check_packages("torchvision", extra="models")
-    return (*models.names(), *torchvision_names())
+    return ModelCase(name, "network", found.build, channels, side, 128 if found.library == "fusedres" else 64)
 
 
 def _basic(channels: int, stride: int = 1) -> nn.Module:

@@ -21,6 +21,7 @@ from fusedres.patterns.choose import AUTO
 from fusedres.plan.gpus import Gpu, nearest_gpu, target_gpu
 from fusedres.runtime.launch import DRY_RUN_TARGET
 from fusedres.runtime.torch_private import DispatchMode
+from fusedres.traffic.tensors import first_tensor
 
 __all__ = ["Declared", "declared", "flops_of", "gpu_of", "target_for"]
 
@@ -137,11 +138,11 @@ def flops_of(case: Case, setting: Setting) -> int | None:
     if isinstance(case, OpCase):
         return None
     with torch.device("meta"):
-        model = case.build().train(setting.train)
+        model = case.on_meta().train(setting.train)
         x = torch.empty(setting.batch, case.channels, setting.px, setting.px)
     x.requires_grad_(setting.train and case.kind == "block")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(setting.train):
-        z = model(x)
+        z = first_tensor(model(x))
         if setting.train:
             z.sum().backward()
     return int(counter.get_total_flops())

@@ -26,6 +26,7 @@ import fusedres
 from fusedres.models.sources import source
 from fusedres.patterns.choose import check_schedule
 from fusedres.runtime import replay
+from fusedres.traffic.tensors import first_tensor
 
 __all__ = ["HostTime", "host_time"]
 
@@ -59,7 +60,6 @@ def host_time(model: nn.Module, x: torch.Tensor, *, steps: int = 20, target: str
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    labels = torch.zeros(x.shape[0], dtype=torch.long)
     times: list[tuple[float, float]] = []
     # Rounding weights is a CPU's work here, and would be a GPU's.
     rounding = patch("fusedres.runtime.weights.copy_all", lambda *_: None)
@@ -71,10 +71,10 @@ def host_time(model: nn.Module, x: torch.Tensor, *, steps: int = 20, target: str
             model.zero_grad(set_to_none=True)
             begin = time.perf_counter()
             with nullcontext() if model.training else torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                z = model(x)
+                z = first_tensor(model(x))
             between = time.perf_counter()
             if model.training:
-                F.cross_entropy(z.float(), labels).backward()
+                F.cross_entropy(z.float(), torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.long)).backward()
             times.append((between - begin, time.perf_counter() - between if model.training else 0.0))
         launches = len(started)
     forward, backward = (statistics.median(part) for part in zip(*times[3:], strict=True))
@@ -91,14 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_schedule(options.schedule)
-        chosen = source(options.model)
+        chosen = source(options.model).of_images()
     except ValueError as error:
         parser.error(str(error))
     px = options.px or min(chosen.size[1], 64)
     if px < 1 or options.steps < 1:
         parser.error("--px and --steps must be at least 1")
     torch.set_num_threads(1)
-    model = chosen.build().to(memory_format=torch.channels_last).train(not options.infer)
+    model = chosen.made().to(memory_format=torch.channels_last).train(not options.infer)
     fusedres.fuse(model, schedule=options.schedule)
     x = torch.randn(2, 3, px, px).to(memory_format=torch.channels_last)
     with replay.off():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusedres.bench.cases import ModelCase
 from fusedres.bench.setting import Setting
 from fusedres.runtime.devices import made_current
+from fusedres.traffic.tensors import first_tensor
 
 __all__ = ["Observed", "Step", "graph_step", "model_step", "op_step", "tensors_in"]
 
@@ -74,7 +75,7 @@ def model_step(
     x: Tensor,
     target: Tensor,
     *,
-    called: Callable[[Tensor], Tensor] | None = None,
+    called: Callable[[Tensor], Any] | None = None,
 ) -> Step:
     """Inference, or zero_grad, forward, backward and SGD with momentum; a block has no loss and no optimiser.
 
@@ -83,10 +84,13 @@ def model_step(
         setting: its mode and dtype.
         model: whose parameters are trained.
         x: (N, C, H, W).
-        target: labels (N,) of a network, or the gradient that arrives at a block's output.
+        target: labels (N,) or (N, H, W) of a network, or the gradient that arrives at a block's output.
         called: what is called instead of the model, such as its compiled form.
     """
-    forward = called or model
+
+    def forward(x: Tensor) -> Tensor:
+        return first_tensor((called or model)(x))
+
     if not setting.train:
 
         def infer() -> Tensor:
@@ -121,7 +125,7 @@ def model_step(
 
     def saved(model: nn.Module) -> Tensor:
         with setting.autocast():
-            return model(x)
+            return first_tensor(model(x))
 
     # Gradients are looked at before the optimiser moves anything.
     return Step(train, lambda: _observed(backward(), model, x), model, saved, x)

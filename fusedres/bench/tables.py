@@ -19,6 +19,7 @@ from fusedres.bench.declared import declared, gpu_of
 from fusedres.bench.ops import OPS
 from fusedres.bench.rows import OK, Row, read_rows
 from fusedres.bench.setting import Device, Setting, device_named
+from fusedres.models.sources import names
 
 __all__ = [
     "EMULATED",
@@ -107,13 +108,15 @@ def _wide(console: Console) -> Console:
 
 def print_registry(console: Console) -> None:
     """Every case and contender."""
-    for title, names in (
-        ("networks (and every model of timm as timm.NAME)", cases.network_names()),
+    for title, known in (
+        ("networks of fusedres", names("fusedres")),
+        ("networks of torchvision", names("torchvision")),
+        ("and timm.NAME, path.py:function, path.py:Class, and of transformers", names("hf")),
         ("blocks", cases.BLOCKS),
         ("ops", OPS),
     ):
         console.print(f"{title}:", style="bold")
-        console.print("  " + ", ".join(names), markup=False, highlight=False)
+        console.print("  " + ", ".join(known), markup=False, highlight=False)
     console.print("contenders:", style="bold")
     for contender in CONTENDERS.values():
         console.print(f"  {contender.name:15} {contender.what}", markup=False, highlight=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedres.arguments import names, positive
+from fusedres.commands.model_names import RULE, say_whose
 
 DESCRIPTION = """Correctness gate first, then times: every contender is held against fp64 before it is measured, and
 one that is wrong has no figures. Contenders take turns; medians with 20 % and 80 % quantiles are shown. Lists are
@@ -21,7 +22,7 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
     )
     what = parser.add_argument_group("what to run")
-    what.add_argument("--model", type=names, default=(), help="networks of fusedres or torchvision, or timm.NAME")
+    what.add_argument("--model", type=names, default=(), help=RULE)
     what.add_argument("--block", type=names, default=(), help="blocks by stage, such as bottleneck2_down; or all")
     what.add_argument("--op", type=names, default=(), help="ops by stage, such as block_end.stage2; or all")
     what.add_argument("--contenders", type=names, help="such as eager,compile,fused; all; or ladder, for every rung")
@@ -51,4 +52,5 @@ def _run(options: argparse.Namespace) -> int:
     from fusedres.bench import session
 
     given = {name: getattr(options, name) for name in session.BenchOptions.__dataclass_fields__}
+    say_whose(options.model)
     return session.run(session.BenchOptions(**given))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedres.arguments import names, positive
+from fusedres.commands.model_names import RULE, say_whose
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +23,7 @@ def add_parser(commands: Any) -> None:
         "--every-tile", action="store_true", help="with every tile that the plan lists, not the default alone"
     )
     parser.add_argument("--targets", type=names, help="such as sm_90,gfx942 (default: all)")
-    parser.add_argument("--models", type=names, help="such as resnet50 (default: all that are known)")
+    parser.add_argument("--models", type=names, help=f"{RULE} (default: a few of each kind)")
     parser.add_argument("--dtypes", type=names, help="some of bf16,fp16,fp32 (default: all)")
     parser.add_argument("--jobs", type=positive, help="processes (default: as many as there are cores)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the report's figures there too")
@@ -35,4 +36,5 @@ def _run(options: argparse.Namespace) -> int:
 
     chosen = {name: getattr(options, name) for name in ("targets", "models", "dtypes", "jobs", "csv")}
     given = {name: value for name, value in chosen.items() if value is not None}
+    say_whose(options.models or ())
     return run(CompileOptions(options.report, options.every_tile, **given))

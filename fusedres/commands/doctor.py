@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fusedres import vgpu
-from fusedres.commands.explain import MODELS
+from fusedres.commands.model_names import RULE, say_whose
 from fusedres.compiler.targets import triton
 from fusedres.nn.plain import Bottleneck
 from fusedres.plan.gpus import device_gpu
@@ -23,6 +23,7 @@ from fusedres.swap import fuse, report
 # By extra, as pyproject.toml has them.
 EXTRAS = {
     "models": ("torchvision", "timm"),
+    "hf": ("transformers",),
     "cli": ("rich", "matplotlib", "jinja2", "scikit-learn"),
     "train": ("tensorboard",),
     "vgpu": ("llvmlite",),
@@ -39,7 +40,7 @@ def add_parser(commands: Any) -> None:
         description="Says what is installed and what runs fused blocks on each device, and holds a fused block against "
         "fp64 there. With MODEL it also says which of its blocks are fused, and why not the others.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODELS)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=RULE)
     parser.set_defaults(run=lambda options: run(options.model))
 
 
@@ -54,6 +55,7 @@ def run(model: str | None = None) -> int:
         from fusedres.models.sources import source
 
         built = source(model).on_meta()
+        say_whose([model])
     for name, found in (*_versions(), *_devices(), *_extras()):
         print(f"{name:12}{found}")
     right = True

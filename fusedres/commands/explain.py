@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fusedres.arguments import check_file, check_packages
+from fusedres.commands.model_names import RULE, say_whose
 
 ALL = "all"
-# What `models.source` takes, in the help of the commands that ask it.
-MODELS = "of torchvision or fusedres.models, timm.NAME, or path.py:function"
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +21,7 @@ def add_parser(commands: Any) -> None:
         description="Counts a training step (or inference) on paper: nothing is computed, and no GPU is needed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help=MODELS)
+    parser.add_argument("model", metavar="MODEL", help=RULE)
     parser.add_argument("--batch", type=int, default=256, help="images of a step")
     parser.add_argument("--dtype", default="bf16", help="bf16 or fp16 (by autocast), or fp32")
     parser.add_argument("--gpu", default="h100", help="whose roofline is meant, and whose tiles are launched")
@@ -52,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     rungs = () if options.rung == ALL else tuple(dict.fromkeys(options.rung.split(",")))
     asked = options.model, options.batch, options.dtype, options.gpu, rungs
     found = explain(Question(*asked, infer=options.infer, size=options.size, cast=options.cast))
+    say_whose([options.model])
     if out is not None:
         from fusedres.explain.picture import draw
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from fusedres.arguments import amount, positive, seed, whole
+from fusedres.commands.model_names import RULE, say_whose
 from fusedres.train.recipe import names
 
 
@@ -19,7 +21,7 @@ def add_parser(commands: Any) -> None:
         " trains on all its processes: torchrun --nproc-per-node 8 -m fusedres train ...",
     )
     what = parser.add_argument_group("what to train")
-    what.add_argument("--model", default="cifar_resnet20", help="a network of fusedres.models or of torchvision")
+    what.add_argument("--model", default="cifar_resnet20", help=RULE)
     what.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network; repeatable")
     what.add_argument("--plain", action="store_true", help="the unfused twin")
     what.add_argument("--schedule", default="auto", help="of the fused blocks (default: auto)")
@@ -69,5 +71,7 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here, since it needs the packages of the extra [cli].
     from fusedres.train.run import TrainOptions, run
 
+    if os.environ.get("RANK", "0") == "0":
+        say_whose([options.model])
     given = {name: getattr(options, name) for name in TrainOptions.__dataclass_fields__}
     return run(TrainOptions(**given | {"option": tuple(options.option)}))

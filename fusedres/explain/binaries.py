@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,13 +17,15 @@ from fusedres.compiler.binary import Binary, compile_binary
 from fusedres.compiler.budgets import violations
 from fusedres.compiler.figures import Figures, read_figures
 from fusedres.compiler.targets import TARGETS, require_triton, target_named
+from fusedres.explain.step import check_images
 from fusedres.models import preact_resnet
-from fusedres.models.sources import source, torchvision_source
+from fusedres.models.sources import Source, source
 from fusedres.patterns.choose import AUTO
 from fusedres.plan.schedule import SCHEDULES
 from fusedres.plan.tiles import MOST_TILES, listed
 from fusedres.runtime.launch import Trace, record
 from fusedres.swap import fuse
+from fusedres.traffic.tensors import tensors_in
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One image as well: its row counts (49 pixels at the end of a ResNet) are not multiples of 16.
@@ -32,22 +33,13 @@ TRAINING_BATCH = 256
 INFERENCE_BATCHES = (TRAINING_BATCH, 1)
 
 
-class Model(NamedTuple):
-    """A model that binaries are compiled for, and the side of the square images it takes."""
-
-    build: Callable[[], nn.Module]
-    side: int
-
-
-MODELS = {
-    "resnet18": Model(torchvision_source("resnet18").build, 224),
-    "resnet50": Model(torchvision_source("resnet50").build, 224),
-    "resnext50_32x4d": Model(torchvision_source("resnext50_32x4d").build, 224),
-    "cifar_resnet20": Model(source("cifar_resnet20").build, 32),
-    "preact_resnet29": Model(lambda: preact_resnet(29), 32),
-    "densenet121": Model(torchvision_source("densenet121").build, 224),
-}
-
+# What is compiled where no models are named.
+MODELS = (
+    "torchvision.resnet18", "torchvision.resnet50", "torchvision.resnext50_32x4d", "cifar_resnet20", "preact_resnet29",
+    "torchvision.densenet121",
+)  # fmt: skip
+# Besides what `source` finds: the papers' are of the same shapes, and many times as deep.
+SHALLOW = {"preact_resnet29": Source("preact_resnet29", lambda: preact_resnet(29), (3, 32, 32))}
 
 # A binary, and the name of a target that it is compiled for.
 Task = tuple[Binary, str]
@@ -58,26 +50,39 @@ def recorded_binaries(
 ) -> dict[Task, list[str]]:
     """What training and inference launch on each of ``targets``, with the names of the models that launch it.
 
-    The models run on the meta device, on every schedule. In 16 bits batch norm's parameters stay in fp32, which is
-    what kernels see under autocast. ``every_tile``: with each tile in turn that the plan lists for tuning, and not
-    with the default alone.
+    The models, named by the rule of `models.sources.source`, run on the meta device, on every schedule. In 16 bits
+    batch norm's parameters stay in fp32, which is what kernels see under autocast. ``every_tile``: with each tile in
+    turn that the plan lists for tuning, and not with the default alone.
 
     Raises:
         ValueError: an unknown model, dtype or target.
     """
-    check_names("models", models, MODELS)
     check_names("dtypes", dtypes, DTYPES)
     check_names("targets", targets, TARGETS)
+    known = {name: model_named(name) for name in models}
     users: dict[Task, list[str]] = {}
     runs = itertools.product(targets, models, dtypes, (AUTO, *SCHEDULES), range(MOST_TILES if every_tile else 1))
     for target, name, dtype, schedule, place in runs:
         with listed(place):
-            trace = _dry_run(MODELS[name], DTYPES[dtype], schedule, target)
+            trace = _dry_run(known[name], DTYPES[dtype], schedule, target)
         for binary in dict.fromkeys(launch.binary for launch in trace.launches):
             launchers = users.setdefault((binary, target), [])
             if name not in launchers:
                 launchers.append(name)
     return users
+
+
+def model_named(name: str) -> Source:
+    """The model that binaries are compiled for under this name.
+
+    Raises:
+        ValueError: there is none, or it takes something else than images.
+    """
+    if name in SHALLOW:
+        return SHALLOW[name]
+    found = source(name).of_images()
+    check_images(found.on_meta(), torch.empty(2, *found.size, device="meta"), infer=False)
+    return found
 
 
 def check_names(what: str, names: Sequence[str], known: Collection[str]) -> None:
@@ -86,19 +91,19 @@ def check_names(what: str, names: Sequence[str], known: Collection[str]) -> None
             raise ValueError(f"{what}: expected some of {', '.join(known)}, got {name!r}")
 
 
-def _dry_run(model: Model, dtype: torch.dtype, schedule: str, target: str) -> Trace:
+def _dry_run(model: Source, dtype: torch.dtype, schedule: str, target: str) -> Trace:
     """Everything launched by a training step and by inference on ``target``."""
-    with torch.device("meta"):
-        network = model.build().to(dtype).to(memory_format=torch.channels_last)
-        images = torch.empty(TRAINING_BATCH, 3, model.side, model.side, dtype=dtype)
-        images = images.contiguous(memory_format=torch.channels_last)
+    network = model.on_meta().to(dtype)
+    images = torch.empty(TRAINING_BATCH, *model.size, dtype=dtype, device="meta")
+    images = images.contiguous(memory_format=torch.channels_last)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
     fuse(network, schedule=schedule)
     with record(target) as trace:
         network.train()
-        network(images).sum().backward()
+        outputs = [output for output in tensors_in(network(images)) if output.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
         network.eval()
         with torch.no_grad():
             for batch in INFERENCE_BATCHES:

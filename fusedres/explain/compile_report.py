@@ -25,7 +25,7 @@ class CompileOptions:
     report: bool = False
     every_tile: bool = False
     targets: Sequence[str] = tuple(TARGETS)
-    models: Sequence[str] = tuple(MODELS)
+    models: Sequence[str] = MODELS
     dtypes: Sequence[str] = tuple(DTYPES)
     jobs: int | None = None
     csv: Path | None = None

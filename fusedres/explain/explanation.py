@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fusedres.compiler.targets import TARGETS
-from fusedres.explain.step import Step, Twins, run_step
+from fusedres.explain.step import Step, Twins, check_images, run_step
 from fusedres.models.sources import Size, Source, source
 from fusedres.patterns.choose import AUTO
 from fusedres.plan.gpus import Gpu, gpu_named
@@ -197,7 +197,7 @@ def explain(question: Question, *, model: Source | None = None) -> Explanation:
         raise ValueError("cast: expected False for a training step, whose parameters are fp32, got True")
     if question.batch < 1:
         raise ValueError(f"batch: expected at least 1, got {question.batch}")
-    found = model or source(question.model)
+    found = (model or source(question.model)).of_images()
     size = question.size or found.size
     network = found.on_meta()
     if question.cast:
@@ -206,6 +206,7 @@ def explain(question: Question, *, model: Source | None = None) -> Explanation:
     arriving = DTYPES[question.dtype] if question.images_grad or question.cast else torch.float32
     images = torch.empty(question.batch, *size, dtype=arriving, device="meta")
     images = images.contiguous(memory_format=torch.channels_last)
+    check_images(twins.plain, images, infer=question.infer)
 
     def step(rung: str | None) -> Step:
         return run_step(

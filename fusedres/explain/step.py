@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.explain.meta_autocast import meta_autocast
+from fusedres.models.sources import in_one_line
 from fusedres.nn.stem import FusedStem
 from fusedres.patterns.choose import Choice, listening
 from fusedres.plan.gpus import Gpu, assume_gpu
 from fusedres.swap import fuse, report, unfuse
 from fusedres.traffic.account import Account, Entry
 from fusedres.traffic.saved import saved_bytes
+from fusedres.traffic.tensors import tensors_in
 
 STEM, REST, HEAD = "stem", "between blocks", "head"
 
@@ -105,6 +107,25 @@ def _names(model: nn.Module, blocks: set[str], networks: set[str]) -> list[str]:
     return chosen
 
 
+def check_images(model: nn.Module, images: Tensor, *, infer: bool) -> None:
+    """Refuse a model that does not take ``images``, on the meta device, before anything is counted.
+
+    Raises:
+        ValueError: its forward pass fails, or gives nothing that a backward pass could start at.
+    """
+    try:
+        with torch.set_grad_enabled(not infer):
+            outputs = list(tensors_in(model.train(not infer)(images)))
+    except Exception as error:
+        size = " x ".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"model: expected one that takes a tensor of images, here of {size}, and never looks at their values;"
+            f" its forward fails: {in_one_line(error)}"
+        ) from error
+    if not infer and not any(output.requires_grad for output in outputs):
+        raise ValueError("model: expected one whose output has a gradient, got none")
+
+
 def run_step(
     twins: Twins, images: Tensor, rung: str | None, *, gpu: Gpu, dtype: torch.dtype, infer: bool = False,
     images_grad: bool = False, cast: bool = False,
@@ -136,13 +157,14 @@ def run_step(
         parameter.grad = None
     images = images.detach().requires_grad_(images_grad)
     account = Account(names, rest=twins.rest, target=gpu.target if rung else None, grad_twice=rung is not None)
-    outputs: list[Tensor] = []
+    outputs: tuple[Tensor, ...] = ()
     saved = 0
 
-    def forward(module: nn.Module) -> Tensor:
+    def forward(module: nn.Module) -> tuple[Tensor, ...]:
+        nonlocal outputs
         with _as_in_a_step(dtype, infer=infer, cast=cast):
-            outputs.append(_tensor_of(module(images)))
-        return outputs[0]
+            outputs = tuple(tensor for tensor in tensors_in(module(images)) if tensor.requires_grad)
+        return outputs
 
     choices: dict[str, Choice] = {}
 
@@ -154,15 +176,9 @@ def run_step(
             forward(model)
         else:
             saved = int(saved_bytes(model, forward).total)
-            outputs[0].backward(torch.empty_like(outputs[0]))
+            # As from a loss that is a sum over all of them.
+            torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     return Step(tuple(account.entries), saved, choices)
-
-
-def _tensor_of(output: object) -> Tensor:
-    """The output of a model, or the first of several."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else output))  # type: ignore[call-overload]
-    return output
 
 
 @contextmanager

@@ -106,6 +106,62 @@ def _hardswish_slope(v, ACT: tl.constexpr):
     return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, 1.0, v / 3.0 + 0.5))
 
 
+@triton.jit
+def _gelu(v, ACT: tl.constexpr):
+    return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_slope(v, ACT: tl.constexpr):
+    return 0.5 * (1.0 + tl.erf(v * 0.7071067811865476)) + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
+
+
+@triton.jit
+def _gelu_tanh_share(v):
+    """(1 + tanh(w)) / 2 is the sigmoid of 2w."""
+    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
+
+
+@triton.jit
+def _gelu_tanh(v, ACT: tl.constexpr):
+    return v * _gelu_tanh_share(v)
+
+
+@triton.jit
+def _gelu_tanh_slope(v, ACT: tl.constexpr):
+    s = _gelu_tanh_share(v)
+    return s + v * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * v * v)
+
+
+@triton.jit
+def _mish_share(v):
+    """tanh(log(1 + exp(v))), as a ratio of polynomials in whichever of exp(v) and exp(-v) is small."""
+    e = tl.exp(-tl.abs(v))
+    above = tl.where(v > 0, 1.0 + 2.0 * e, e * (e + 2.0))
+    return above / (above + tl.where(v > 0, 2.0 * e * e, 2.0))
+
+
+@triton.jit
+def _mish(v, ACT: tl.constexpr):
+    return v * _mish_share(v)
+
+
+@triton.jit
+def _mish_slope(v, ACT: tl.constexpr):
+    t = _mish_share(v)
+    return t + v * (1.0 - t * t) / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def _elu(v, ACT: tl.constexpr):
+    return tl.where(v > 0, v, ACT.numbers[0] * (tl.exp(v) - 1.0))
+
+
+@triton.jit
+def _elu_slope(v, ACT: tl.constexpr):
+    return tl.where(v > 0, 1.0, ACT.numbers[0] * tl.exp(v))
+
+
 @functools.cache
 def named(name: str, numbers: tuple[float, ...] = ()) -> Activation:
     """The activation of this name and these numbers."""
@@ -118,6 +174,10 @@ def named(name: str, numbers: tuple[float, ...] = ()) -> Activation:
         "relu6": Activation("relu6", (), _relu6, is_open=_is_inside, ends_at_zero=True),
         "silu": Activation("silu", (), _silu, _silu_slope),
         "hardswish": Activation("hardswish", (), _hardswish, _hardswish_slope),
+        "gelu": Activation("gelu", (), _gelu, _gelu_slope),
+        "gelu_tanh": Activation("gelu_tanh", (), _gelu_tanh, _gelu_tanh_slope),
+        "mish": Activation("mish", (), _mish, _mish_slope),
+        "elu": Activation("elu", numbers, _elu, _elu_slope),
     }[name]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fusedres.activation import RELU, Activation
 from fusedres.autograd.shortcut import NO_SHORTCUT, Residual
 from fusedres.nn.fused import FusedPass
+from fusedres.nn.kinds import plain_type
 from fusedres.nn.layers import layer_of, shortcut_of
 from fusedres.nn.parts import Named, NotFusable, Pair, activation_of_part, pair_of, part
 from fusedres.nn.plain import NoShortcut, ZeroPadShortcut
@@ -108,7 +109,7 @@ def residual_parts(block: nn.Module, depth: int, acts: Sequence[str] = ("relu",)
     others = (*parts.others, ("downsample", shortcut)) if isinstance(shortcut, nn.Module) else parts.others
     if shortcut is None:
         return parts
-    if type(shortcut) is nn.Sequential and (named := _projection(shortcut)):
+    if plain_type(shortcut) is nn.Sequential and (named := _projection(shortcut)):
         *before, (conv_name, conv), (bn_name, bn) = named
         projection = Pair(conv, bn, f"downsample.{conv_name}", f"downsample.{bn_name}")
         pool = before[0][1] if before else None

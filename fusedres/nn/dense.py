@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fusedres.autograd import GlobalPool
 from fusedres.autograd.shortcut import NO_SHORTCUT
 from fusedres.nn.fused import Fused, FusedPass
+from fusedres.nn.kinds import plain_type
 from fusedres.nn.layers import bare_layer_of, layer_of, norm_of
 from fusedres.nn.network import network_pass
 from fusedres.nn.parts import (
@@ -26,9 +27,10 @@ from fusedres.nn.parts import (
 from fusedres.nn.patched import watches_of, why_patched
 from fusedres.nn.stem import StemParts, run_stem_parts, stem_parts
 from fusedres.operands import Geometry, Layer
+from fusedres.patterns.bn_act import run_bn_act
 from fusedres.patterns.choose import AUTO
 from fusedres.patterns.dense import DenseLayerParts, run_dense, takes_dense
-from fusedres.patterns.preact import run_bn_act, run_preact
+from fusedres.patterns.preact import run_preact
 from fusedres.runtime import backends
 from fusedres.runtime.autocast import contraction_dtype
 from fusedres.runtime.launch import wants_kernels
@@ -244,7 +246,7 @@ def end_parts(model: nn.Module) -> EndParts:
         NotFusable: with the reason.
     """
     features = part(model, "features")
-    if type(features) is not nn.Sequential:
+    if plain_type(features) is not nn.Sequential:
         raise NotFusable(f"features is a {type(features).__name__}, not a Sequential")
     names, modules = list(features._modules), [part(features, name) for name in features._modules]
     if len(names) < 2 or not names[-1].startswith("norm"):

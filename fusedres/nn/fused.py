@@ -61,6 +61,9 @@ class Fused(nn.Module):
 
     fused_parts: PartsFunction
 
+    fused_by_structure = False
+    """Whether its passes are what its own forward tells, and not what its class is known for."""
+
     fused_schedule: str = AUTO
     """The schedule asked for; what `fuse` sets on the instance."""
 

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from fusedres.activation import RELU, Activation
 from fusedres.autograd import shortcut as shortcuts
-from fusedres.nn.parts import NotFusable, Pair
-from fusedres.nn.tracing import PLAIN_TENSORS
-from fusedres.operands import Geometry, Layer, Norm, NormNumbers
+from fusedres.nn.norms import norm_of
+from fusedres.nn.parts import Pair
+from fusedres.nn.tensors import NotFusable, tensor_of
+from fusedres.operands import Geometry, Layer
 
 
 def layer_of(pair: Pair, act: Activation = RELU) -> Layer:
@@ -40,48 +41,16 @@ def convolution_tensors(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
     Raises:
         NotFusable: one is missing, or of a class that computes in its own way.
     """
-    weight = _tensor("weight", conv)
+    weight = tensor_of("weight", conv)
     if weight is None:
         raise NotFusable("a convolution has no weight")
-    return weight, _tensor("bias", conv)
-
-
-def _tensor(name: str, module: nn.Module) -> Tensor | None:
-    tensor = getattr(module, name, None)
-    if tensor is not None and type(tensor) not in PLAIN_TENSORS:
-        raise NotFusable(f"{name} of a {type(module).__name__} is a {type(tensor).__name__}, not a plain tensor")
-    return None if tensor is None else tensor.resolve_neg()
+    return weight, tensor_of("bias", conv)
 
 
 def _geometry_of(conv: nn.Module) -> Geometry:
     assert isinstance(conv, nn.Conv2d)
     stride, padding, dilation = map(pair_of_sides, (conv.stride, conv.padding, conv.dilation))  # type: ignore[arg-type]
     return Geometry(stride, padding, dilation, conv.groups)
-
-
-def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
-    """The tensors and numbers of a live batch norm, as a call in its present mode uses them; none of an Identity.
-
-    ``conv_bias`` is that of the convolution before it.
-    """
-    if type(bn) is nn.Identity:
-        return Norm(bias=conv_bias, numbers=NormNumbers(batch_stats=False))
-    assert isinstance(bn, nn.BatchNorm2d)
-    gamma, beta, running_mean, running_var, counted = (_tensor(name, bn) for name in _OF_NORM)
-    batch_stats = bn.training or running_mean is None
-    # Only who measures a batch for the running statistics counts it.
-    if not (bn.training and bn.track_running_stats):
-        counted = None
-    momentum = bn.momentum
-    if momentum is None:  # a cumulative average: the k-th batch weighs 1 / k
-        momentum = 0.0 if counted is None else 1.0 / (float(counted) + 1.0)
-    if bn.training and not bn.track_running_stats:
-        running_mean = running_var = None
-    numbers = NormNumbers(bn.eps, momentum, batch_stats)
-    return Norm(gamma, beta, running_mean, running_var, conv_bias, counted, numbers)
-
-
-_OF_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def pair_of_sides(value: int | Sequence[int]) -> tuple[int, int]:

@@ -1,13 +1,14 @@
 """What a live module is made of, and why it can not be fused if it can not."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from fusedres.activation import RELU, Activation, activation_of
+from fusedres.nn.norms import behind_norm, why_not_norm
 from fusedres.nn.patched import why_overridden
+from fusedres.nn.tensors import NotFusable
 
 Named = tuple[str, nn.Module]
 """A module, behind the name that it has in its block."""
@@ -20,10 +21,6 @@ class Pair(NamedTuple):
     bn: nn.Module
     conv_name: str
     bn_name: str
-
-
-class NotFusable(Exception):
-    """Why a block is left alone."""
 
 
 def part(module: nn.Module, name: str) -> nn.Module:
@@ -93,8 +90,7 @@ def relu_part(block: nn.Module, name: str) -> Named:
 def why_not_pairs(pairs: Iterable[Pair]) -> str | None:
     """The reason why these can not be fused, or None."""
     for conv, bn, conv_name, bn_name in pairs:
-        reason = why_not_conv(conv_name, conv) or why_not_norm(bn_name, bn)
-        reason = reason or why_not_hooked(conv_name, conv) or why_not_hooked(bn_name, bn)
+        reason = why_not_conv(conv_name, conv) or why_not_lone(bn_name, bn) or why_not_hooked(conv_name, conv)
         if reason:
             return reason
     return None
@@ -102,22 +98,19 @@ def why_not_pairs(pairs: Iterable[Pair]) -> str | None:
 
 def why_not_conv(name: str, conv: nn.Module) -> str | None:
     """The same of a convolution, whoever waits for its call."""
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not nn.Conv2d and not _computes_as_conv(type(conv)):
         return f"{name} is a {type(conv).__name__}, not a plain Conv2d"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"{name} pads with {conv.padding_mode!r}, {conv.padding!r}; only zeros of a given width are fused"
     return None
 
 
-def why_not_norm(name: str, bn: nn.Module) -> str | None:
-    """The same of a batch norm, whoever waits for its call."""
-    if type(bn) is nn.Identity:  # folded into the convolution
-        return f"{name} is an Identity, which is fused in evaluation alone" if bn.training else None
-    if type(bn) is not nn.BatchNorm2d:
-        return f"{name} is a {type(bn).__name__}, not a plain BatchNorm2d"
-    if bn.momentum is not None and not math.isfinite(bn.momentum):
-        return f"{name}.momentum is {bn.momentum}"
-    return None
+def _computes_as_conv(cls: type) -> bool:
+    """Whether a class derives from Conv2d and computes as it does; parametrizations are properties of their class."""
+    plain = all(getattr(cls, name, None) is getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward"))
+    return plain and not any(
+        hasattr(cls, name) for name in ("weight", "bias", "stride", "padding", "dilation", "groups")
+    )
 
 
 def why_not_bare(name: str, conv: nn.Module) -> str | None:
@@ -128,9 +121,24 @@ def why_not_bare(name: str, conv: nn.Module) -> str | None:
     return reason or why_not_hooked(name, conv)
 
 
+def why_not_parts(pairs: Iterable[Pair], norms: Iterable[Named]) -> str | None:
+    """The same of convolutions with their batch norms, and of lone ones, which may run more behind themselves."""
+    for conv, bn, conv_name, bn_name in pairs:
+        reason = why_not_conv(conv_name, conv) or why_not_hooked(conv_name, conv)
+        reason = reason or why_not_norm(bn_name, bn) or why_not_hooked(bn_name, bn)
+        if reason:
+            return reason
+    return next(filter(None, (why_not_norm(*named) or why_not_hooked(*named) for named in norms)), None)
+
+
 def why_not_lone(name: str, bn: nn.Module) -> str | None:
-    """The same of a batch norm without a convolution before it."""
-    return why_not_norm(name, bn) or why_not_hooked(name, bn)
+    """The same of a batch norm that is to run nothing behind it."""
+    reason = why_not_norm(name, bn) or why_not_hooked(name, bn)
+    for inner, module in behind_norm(bn) if reason is None else ():
+        if type(module) is not nn.Identity:
+            return f"{name} runs a {type(module).__name__} of its own behind it, {name}.{inner}"
+        reason = reason or why_not_hooked(f"{name}.{inner}", module)
+    return reason
 
 
 def why_not_others(others: Iterable[Named]) -> str | None:

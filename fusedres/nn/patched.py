@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn import functional as F
 
+from fusedres.activation import MODULES
 from fusedres.nn.plain import NoShortcut, ZeroPadShortcut
 
 
@@ -28,10 +29,13 @@ _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 
 # What a fused pass does itself: the layers, and what they call.
 _LAYERS = (
-    nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Sequential, nn.Identity,
+    nn.Conv2d, nn.BatchNorm2d, *MODULES, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Sequential,
     ZeroPadShortcut, NoShortcut,
 )  # fmt: skip
-_FUNCTIONS = ("conv2d", "batch_norm", "relu", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+_FUNCTIONS = (
+    "conv2d", "batch_norm", "relu", "leaky_relu", "relu6", "silu", "hardswish", "gelu", "mish", "elu", "prelu",
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+)  # fmt: skip
 
 
 def watches_of(cls: type) -> tuple[Watch, ...]:

@@ -18,7 +18,8 @@ from fusedres.nn.parts import (
     why_not_lone,
 )
 from fusedres.nn.plain import ZeroPadShortcut
-from fusedres.patterns.preact import run_bn_act, run_preact
+from fusedres.patterns.bn_act import run_bn_act
+from fusedres.patterns.preact import run_preact
 
 
 class PreActParts(NamedTuple):

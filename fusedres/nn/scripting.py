@@ -2,7 +2,9 @@
 
 from torch import nn
 
-OF_INSTANCES = ("fused_schedule", "fused_failure", "fused_reordered", "fused_weights")
+OF_INSTANCES = (
+    "fused_schedule", "fused_failure", "fused_reordered", "fused_weights", "fused_structures", "fused_unread",
+)  # fmt: skip
 """What fused modules have of their own, beside their class."""
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from fusedres.nn.fused import Fused
+from fusedres.nn.kinds import plain_type
 from fusedres.nn.layers import layer_of, pair_of_sides
 from fusedres.nn.network import network_pass, through
 from fusedres.nn.parts import Named, NotFusable, Pair, part, relu_part
@@ -55,7 +56,7 @@ def stem_parts(model: nn.Module, names: tuple[str, str, str, str] = NAMES) -> St
         raise NotFusable(f"{first} has no batch norm behind it")
     conv, norm = part(model, first), part(model, bn)
     pair, before, others = Pair(conv, norm, first, bn), [], []
-    if type(conv) is nn.Sequential and len(conv) % 3 == 1:
+    if isinstance(conv, nn.Sequential) and plain_type(conv) is nn.Sequential and len(conv) % 3 == 1:
         *inner, (last, module) = conv._modules.items()
         for i in range(0, len(inner), 3):
             (conv_name, layer), (bn_name, layer_norm), (relu_name, _) = cast(Any, inner[i : i + 3])
@@ -67,11 +68,16 @@ def stem_parts(model: nn.Module, names: tuple[str, str, str, str] = NAMES) -> St
     pool = getattr(model, maxpool, None)
     if pool is not None:
         others.append((maxpool, part(model, maxpool)))
-    geometry = None if pool is None or type(pool) is nn.Identity else _pool_geometry(maxpool, pool)
+    geometry = None if pool is None or type(pool) is nn.Identity else pool_geometry(maxpool, pool)
     return StemParts(pair, geometry, tuple(others), tuple(before))
 
 
-def _pool_geometry(name: str, pool: nn.Module) -> PoolGeometry:
+def pool_geometry(name: str, pool: nn.Module) -> PoolGeometry:
+    """The window of a max-pooling.
+
+    Raises:
+        NotFusable: it is of a kind that no fused pass knows.
+    """
     if type(pool) is not nn.MaxPool2d:
         raise NotFusable(f"{name} is a {type(pool).__name__}, not a plain MaxPool2d")
     sides = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)

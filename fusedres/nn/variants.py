@@ -11,7 +11,8 @@ from fusedres.functional import add_act
 from fusedres.nn.chain import BlockParts, FusedBlock, residual_parts
 from fusedres.nn.layers import bare_layer_of, layer_of, norm_of, shortcut_of
 from fusedres.nn.parts import NotFusable, check_fusable, relu_part, why_not_bare
-from fusedres.patterns.preact import run_bn_act, run_preact
+from fusedres.patterns.bn_act import run_bn_act
+from fusedres.patterns.preact import run_preact
 
 
 def rectified_parts(block: Any) -> BlockParts:

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusedres.activation import IDENTITY, RELU, Activation
-from fusedres.autograd import BNAddAct, PreAct
-from fusedres.autograd.ends import BNAddActSpec
+from fusedres.autograd import PreAct
 from fusedres.autograd.preact import PreActSpec
 from fusedres.autograd.shortcut import Identity, Projection, Shortcut
 from fusedres.autograd.spec import LayerSpec
 from fusedres.operands import ConvInput, Layer, Norm
-from fusedres.ops.checks import check_activation
 from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.rows import channels_last
 from fusedres.patterns import inference
@@ -120,29 +118,6 @@ class _PreAct:
         )
         tensors = [tensor for layer in every for tensor in layer.tensors]
         return leave_statistics(*PreAct.apply(self.x, None, spec, *(self.norm or Norm()).tensors, *tensors))
-
-
-def run_bn_act(x: Tensor, norm: Norm, act: Activation = RELU) -> Tensor:
-    """act(bn(x)), fused, differentiable.
-
-    Args:
-        x: (N, C, H, W).
-        norm: its batch norm.
-        act: the activation.
-
-    Returns:
-        (N, C, H, W), channels_last.
-
-    Raises:
-        ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
-    """
-    check_activation("x", x)
-    x = x.resolve_neg()
-    check_norm_of(tuple(x.shape), norm)
-    call = Call.on(x, norm.tensors)
-    spec = BNAddActSpec(call, norm.numbers, act=act, partials=partials_of(x, norm))
-    z: Tensor = BNAddAct.apply(x, None, spec, *norm.tensors, *Norm().tensors)
-    return z
 
 
 def _inferred(

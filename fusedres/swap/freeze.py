@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fusedres.nn.fused import Fused
+from fusedres.nn.norms import behind_norm, norm_of
 from fusedres.nn.parts import NotFusable, Pair
 from fusedres.swap.swap import Frozen, check_model, frozen_class, fuse, unfuse
 
@@ -60,20 +61,27 @@ def _pairs_of(module: Fused) -> tuple[Pair, ...]:
 
 def _is_foldable(conv: nn.Module, bn: nn.Module) -> bool:
     own = "weight" in conv._parameters and "bias" in conv._parameters
-    return own and type(bn) is nn.BatchNorm2d and bn.running_mean is not None and bn.running_var is not None
+    if not own or type(bn) is nn.Identity or behind_norm(bn):
+        return False
+    try:
+        return norm_of(bn).running_mean is not None
+    except NotFusable:
+        return False
 
 
-def _fold(conv: Any, bn: Any) -> None:
+def _fold(conv: Any, bn: nn.Module) -> None:
     """bn(conv(u)) as one convolution; in fp64, so that each number is rounded once."""
-    scale = torch.rsqrt(bn.running_var.double() + bn.eps)
-    shift = -bn.running_mean.double()
+    norm = norm_of(bn)
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var.double() + norm.numbers.eps)
+    shift = -norm.running_mean.double()
     if conv.bias is not None:
         shift = shift + conv.bias.double()
-    if bn.weight is not None:
-        scale = scale * bn.weight.double()
+    if norm.gamma is not None:
+        scale = scale * norm.gamma.double()
     shift = shift * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.double()
+    if norm.beta is not None:
+        shift = shift + norm.beta.double()
     dtype = conv.weight.dtype
     weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
     conv.weight = nn.Parameter(weight, requires_grad=False)

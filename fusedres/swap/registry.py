@@ -59,6 +59,14 @@ def register(plain: type[nn.Module], fused: type[Fused]) -> None:
     _known[plain] = fused
 
 
+def register_class(plain: type[nn.Module], fused: type[Fused]) -> None:
+    """The same, whenever it comes: classes that derive from the plain one are looked at anew."""
+    families()
+    register(plain, fused)
+    for cls in [cls for cls in _derived if issubclass(cls, plain)]:
+        del _derived[cls]
+
+
 def families() -> Mapping[type[nn.Module], type[Fused]]:
     """Plain class -> fused class, for every library whose models can exist in this process."""
     if not _known or any(library in sys.modules for library in _waiting):

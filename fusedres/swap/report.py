@@ -1,111 +1,115 @@
 """report: what the next call of each module of a model does, and why. Nothing is changed to find out."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
 from fusedres.nn.fused import Fused, FusedPass, plain_base
 from fusedres.nn.stem import FusedStem
-from fusedres.nn.tracing import PLAIN_TENSORS, why_traced_everywhere
 from fusedres.patterns.choose import AUTO
 from fusedres.runtime.launch import why_not_on
-from fusedres.runtime.torch_private import AnyBatchNorm, is_compiled
-from fusedres.swap.registry import NOTHING_TO_FUSE, families, fused_class, why_own
-from fusedres.swap.swap import check_model
-from fusedres.swap.table import Report, Row
+from fusedres.runtime.torch_private import AnyBatchNorm
+from fusedres.swap.account import Account, is_inside
+from fusedres.swap.registry import NOTHING_TO_FUSE, fused_class
+from fusedres.swap.rehearsal import stand_in
+from fusedres.swap.swap import check_model, swap_classes
+from fusedres.swap.table import Norm, Report, Row
+
+SMALL = "on a CPU, auto leaves small inputs and evaluation to the plain modules"
+NOT_YET = "not fused yet: call fusedres.fuse(model)"
 
 
 def report(model: nn.Module) -> Report:
-    """What the next call of a model runs fused, what not, and why: one row per residual block, stem, or module that
-    looks like one, in the model's order.
+    """What the next call of a model runs fused, what not, and why, in the modes that its modules are in.
+
+    A row is a fused module, one that `fuse` would fuse, or one with convolutions and batch norms of its own of which it
+    would fuse none, in the model's order. Every batch norm is accounted for, too: BatchNorm2d, what is used in its
+    place (`fusedres.nn.norms`) and SyncBatchNorm are counted; those of one or three dimensions are named alone, since
+    no pass is made for them.
 
     Args:
         model: any module, fused or not.
 
     Returns:
-        A `Report`: rows to iterate over; ``print`` shows a table.
+        A `Report`: rows to iterate over, and ``norms``; ``print`` shows a table.
 
     Raises:
         TypeError: the model is no module.
     """
     check_model(model)
-    rows: list[Row] = []
-    compiled: list[str] = []
-    blocks: list[str] = []
-    for name, module in model.named_modules():
-        if is_compiled(module):
-            compiled.append(name)
-        row = _row(name, module)
-        if row is None and not _is_inside(name, blocks) and _owns_layers(module):
-            cls = type(module)
-            row = Row(name, cls.__name__, False, None, f"fusedres does not know {cls.__module__}.{cls.__qualname__}")
-        if row is None:
-            continue
-        if _is_block(type(module)):
-            blocks.append(name)
-        rows.append(row.left(COMPILED) if row.fused and _is_inside(name, compiled) else row)
-    return Report(
-        rows, remark=SMALL if any(row.fused and row.schedule == AUTO for row in rows) and _on_cpu(model) else ""
-    )
+    now = Account(model)
+    whole = all(norm.where is not None for norm in now.norms)
+    then = now if whole else Account(swap_classes(stand_in(model), AUTO))
+    norms = tuple(_norm(*both, now.held) for both in zip(now.norms, then.norms, strict=True))
+    rows = tuple(_rows(now, then, norms))
+    small = any(row.fused and row.schedule == AUTO for row in rows) and _on_cpu(model)
+    return Report(rows, norms, SMALL if small else "")
 
 
-SMALL = "on a CPU, auto leaves small inputs and evaluation to the plain modules"
+def _norm(now: Norm, then: Norm, held: set[str]) -> Norm:
+    """What is said of a batch norm, of what is said now and of what would be said after `fuse`."""
+    if now.where is not None or then.where is None:
+        return now if now.where is not None else then
+    reason = f"{now.reason}; call fusedres.fuse(model) again" if now.name in held else NOT_YET
+    return replace(now, reason=reason)
 
 
-def _on_cpu(model: nn.Module) -> bool:
-    parameter = next(model.parameters(), None)
-    return parameter is not None and parameter.device.type == "cpu"
+def _rows(now: Account, then: Account, norms: tuple[Norm, ...]) -> Iterator[Row]:
+    left = {norm.name: norm.reason for norm in norms if norm.where is None}
+    told: list[str] = []
+    for (name, module), (_, rehearsed) in zip(now.model.named_modules(), then.model.named_modules(), strict=True):
+        if name in now.why:
+            row = _row(now, name, module, now.why[name])
+        elif name in then.why:
+            row = _row(then, name, rehearsed, then.why[name] or NOT_YET)
+        elif type(module) in NOTHING_TO_FUSE:
+            row = Row(name, type(module).__name__, False, None, NOTHING_TO_FUSE[type(module)])
+        else:
+            inside = any(is_inside(name, outer) for outer in told)
+            reason = None if inside else _why_not_as_known(module) or _first_left(name, module, left)
+            if reason is None:
+                continue
+            row = Row(name, type(module).__name__, False, None, reason)
+        if isinstance(rehearsed, FusedPass):
+            told.append(name)
+        yield row
 
 
-COMPILED = "torch.compile reads its forward: the plain modules run"
+def _row(account: Account, name: str, module: nn.Module, why: str | None) -> Row:
+    assert isinstance(module, Fused)
+    plain = plain_base(type(module)) or type(module)
+    kind = f"{plain.__name__} stem" if isinstance(module, FusedStem) else plain.__name__
+    if why is not None:
+        return Row(name, kind, False, None, why)
+    norms = sum(where == name for where in account.where.values())
+    note = "; ".join(filter(None, (account.partly(name), _note(module))))
+    return Row(name, kind, True, module.fused_schedule, "", note, norms)
 
 
-def _is_inside(name: str, outer: list[str]) -> bool:
-    """Whether a module is one of these, or below one."""
-    return any(not one or name == one or name.startswith(f"{one}.") for one in outer)
+def _why_not_as_known(module: nn.Module) -> str | None:
+    """Why a block that is not fused by its class is not, where its class is known."""
+    known = None if isinstance(module, Fused) else fused_class(type(module))
+    return known.why_plain(module) if known is not None and issubclass(known, FusedPass) else None
 
 
-def _is_block(cls: type[nn.Module]) -> bool:
-    """Whether a module's row tells of everything below it."""
-    fused = cls if issubclass(cls, Fused) else fused_class(cls)
-    return fused is not None and issubclass(fused, FusedPass)
+def _first_left(name: str, module: nn.Module, left: dict[str, str]) -> str | None:
+    """Why the first batch norm of a module's own that is in no pass is in none; None where it has no such one, or no
+    convolution."""
+    if _holds_alone(module) or isinstance(module, nn.Conv2d | AnyBatchNorm):
+        return None
+    owned = dict(_own_layers(name, module))
+    reasons = (left[inner] for inner, layer in owned.items() if inner in left and isinstance(layer, AnyBatchNorm))
+    return next(reasons, None) if any(isinstance(layer, nn.Conv2d) for layer in owned.values()) else None
 
 
-def _row(name: str, module: nn.Module) -> Row | None:
-    cls = type(module)
-    if isinstance(module, Fused):
-        kind = _kind(plain_base(cls) or cls, cls)
-        reason = why_now(module)
-        if reason:
-            return Row(name, kind, False, None, reason)
-        return Row(name, kind, True, module.fused_schedule, "", _note(module))
-    known = families()
-    base = next((base for base in cls.__mro__ if base in known), None)
-    if base is not None:
-        fused = fused_class(cls)
-        own = why_own(cls, base)
-        if own is not None and issubclass(known[base], FusedStem) and not _owns_layers(module):
-            return None
-        reason = own or (fused and fused.why_plain(module)) or "not fused yet: call fusedres.fuse(model)"
-        return Row(name, _kind(base if own else cls, known[base]), False, None, reason)
-    if cls in NOTHING_TO_FUSE:
-        return Row(name, cls.__name__, False, None, NOTHING_TO_FUSE[cls])
-    return None
-
-
-def why_now(module: Fused) -> str | None:
-    """Why the next call of a fused module would run its plain forward, or None."""
-    cls = type(module)
-    reason = cls.why_plain(module) or why_traced_everywhere()
-    if reason is not None:
-        return reason
-    for conv in cls.parts_of(module).convs:
-        weight = getattr(conv, "weight", None)
-        # fully_shard keeps shards, and puts the whole in their place while a module runs.
-        sharded = type(weight).__name__ == "DTensor"
-        if not sharded and type(weight) not in PLAIN_TENSORS:
-            return f"the weight of a {type(conv).__name__} is a {type(weight).__name__}, not a plain tensor"
-    return None
+def _own_layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for inner, child in module.named_children():
+        path = f"{name}.{inner}" if name else inner
+        if _holds_alone(child):
+            yield from _own_layers(path, child)
+        else:
+            yield path, child
 
 
 def _note(module: Fused) -> str:
@@ -120,25 +124,9 @@ def _note(module: Fused) -> str:
     return ""
 
 
-def _kind(plain: type[nn.Module], fused: type[nn.Module]) -> str:
-    return f"{plain.__name__} stem" if issubclass(fused, FusedStem) else plain.__name__
-
-
-def _owns_layers(module: nn.Module) -> bool:
-    """Whether a module has both a convolution and a batch norm below it, with nothing but containers between."""
-    if _holds_alone(module) or isinstance(module, nn.Conv2d | AnyBatchNorm):
-        return False
-    owned = list(_own_layers(module))
-    norms = any(isinstance(layer, AnyBatchNorm) for layer in owned)
-    return norms and any(isinstance(layer, nn.Conv2d) for layer in owned)
-
-
-def _own_layers(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if _holds_alone(child):
-            yield from _own_layers(child)
-        else:
-            yield child
+def _on_cpu(model: nn.Module) -> bool:
+    parameter = next(model.parameters(), None)
+    return parameter is not None and parameter.device.type == "cpu"
 
 
 def _holds_alone(module: nn.Module) -> bool:

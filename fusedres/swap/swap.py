@@ -1,13 +1,19 @@
 """fuse, unfuse: fused forward passes in and out of a live model by changing the class of its modules."""
 
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
 
 from fusedres.nn.fused import Fused, plain_base
+from fusedres.nn.norms import behind_norm
+from fusedres.nn.parts import NotFusable, why_not_conv, why_not_norm
 from fusedres.nn.scripting import OF_INSTANCES
+from fusedres.nn.structured import FusedStructure, structured_class
 from fusedres.patterns.choose import AUTO, check_schedule
+from fusedres.swap.account import Account, is_counted
 from fusedres.swap.registry import families, fused_again, fused_class
+from fusedres.swap.structure import structured_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,15 +46,59 @@ def fuse(model: Model, *, schedule: str = AUTO) -> Model:
     """
     check_model(model)
     check_schedule(schedule)
+    swap_classes(model, schedule)
+    _warn_of_nothing(model)
+    return model
+
+
+def swap_classes(model: Model, schedule: str) -> Model:
+    """`fuse` without a word, of arguments that were checked."""
     for module in model.modules():
-        fused = fused_class(type(module))
-        live: Any = module
-        if fused is not None:
-            live.__class__ = fused
+        by_class = issubclass(type(module), Fused) and not isinstance(module, FusedStructure)
+        plain = plain_class(type(module)) if by_class else type(module)
+        fused = None if plain is None else fused_class(plain)
+        if fused is not None and _fits(fused, module):
+            _give_class(module, type(module) if by_class else fused)
+        elif fused is not None and by_class and plain is not None:
+            _give_class(module, plain)
+    for module in list(structured_modules(model)):
+        if not isinstance(module, Fused):
+            _give_class(module, structured_class(type(module)))
+    for module in model.modules():
         if isinstance(module, Fused):
             module.fused_schedule = schedule
-            module.__dict__.pop("fused_failure", None)
+            for name in ("fused_failure", "fused_unread"):
+                module.__dict__.pop(name, None)
     return model
+
+
+def _warn_of_nothing(model: nn.Module) -> None:
+    """Say why nothing is fused where there are convolutions, and batch norms that passes might take."""
+    modules = list(model.modules())
+    wanted = any(isinstance(module, nn.Conv2d) for module in modules) and any(map(is_counted, modules))
+    if wanted and not any(isinstance(module, Fused) for module in modules):
+        first = next(norm for norm in Account(model).norms if norm.counted)
+        name = type(model).__name__
+        warnings.warn(
+            f"fusedres.fuse: nothing of {name} is fused: {first.name}: {first.reason}; "
+            "fusedres.report(model) says more",
+            stacklevel=3,
+        )  # fmt: skip
+
+
+def _fits(fused: type[Fused], module: nn.Module) -> bool:
+    """Whether a module is built as those that its class is known for; who waits for its calls may change later."""
+    try:
+        parts = fused.fused_parts(module)
+    except NotFusable:
+        return False
+    if any(why_not_conv("", pair.conv) or why_not_norm("", pair.bn) for pair in parts.pairs):
+        return False
+    return all(type(inner) is nn.Identity for pair in parts.pairs for _, inner in behind_norm(pair.bn))
+
+
+def _give_class(module: Any, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
 
 
 def unfuse(model: Model) -> Model:

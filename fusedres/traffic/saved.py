@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from fusedres.runtime.torch_private import storage_id
+from fusedres.traffic.tensors import tensors_in
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class PerImage:
     fixed: SavedBytes
 
 
-def saved_bytes(model: nn.Module, make_loss: Callable[[nn.Module], torch.Tensor]) -> SavedBytes:
-    """Run `make_loss(model)` once and sum the storages that autograd keeps for its backward.
+def saved_bytes(
+    model: nn.Module, make_loss: Callable[[nn.Module], torch.Tensor | tuple[torch.Tensor, ...]]
+) -> SavedBytes:
+    """Run `make_loss(model)` once and sum the storages that autograd keeps for the backward of what it returns.
 
     Storages are told apart by their StorageImpl, since data_ptr is 0 for every meta tensor, and all of them
     stay referenced until the sum is taken, so that none is freed and its address given to another.
@@ -56,7 +59,7 @@ def saved_bytes(model: nn.Module, make_loss: Callable[[nn.Module], torch.Tensor]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = make_loss(model)
-    saved.extend(_kept_on_contexts(loss))
+    saved.extend(_kept_on_contexts(tensors_in(loss)))
 
     by_dtype: dict[torch.dtype, float] = {}
     seen = set(owned)
@@ -67,9 +70,9 @@ def saved_bytes(model: nn.Module, make_loss: Callable[[nn.Module], torch.Tensor]
     return SavedBytes(by_dtype)
 
 
-def _kept_on_contexts(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+def _kept_on_contexts(losses: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Tensors that custom Functions hold as attributes of their context, which no saved-tensor hook sees."""
-    pending = [loss.grad_fn]
+    pending = [loss.grad_fn for loss in losses]
     seen = set()
     while pending:
         node = pending.pop()
@@ -77,20 +80,7 @@ def _kept_on_contexts(loss: torch.Tensor) -> Iterator[torch.Tensor]:
             continue
         seen.add(node)
         pending.extend(edge for edge, _ in node.next_functions)
-        yield from _tensors_in(getattr(node, "__dict__", {}))
-
-
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors_in(vars(value))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
+        yield from tensors_in(getattr(node, "__dict__", {}))
 
 
 def per_image(model: nn.Module, make_loss: Callable[[nn.Module, int], torch.Tensor], batch: int) -> PerImage:

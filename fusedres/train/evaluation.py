@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fusedres.traffic.tensors import first_tensor
 from fusedres.train.augment import Augment
 from fusedres.train.distributed import World
 from fusedres.train.loading import Order, close, loader
@@ -128,7 +129,7 @@ class Evaluator:
             images = loaded.images.to(self.world.device, non_blocking=True)
             images = self.augment(images, None).contiguous(memory_format=self.format)
             with self.autocast():
-                logits = model(images)
+                logits = first_tensor(model(images))
             by_view = logits.float().log_softmax(1).view(count, -1, logits.shape[1])
             logs.append(_mean_of_probabilities(list(by_view.unbind(1))).cpu())
             labels.append(loaded.labels)

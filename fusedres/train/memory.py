@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusedres.traffic.saved import per_image
+from fusedres.traffic.tensors import first_tensor
 
 if sys.platform != "win32":
     import resource
@@ -73,7 +74,7 @@ def explanation(
 
     def loss(network: nn.Module, count: int) -> torch.Tensor:
         images = torch.zeros(count, *shape, device=meta).contiguous(memory_format=torch.channels_last)
-        return F.cross_entropy(network(images), torch.zeros(count, dtype=torch.long, device=meta))
+        return F.cross_entropy(first_tensor(network(images)), torch.zeros(count, dtype=torch.long, device=meta))
 
     line = per_image(model, loss, MEASURED_BATCH)
     each = line.slope.as_dtype(amp) if amp is not None else line.slope.total

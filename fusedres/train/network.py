@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
-import difflib
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 import fusedres
 from fusedres.models import registry
-from fusedres.models.sources import torchvision_names, torchvision_source
+from fusedres.models.sources import Source, in_one_line, source
 from fusedres.nn.plain import StochasticBlock
+from fusedres.traffic.tensors import first_tensor
 
 __all__ = ["Network", "build", "drops_blocks", "known_options", "layers"]
 
@@ -34,10 +36,10 @@ def build(
     schedule: str = "auto",
     options: Mapping[str, Any] | None = None,
 ) -> Network:
-    """A network of this library or of torchvision with random weights.
+    """A network with random weights.
 
     Args:
-        name: one of `fusedres.models.names`, or of torchvision's classification models.
+        name: by the rule of `models.sources.source`.
         classes: width of the classifier.
         channels: of the images; a network that is made for colours alone asks for 3 instead.
         fused: fuse it, or leave it plain.
@@ -45,10 +47,12 @@ def build(
         options: the network's own.
 
     Raises:
-        ValueError: no such network, or an option that it does not have.
+        ValueError: no such network, one that does not classify images, or an option that it does not have.
+        ImportError: the library it is of is not installed.
     """
     chosen = dict(options or {})
-    if name in registry.names():
+    found = source(name).of_images()
+    if found.library == "fusedres":
         parameters = inspect.signature(registry.entry(name).build).parameters
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         known = [option for option in parameters if option not in ("num_classes", "fused")]
@@ -61,23 +65,43 @@ def build(
             channels = 3
         model = registry.create(name, num_classes=classes, fused=fused, **chosen)
     else:
-        model, channels = _torchvision(name, classes, chosen), 3
+        model, channels = _of_others(found, classes, chosen), 3
     if fused:
         fusedres.fuse(model, schedule=schedule)
     return Network(model, channels)
 
 
-def _torchvision(name: str, classes: int, options: dict[str, Any]) -> nn.Module:
-    known = torchvision_names()
-    if name not in known:
-        names = list(dict.fromkeys((*registry.names(), *known)))
-        near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
-        besides = "" if known else "; torchvision, whose networks are known too, is not installed"
-        raise ValueError(f"model: expected the name of a network such as {', '.join(near)}, got {name!r}{besides}")
+def _of_others(found: Source, classes: int, options: dict[str, Any]) -> nn.Module:
+    parameters = inspect.signature(found.build).parameters.values()
+    if any(parameter.name == "num_classes" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        options = {"num_classes": classes, **options}
     try:
-        return torchvision_source(name).build(num_classes=classes, **options)
-    except TypeError as error:
-        raise ValueError(f"option: {name}: {error}") from error
+        model = found.made(**options)
+    except ValueError as error:
+        if options and isinstance(error.__cause__, TypeError):
+            raise ValueError(f"option: {found.name}: {error.__cause__}") from error
+        raise
+    given = _output_size(model, found)
+    if given != (classes,):
+        raise ValueError(f"model: expected one that gives each image {classes} logits, got {given} from {found.name}")
+    return model
+
+
+def _output_size(model: nn.Module, found: Source) -> tuple[int, ...]:
+    """Of the first output for one image, without the batch; on the CPU if the forward looks at values."""
+    refusal = None
+    for device in ("meta", "cpu"):
+        twin = copy.deepcopy(model).to(device).eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                output = twin(torch.zeros(2, *found.size, device=device))
+        except Exception as error:
+            refusal = refusal or error
+            continue
+        return tuple(first_tensor(output).shape[1:])
+    assert refusal is not None
+    message = f"expected one that takes a tensor of images, and the forward of {found.name} fails"
+    raise ValueError(f"model: {message}: {in_one_line(refusal)}") from refusal
 
 
 def known_options(pairs: Iterable[str]) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class TrainOptions:
     def folder(self) -> Path:
         """Where the results go."""
         data = self.data.partition(":")[0]
-        return self.out or Path("runs") / f"{self.model}-{data}-{'plain' if self.plain else 'fused'}-seed{self.seed}"
+        name = Path(self.model).name if ":" in self.model else self.model.replace("/", ".")
+        return self.out or Path("runs") / f"{name}-{data}-{'plain' if self.plain else 'fused'}-seed{self.seed}"
 
 
 def run(options: TrainOptions) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fusedres.traffic.tensors import first_tensor
 from fusedres.train import checkpoint, memory
 from fusedres.train.augment import Augment
 from fusedres.train.distributed import World
@@ -193,7 +194,7 @@ class Trainer:
         self.rate.before(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         with self.settings.autocast(self.world.device):
-            logits = self.parallel(images)
+            logits = first_tensor(self.parallel(images))
             loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

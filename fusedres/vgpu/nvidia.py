@@ -33,6 +33,7 @@ INTRINSICS: list[tuple[str, IntrinsicRule]] = [
     (r"rsqrt\.approx(?:\.ftz)?\.f", runtime("vgpu_rsqrt")),
     (r"rcp\.(?:approx|rn)(?:\.ftz)?\.f", arithmetic("fdiv float 1.0, %p0")),
     (r"fma\.rn(?:\.ftz)?\.f", runtime("fmaf")),
+    (r"fabs(?:\.ftz)?\.f(?:32)?", runtime("fabsf")),
     (r"div\.(?:full|approx|rn)(?:\.ftz)?(?:\.f)?", arithmetic("fdiv float %p0, %p1")),
 ]
 

@@ -6,19 +6,23 @@ import pytest
 import torch
 from torch.nn.functional import batch_norm, conv2d, max_pool2d
 
-from fusedres.activation import HARDSWISH, IDENTITY, RELU, RELU6, SILU, leaky_relu
+from fusedres.activation import GELU, GELU_TANH, HARDSWISH, IDENTITY, MISH, RELU, RELU6, SILU, elu, leaky_relu
 from fusedres.autograd.shortcut import Identity, Projection, Residual
 from fusedres.functional import add_act, bn_add_act
 from fusedres.operands import Geometry, Layer, Norm, NormNumbers, PoolGeometry
+from fusedres.patterns.bn_act import run_bn_act
 from fusedres.patterns.chain import run_chain
 from fusedres.patterns.dense import DenseLayerParts, run_dense
-from fusedres.patterns.preact import run_bn_act, run_preact
+from fusedres.patterns.preact import run_preact
 from fusedres.patterns.stem import run_stem
 from fusedres.plan.schedule import SCHEDULES
 from tests.autograd.chains import ALL_SCHEDULES, CASES, eager, fused, gradients, moments_forms, tensors_of
 from tests.autograd.test_composed import assert_same, twice, wanted
 
-ACTS = {str(act): act for act in (leaky_relu(0.2), leaky_relu(-0.3), RELU6, SILU, HARDSWISH)}
+ACTS = {
+    str(act): act
+    for act in (leaky_relu(0.2), leaky_relu(-0.3), RELU6, SILU, HARDSWISH, GELU, GELU_TANH, MISH, elu(0.5))
+}
 every_act = pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 every_rung = pytest.mark.parametrize("schedule", SCHEDULES)
 # One of each shortcut, with and without batch statistics.

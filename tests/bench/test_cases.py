@@ -14,10 +14,10 @@ CPU = device_named("cpu")
 @pytest.mark.parametrize(
     ("find", "name", "message"),
     [
-        (cases.network, "resnet49", "model: expected one such as resnet"),
+        (cases.network, "resnet49", "model: expected a name such as resnet"),
         (cases.network, "cifar_resnet57", "cifar_resnet56"),
-        (cases.network, "timm/resnet51", r"model: expected one such as timm\.resnet"),
-        (cases.network, "timm.resnet51", r"model: expected one such as timm\.resnet"),
+        (cases.network, "timm/resnet51", r"model: expected a name such as timm\.resnet"),
+        (cases.network, "torchvision.ssd300_vgg16", "ssd300_vgg16, which takes a list of images"),
         (cases.block, "bottleneck5", "block: expected one such as bottleneck"),
         (op, "block_end.stage5", "op: expected one such as block_end.stage"),
         (op, "xyzzy", "op: expected one such as conv3x3_prologue_stats.stage1"),
@@ -55,7 +55,7 @@ def test_images_that_are_too_small_are_refused():
 def test_near_names_are_listed_once():
     with pytest.raises(ValueError) as refusal:
         cases.network("resnet49")
-    names = str(refusal.value).removeprefix("model: expected one such as ").split(", ")
+    names = str(refusal.value).removeprefix("model: expected a name such as ").split(", ")
     assert len(set(names)) == len(names)
 
 
@@ -63,6 +63,14 @@ def test_near_names_are_listed_once():
 def test_a_network_of_timm(name):
     case = cases.network(name)
     assert cases.output_size(case, 64) == (1000,)
+
+
+def test_a_network_that_gives_an_image_has_a_label_for_each_pixel():
+    case = cases.network("torchvision.fcn_resnet50")
+    assert (case.channels, case.px, cases.output_size(case, 32)) == (3, 224, (21, 32, 32))
+    x, labels = case.data(Setting("train", "fp32", 2, 32, CPU), 0)
+    assert x.shape == (2, 3, 32, 32) and labels.shape == (2, 32, 32)
+    assert labels.min() == 0 and labels.max() == 20
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def same_threads():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet49"], "model: expected one such as resnet"),
+        (["--model", "resnet49"], "model: expected a name such as resnet"),
         (["--block", "basic9"], "block: expected one such as basic"),
         (["--op", "block_ends.stage1"], "op: expected one such as block_end.stage1"),
         ([*TINY, "--contenders", "fusd"], "contenders: expected one such as fused"),

@@ -36,7 +36,31 @@ def test_a_machine_without_a_gpu(capsys, monkeypatch):
 def test_a_model_is_reported_on(capsys, monkeypatch):
     monkeypatch.setattr(Gate, "judge", lambda *_: Verdict())
     assert main(["doctor", "resnet18"]) == 0
-    assert capsys.readouterr().out.endswith("9 of 9 candidates fused\n")
+    said = capsys.readouterr().out
+    assert said.endswith("9 of 9 candidates fused\n20 of 20 batch norms fused\n")
+    table = said.splitlines()[-12:-2]
+    assert table[0].split() == ["name", "kind", "fused", "schedule", "norms"] and max(map(len, table)) <= 80
+
+
+def test_why_batch_norms_of_a_model_are_in_no_pass_is_said(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(Gate, "judge", lambda *_: Verdict())
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from torch import nn\n"
+        "class Own(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)\n"
+        "    def forward(self, *xs):\n"
+        "        return self.bn(self.conv(xs[0]))\n"
+    )
+    with pytest.warns(UserWarning, match="nothing of Own is fused"):
+        assert main(["doctor", f"{file}:Own"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "in no pass: bn: Own can not be read: its forward takes *xs; "
+        "fusedres.register(Own, ...) lets you say what it computes\n"
+        "0 of 1 candidates fused\n0 of 1 batch norms fused\n"
+    )
 
 
 def test_an_unknown_model_is_refused_first(capsys):

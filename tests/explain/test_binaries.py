@@ -15,8 +15,9 @@ from fusedres.compiler.binary import compile_binary, compile_for
 from fusedres.compiler.figures import read_figures
 from fusedres.compiler.targets import TARGETS, Unavailable
 from fusedres.explain import binaries
-from fusedres.explain.binaries import Model, Outcome, compile_all, recorded_binaries
+from fusedres.explain.binaries import Outcome, compile_all, recorded_binaries
 from fusedres.explain.compile_report import CompileOptions, run, table, write_csv
+from fusedres.models.sources import Source
 from fusedres.ops.bn_finalize import bn_finalize
 from fusedres.ops.input_moments import moments_finalize
 from fusedres.runtime.launch import launch, target_of
@@ -45,13 +46,14 @@ class Copies(nn.Module):
 @pytest.fixture
 def models(monkeypatch):
     known = {
-        "copies": Model(Copies, 8),
-        "twin": Model(Copies, 8),
-        "hoards": Model(lambda: Copies(hoard_kernel), 8),
-        "adapts": Model(lambda: Copies(block=lambda target: 64 if target.warp_size == 64 else 16), 8),
-        "silent": Model(lambda: nn.Conv2d(3, 3, 1), 8),
+        "copies": Copies,
+        "twin": Copies,
+        "hoards": lambda: Copies(hoard_kernel),
+        "adapts": lambda: Copies(block=lambda target: 64 if target.warp_size == 64 else 16),
+        "silent": lambda: nn.Conv2d(3, 3, 1),
     }
-    monkeypatch.setattr(binaries, "MODELS", known)
+    small = {name: Source(name, build, (3, 8, 8)) for name, build in known.items()}
+    monkeypatch.setattr(binaries, "SHALLOW", small)
 
 
 def test_recording_gives_each_binary_once_with_its_models(models):
@@ -117,12 +119,18 @@ def test_every_tile_is_recorded_if_that_is_asked_for():
 def test_batch_norm_stays_in_fp32_as_under_autocast(monkeypatch):
     seen = []
 
-    class Net(nn.Sequential):
-        def forward(self, x):
-            seen.append((x.dtype, self[0].weight.dtype, self[1].weight.dtype, x.is_meta))
-            return super().forward(x)
+    def made():
+        layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
-    monkeypatch.setitem(binaries.MODELS, "net", Model(lambda: Net(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), 8))
+        def note(module, inputs):
+            (x,) = inputs
+            seen.append((x.dtype, module[0].weight.dtype, module[1].weight.dtype, x.is_meta))
+
+        layers.register_forward_pre_hook(note)
+        return layers
+
+    net = Source("net", made, (3, 8, 8))
+    monkeypatch.setitem(binaries.SHALLOW, "net", net)
     recorded_binaries(["net"], ["bf16"], ["sm_90"])
     assert set(seen) == {(torch.bfloat16, torch.bfloat16, torch.float32, True)}
 
@@ -283,7 +291,8 @@ def test_run_fails_where_nothing_is_launched(models, capsys):
     ("changed", "message"),
     [
         ({"targets": ["sm_1"]}, f"targets: expected some of {', '.join(TARGETS)}, got 'sm_1'"),
-        ({"models": ["resnet19"]}, f"models: expected some of {', '.join(binaries.MODELS)}, got 'resnet19'"),
+        ({"models": ["resnet19"]}, "model: expected a name such as .*resnet18.*, got 'resnet19'"),
+        ({"models": ["torchvision.ssd300_vgg16"]}, "got torchvision.ssd300_vgg16, which takes a list of images"),
         ({"dtypes": ["fp64"]}, "dtypes: expected some of bf16, fp16, fp32, got 'fp64'"),
     ],
 )

@@ -56,7 +56,7 @@ EVERY = [(target, dtype) for target in TESTED for dtype in STORAGE]
 PER_CHANNEL = {
     "scale_ptr", "shift_ptr", "x_scale_ptr", "x_shift_ptr", "x_mean_ptr", "residual_scale_ptr", "residual_shift_ptr",
     "mean_ptr", "p_ptr", "q_ptr", "r_ptr", "constant_ptr", "second_scale_ptr", "second_shift_ptr",
-    "second_x_scale_ptr", "second_x_shift_ptr",
+    "second_x_scale_ptr", "second_x_shift_ptr", "slope_ptr",
 }  # fmt: skip
 
 MASKS = {"mask_ptr", "add_mask_ptr", "open_ptr"}

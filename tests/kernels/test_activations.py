@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.activation import HARDSWISH, IDENTITY, RELU6, SILU, Activation, leaky_relu
+from fusedres.activation import GELU, GELU_TANH, HARDSWISH, IDENTITY, MISH, RELU6, SILU, Activation, elu, leaky_relu
 from fusedres.operands import ConvInput, Geometry, Normaliser, OutputGrad, PoolGeometry, Producer
 from fusedres.ops.act_mask import act_backward
 from fusedres.ops.bn_act import bn_act
@@ -24,7 +24,7 @@ from tests.kernels.convolutions import Conv, assert_as_accurate
 from tests.kernels.executed import activation, covering, executed
 from tests.kernels.on_device import mapped
 
-ACTS = (leaky_relu(0.1), leaky_relu(-0.3), RELU6, SILU, HARDSWISH, IDENTITY)
+ACTS = (leaky_relu(0.1), leaky_relu(-0.3), RELU6, SILU, HARDSWISH, IDENTITY, GELU, GELU_TANH, MISH, elu(0.5))
 CONV = Conv((1, 32, 6, 7), 24, (3, 3), Geometry(padding=(1, 1)))
 
 
@@ -86,6 +86,19 @@ def test_the_end_of_a_block(act: Activation, target: str, dtype: torch.dtype) ->
         check(target, "act_backward_kernel", act_backward, 1, g, mask, act)
         if not act.needs_input:
             check(target, "act_backward_kernel", act_backward, 1, g, z, act)
+
+
+@pytest.mark.parametrize(("act", "target", "dtype"), covering(ACTS, offset=2))
+def test_far_from_zero(act: Activation, target: str, dtype: torch.dtype) -> None:
+    """Where an exponential is 0 or infinite."""
+    far = torch.tensor([6.0, 14.0, 30.0, 90.0, 100.0, 3e4])
+    v = torch.cat((far, -far)).reshape(1, 12, 1, 1).to(dtype)
+    one, zero = torch.ones(12), torch.zeros(12)
+    z, mask = check(target, "bn_act_kernel", bn_act, 1, v, one, zero, act=act, bit_mask=True)
+    assert z.isfinite().all()
+    if mask is not None:
+        g = check(target, "act_backward_kernel", act_backward, 1, torch.ones_like(v), mask, act)
+        assert g.isfinite().all()
 
 
 @each_act

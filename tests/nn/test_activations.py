@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fusedres
-from fusedres.activation import NAMED, activation_of, leaky_relu, module_of
+from fusedres.activation import NAMED, activation_of, elu, leaky_relu, module_of
 from fusedres.plan.schedule import SCHEDULES
 from tests.comparison import assert_as_accurate_as_eager, relative_error
 from tests.nn.twins import assert_same_pass, plain_copy, randomised, run, tensor
@@ -17,6 +17,7 @@ MODULES = {
     **{name: (lambda act=act: module_of(act)) for name, act in NAMED.items()},
     "a steep leaky_relu": lambda: nn.LeakyReLU(0.3),
     "a leaky_relu that falls": lambda: nn.LeakyReLU(-0.2),
+    "a flat elu": lambda: nn.ELU(0.3),
 }
 # The projection is narrow enough for moments, and the input of the identity wide enough for its last layer's.
 BLOCKS = {
@@ -126,4 +127,5 @@ def test_modules_and_names_agree():
     for name, act in NAMED.items():
         assert activation_of(module_of(act)) == act == fusedres.activation.activation_named(name)
     assert activation_of(nn.LeakyReLU(0.3)) == leaky_relu(0.3) != leaky_relu(0.2)
-    assert activation_of(nn.GELU()) is None
+    assert activation_of(nn.ELU(0.3)) == elu(0.3) != elu()
+    assert activation_of(nn.Sigmoid()) is None

@@ -37,7 +37,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for part in module.modules():
-            if not isinstance(part, nn.BatchNorm2d):
+            if not hasattr(part, "running_mean"):
                 continue
             if part.weight is not None:
                 part.weight.copy_(drawn(part.weight))

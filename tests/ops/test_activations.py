@@ -3,9 +3,20 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.functional import batch_norm, conv2d, max_pool2d
 
-from fusedres.activation import IDENTITY, NAMED, RELU, RELU6, Activation, activation_named, activation_of, leaky_relu
+from fusedres.activation import (
+    IDENTITY,
+    NAMED,
+    RELU,
+    RELU6,
+    Activation,
+    activation_named,
+    activation_of,
+    activation_of_function,
+    leaky_relu,
+)
 from fusedres.operands import ConvInput, Geometry, Norm, Normaliser, OutputGrad, PoolGeometry, Producer
 from fusedres.ops.act_mask import act_backward, is_bits
 from fusedres.ops.add_act import add_act
@@ -27,6 +38,11 @@ MODULES = {
     "relu6": nn.ReLU6(),
     "silu": nn.SiLU(),
     "hardswish": nn.Hardswish(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU("tanh"),
+    "mish": nn.Mish(),
+    "elu": nn.ELU(),
+    "an elu that falls": nn.ELU(-0.5),
 }
 each_activation = pytest.mark.parametrize("name", MODULES)
 SIZE = (2, 5, 4, 3)
@@ -68,8 +84,8 @@ def test_are_values():
     assert activation_named("relu6") is RELU6
     assert activation_named(None) is IDENTITY
     assert activation_named(RELU) is RELU
-    with pytest.raises(ValueError, match=r"act: expected None or one of .identity., .relu., .* got .gelu."):
-        activation_named("gelu")
+    with pytest.raises(ValueError, match=r"act: expected None or one of .identity., .relu., .* got .celu."):
+        activation_named("celu")
 
 
 def test_a_derived_module_may_mean_something_else():
@@ -78,7 +94,58 @@ def test_a_derived_module_may_mean_something_else():
             return super().forward(x) + 1
 
     assert activation_of(Shifted()) is None
-    assert activation_of(nn.GELU()) is None
+    assert activation_of(nn.Sigmoid()) is None, "it is not 0 at 0"
+
+
+CALLS = {
+    "relu": (F.relu, (), {}),
+    "relu in place": (F.relu, (True,), {}),
+    "torch's relu": (torch.relu, (), {}),
+    "torch's relu_": (torch.relu_, (), {}),
+    "relu_": (F.relu_, (), {}),
+    "relu6": (F.relu6, (), {"inplace": False}),
+    "leaky_relu": (F.leaky_relu, (), {}),
+    "leaky_relu with a slope": (F.leaky_relu, (0.2,), {"inplace": True}),
+    "leaky_relu with a named slope": (F.leaky_relu, (), {"negative_slope": -1}),
+    "leaky_relu_": (F.leaky_relu_, (0.3,), {}),
+    "silu": (F.silu, (False,), {}),
+    "hardswish": (F.hardswish, (), {"inplace": True}),
+    "gelu": (F.gelu, (), {}),
+    "gelu of tanh": (F.gelu, (), {"approximate": "tanh"}),
+    "mish": (F.mish, (), {}),
+    "elu": (F.elu, (2,), {}),
+    "elu with a named alpha": (F.elu, (), {"alpha": 0.5, "inplace": True}),
+    "elu_": (F.elu_, (), {}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_is_what_a_call_of_a_function_computes(call):
+    function, args, kwargs = CALLS[call]
+    act, v = activation_of_function(function, args, kwargs), randn(200) * 4
+    assert act is not None
+    torch.testing.assert_close(act.value(v), function(v.clone(), *args, **kwargs), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", ["relu", "relu_"])
+def test_is_what_a_call_of_a_method_computes(name):
+    assert activation_of_function(name) is RELU
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        (torch.sigmoid, (), {}),
+        ("clamp", (), {}),
+        (F.leaky_relu, (torch.tensor(0.1),), {}),
+        (F.elu, (), {"alpha": torch.tensor(0.1)}),
+        (F.relu, (), {"slope": 0.1}),
+        ([], (), {}),
+    ],
+    ids=["another", "another method", "a slope that is a tensor", "by its name", "no argument of it", "no function"],
+)
+def test_other_calls_are_no_activation(function, args, kwargs):
+    assert activation_of_function(function, args, kwargs) is None
 
 
 @each_activation

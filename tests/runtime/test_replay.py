@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres.activation import IDENTITY
 from fusedres.autograd.dense import DenseLayerSpec, DenseSpec
-from fusedres.autograd.ends import AddActSpec, BNAddActSpec
+from fusedres.autograd.ends import AddActSpec, BNAddActSpec, BNPReLUSpec
 from fusedres.autograd.preact import PreActSpec
 from fusedres.autograd.shortcut import NO_SHORTCUT, Identity, Projection, Residual, Shortcut, ZeroPad
 from fusedres.autograd.spec import ChainSpec, LayerSpec, StemSpec
@@ -157,6 +157,7 @@ SPECS = [
     PreActSpec(CALL, STATS, (LAYER,), Identity(), NormNumbers()),
     DenseSpec(CALL, STATS, (DenseLayerSpec(NormNumbers(), (LAYER,)),)),
     BNAddActSpec(CALL, NormNumbers()),
+    BNPReLUSpec(CALL, NormNumbers()),
     AddActSpec(CALL),
     Shortcut(),
 ]

@@ -23,7 +23,8 @@ def test_every_name_has_a_test():
 
 # A module's own dictionaries, what named tuples publish, and torchvision's classes.
 ALLOWED = {
-    "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_modules", "_parameters", "_buffers",
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
     "_replace", "_fields", "_asdict", "_fields_", "_DenseBlock", "_DenseLayer", "_Transition",
 }  # fmt: skip
 

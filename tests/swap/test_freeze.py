@@ -16,10 +16,12 @@ from tests.nn.twins import randomised, tensor
 from tests.vgpu_support import needs_vgpu
 
 resnet = pytest.importorskip("torchvision").models.resnet
+from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 MODELS = {
     "basic blocks": lambda: resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=5),
     "bottlenecks": lambda: resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1], num_classes=5),
+    "frozen norms": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, norm_layer=FrozenBatchNorm2d),
     "zero-pad shortcuts": lambda: cifar_resnet(8),
     "pre-activation": lambda: preact_resnet(11),
     "dense": lambda: densenet(16, 4),
@@ -37,7 +39,7 @@ def made(name: str) -> nn.Module:
 
 
 def norms(model: nn.Module) -> int:
-    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return sum(hasattr(module, "running_mean") for module in model.modules())
 
 
 @pytest.mark.parametrize("name", MODELS)

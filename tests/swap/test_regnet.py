@@ -1,4 +1,4 @@
-"""fusedres.swap.families.regnet: RegNetX is fused whole, RegNetY's squeeze-and-excite is left alone with its reason."""
+"""torchvision's RegNets: found by what their forward computes, with squeeze-and-excite or without."""
 
 import copy
 import pickle
@@ -57,12 +57,15 @@ def test_in_fp32_it_is_as_near_to_fp64_as_eager(training):
     assert ours <= 1.5 * eagers + 1e-6
 
 
-def test_blocks_with_squeeze_and_excite_are_left_alone_with_the_reason():
+def test_blocks_with_squeeze_and_excite_are_fused_around_it():
     fused = fusedres.fuse(tiny(se_ratio=0.25))
     plain = plain_copy(fused)
-    assert len(reasons(fused)) == 4 and fusedres.report(fused)[0].fused
-    assert set(reasons(fused).values()) == {"f.se is a SqueezeExcitation, and lies between what is fused"}
+    assert not reasons(fused) and fusedres.report(fused).norms_fused == (15, 15)
+    calls = []
+    for block in fused.trunk_output.block1:
+        block.f.se.register_forward_hook(lambda module, *_: calls.append(module))
     assert_twins(fused, plain, tensor(*IMAGES), tolerance=1e-8)
+    assert calls == [block.f.se for block in fused.trunk_output.block1]
 
 
 def hook(name: str):
@@ -73,27 +76,53 @@ def replace(name: str, make):
     return lambda block: block.get_submodule(name.rpartition(".")[0]).__setattr__(name.rpartition(".")[2], make())
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (hook("f"), "f has hooks"),
-        (hook("f.b"), "f.b has hooks"),
-        (hook("f.a.2"), "f.a.2 has hooks"),
-        (hook("proj.1"), "proj.1 has hooks"),
-        (replace("f.b.2", nn.GELU), "f.b.2 is a GELU, which no fused pass computes"),
-        (replace("activation", nn.GELU), "activation is a GELU, which no fused pass computes"),
-        (replace("f.a.2", nn.Identity), "f.b.2 is another activation than f.a.2"),
-        (lambda block: block.f.add_module("d", nn.Dropout(0.0)), "expected f to hold a, b, c, found a, b, c, d"),
-        (lambda block: setattr(block.f.a, "forward", lambda x: x), "f.a.forward was replaced"),
-        (replace("f.c", nn.Identity), "f.c is a Identity, not a plain sequence"),
-    ],
-)
-def test_what_was_changed_is_left_alone_with_the_reason(change, reason):
-    fused = fusedres.fuse(tiny())
-    block = fused.trunk_output.block1[0]
-    change(block)
-    (row,) = reasons(block).items()
-    assert row[1].startswith(reason)
+def wrap(name: str):
+    def change(block):
+        module = block.get_submodule(name)
+        module.forward = lambda x, own=module.forward: own(x) * 0.5
+
+    return change
+
+
+NOT_YET = "not fused yet: call fusedres.fuse(model)"
+WAITS = "has hooks, which a fused pass would not call"
+EVERY = ("proj.1", "f.a.1", "f.b.1", "f.c.1")
+IN_F = EVERY[1:]
+CHANGES = {
+    "hook on f": (hook("f"), {}, dict.fromkeys(IN_F, NOT_YET)),
+    "hook on a layer": (hook("f.b"), {}, dict.fromkeys(IN_F, NOT_YET)),
+    "hook in a layer": (hook("f.a.2"), dict.fromkeys(EVERY, f"2 {WAITS}"), None),
+    "hook on the projection's batch norm": (hook("proj.1"), dict.fromkeys(EVERY, f"1 {WAITS}"), None),
+    "another activation between": (replace("f.b.2", nn.CELU), {}, dict.fromkeys(IN_F, NOT_YET)),
+    "another activation behind": (replace("activation", nn.CELU), {}, None),
+    "no activation": (replace("f.a.2", nn.Identity), {}, None),
+    "idle dropout": (lambda block: block.f.add_module("d", nn.Dropout(0.0)), {}, None),
+    "a forward of its own": (
+        wrap("f.a"), {"f.a.1": "forward was replaced"}, {"f.a.1": "forward was replaced", "proj.1": NOT_YET}
+    ),
+    "a layer removed": (replace("f.c", nn.Identity), {}, {"f.a.1": NOT_YET, "f.b.1": NOT_YET}),
+}  # fmt: skip
+"""What is changed, the batch norms of the block in no pass where that was before, with reasons, and after if these are
+others."""
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before fuse", "after fuse"])
+@pytest.mark.parametrize(("change", "left", "left_after"), CHANGES.values(), ids=CHANGES)
+def test_what_was_changed_is_fused_as_far_as_it_goes(change, left, left_after, after):
+    fused = tiny()
+    plain = copy.deepcopy(fused)
+    if after:
+        fusedres.fuse(fused)
+        left = left if left_after is None else left_after
+    for model in (fused, plain):
+        change(model.trunk_output.block1[0])
+    if not after:
+        fusedres.fuse(fused)
+    norms = {norm.name: norm for norm in fusedres.report(fused.trunk_output.block1[0]).norms}
+    assert {name for name, norm in norms.items() if norm.where is None} == set(left)
+    for name, reason in left.items():
+        assert norms[name].reason.endswith(reason), norms[name].reason
+    assert_twins(fused, plain, tensor(*IMAGES), tolerance=1e-8)
 
 
 def test_only_classes_change_and_they_change_back():

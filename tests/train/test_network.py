@@ -37,6 +37,46 @@ def test_a_network_of_torchvision_is_fused_and_asks_for_colours():
     assert fused.model(torch.rand(2, 3, 32, 32)).shape == (2, 5)
 
 
+FILE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 1)
+
+    def forward(self, x):
+        if x.sum() > 1e6:
+            raise OverflowError
+        return [self.conv(x).mean((2, 3))]
+
+def fixed():
+    return Net(4)
+
+def picture():
+    return nn.Conv2d(3, 4, 1)
+
+def grey():
+    return nn.Conv2d(1, 4, 1)
+"""
+
+
+def test_what_a_file_makes_has_as_many_classes_as_the_data_or_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FILE)
+    for name, classes in (("Net", 7), ("fixed", 4)):
+        found = build(f"{file}:{name}", classes=classes, channels=1, fused=False)
+        assert found.channels == 3 and found.model.training
+        assert found.model.conv.out_channels == classes and found.model.conv.weight.device.type == "cpu"
+    for name, message in (
+        ("fixed", r"expected one that gives each image 7 logits, got \(4,\) from .*:fixed"),
+        ("picture", r"expected one that gives each image 7 logits, got \(4, 224, 224\) from .*:picture"),
+        ("grey", r"expected one that takes a tensor of images, and the forward of .*:grey fails: RuntimeError: "),
+    ):
+        with pytest.raises(ValueError, match=f"^model: {message}"):
+            build(f"{file}:{name}", classes=7, channels=3, fused=False)
+
+
 def test_options_reach_the_network():
     options = known_options(["shortcut=projection", "in_channels=2"])
     assert options == {"shortcut": "projection", "in_channels": 2}
@@ -52,9 +92,9 @@ def test_options_reach_the_network():
         (
             "cifar_resnet21",
             {},
-            "model: expected the name of a network such as .*cifar_resnet20.*, got 'cifar_.*21'",
+            "model: expected a name such as .*cifar_resnet20.*, got 'cifar_.*21'",
         ),
-        ("resnet51", {}, "model: expected the name of a network such as .*resnet50.*, got 'resnet51'"),
+        ("resnet51", {}, "model: expected a name such as .*resnet50.*, got 'resnet51'"),
         ("cifar_resnet20", {"depth_": 3}, "option: expected some of .*shortcut.* for cifar_resnet20, got depth_"),
         ("cifar_resnet20", {"num_classes": 3}, "option: expected some of .*, got num_classes"),
         ("cifar_resnet20", {"shortcut": "none"}, "shortcut"),

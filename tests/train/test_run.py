@@ -253,7 +253,7 @@ def test_other_ways_to_compute(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet51"], "model: expected the name of a network such as"),
+        (["--model", "resnet51"], "model: expected a name such as"),
         (["--data", "mnist"], "data: expected one of cifar10"),
         (["--data", "imagefolder:/nowhere"], "data: there is no folder /nowhere/train"),
         (["--data", "cifar10", "--no-download", "--data-dir", "/nowhere"], "cifar10: no files under /nowhere"),

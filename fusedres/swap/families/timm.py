@@ -20,10 +20,12 @@ def _parts(block: Any, acts: tuple[str, ...]) -> BlockParts:
     """
     from timm.layers import DropBlock2d, DropPath
 
-    between = [(name, getattr(block, name, None)) for name in ("drop_block", "aa", "se", "drop_path")]
+    between: list[tuple[str, Any]] = [
+        (name, getattr(block, name, None)) for name in ("drop_block", "aa", "se", "drop_path")
+    ]
     for name, module in between:
-        drops = type(module) in (DropBlock2d, DropPath)
-        idle = module is None or type(module) is nn.Identity or (drops and not (module.training and module.drop_prob))
+        idle = module is None or type(module) is nn.Identity
+        idle = idle or (type(module) in (DropBlock2d, DropPath) and not module.drop_prob)
         if not idle:
             raise NotFusable(f"{name} is a {type(module).__name__}, and lies between what is fused")
     parts = residual_parts(block, len(acts), acts)
