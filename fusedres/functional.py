@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from fusedres.activation import Activation, activation_named
-from fusedres.autograd import AddAct, BNAddAct
-from fusedres.autograd.ends import AddActSpec, BNAddActSpec
+from fusedres.autograd import AddAct
+from fusedres.autograd.ends import AddActSpec
 from fusedres.autograd.shortcut import NO_SHORTCUT, Residual
 from fusedres.operands import Geometry, Layer, Norm, NormNumbers
 from fusedres.ops.bn_finalize import check_norm
 from fusedres.ops.checks import check_activation
 from fusedres.ops.rows import pixels
-from fusedres.patterns.bn_act import run_bn_prelu
+from fusedres.patterns.bn_act import run_bn_act, run_bn_prelu
 from fusedres.patterns.chain import run_chain
 from fusedres.patterns.choose import AUTO, check_schedule
 from fusedres.patterns.door import check_norm_numbers
@@ -129,20 +129,16 @@ def bn_add_act(
         raise ValueError("residual_norm: expected None without a residual")
     channels = y.shape[1]
     main = Norm(gamma, beta, running_mean, running_var)
-    norm = NormNumbers(eps, momentum, _check_norm_tensors(main, channels, training, y.device))
-    other, other_norm = Norm(), None
+    numbers = NormNumbers(eps, momentum, _check_norm_tensors(main, channels, training, y.device))
+    other = None
     if residual_norm is not None:
         if len(residual_norm) != 4:
             raise ValueError(f"residual_norm: expected 4 vectors or None each, got {len(residual_norm)}")
         other = Norm(*residual_norm)
         batch_stats = _check_norm_tensors(other, channels, training, y.device, " of residual_norm")
-        other_norm = NormNumbers(eps, momentum, batch_stats)
-    check_norm_numbers("y", norm, pixels(y))
-    y, residual = y.resolve_neg(), None if residual is None else residual.resolve_neg()
-    call = Call.on(y, (residual, *main.tensors, *other.tensors))
-    spec = BNAddActSpec(call, norm, other_norm, activation)
-    z: Tensor = BNAddAct.apply(y, residual, spec, *main.tensors, *other.tensors)
-    return z
+        other = other._replace(numbers=NormNumbers(eps, momentum, batch_stats))
+    check_norm_numbers("y", numbers, pixels(y))
+    return run_bn_act(y, main._replace(numbers=numbers), activation, residual=residual, residual_norm=other)
 
 
 def bn_prelu(

@@ -67,11 +67,6 @@ def is_depthwise(conv: Any) -> bool:
     return bool(conv.groups == conv.in_channels and conv.groups > 1)
 
 
-def parametrized(module: nn.Module) -> bool:
-    """Whether a tensor of a module is computed at each call."""
-    return "parametrizations" in module._modules
-
-
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one of PyTorch's own, and no sequence."""
     cls = plain_type(module)

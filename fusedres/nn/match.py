@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from fusedres.activation import IDENTITY, Activation, activation_of, activation_of_function
-from fusedres.nn.kinds import Kind, is_depthwise, kind_of, parametrized
+from fusedres.nn.kinds import Kind, is_depthwise, kind_of
 from fusedres.nn.parts import why_not_conv
 from fusedres.nn.reading import Reading
 from fusedres.nn.steps import (
@@ -40,7 +40,6 @@ class Match:
         steps: in order.
         result: what the forward gives, made of `Place`.
         crossed: the paths of modules of which a fused pass does a part, beside a part of what is outside of them.
-        sums: whether anything is added in a fused pass.
     """
 
     steps: tuple[Step, ...]
@@ -53,11 +52,10 @@ class Match:
 
     @property
     def adds(self) -> bool:
+        """Whether anything is added in a fused pass."""
         return any(
-            isinstance(step, SumStep)
-            or (isinstance(step, ChainStep | NormStep) and step.residual is not None)
-            or (isinstance(step, ChainStep) and step.projection is not None)
-            for step in self.steps
+            step.residual is not None or (isinstance(step, ChainStep) and step.projection is not None)
+            for step in self.fused
         )
 
 
@@ -135,8 +133,7 @@ class _Matcher:
         if self.prelu_behind(norm) is not None:
             return None  # whose pass starts with the batch norm
         module: Any = self.module(conv)
-        takes = why_not_conv("", module) is None and not is_depthwise(module) and not parametrized(module)
-        return conv if takes else None
+        return conv if why_not_conv("", module) is None and not is_depthwise(module) else None
 
     def is_norm(self, node: Any) -> bool:
         if self.kind(node) is Kind.NORM:
@@ -164,9 +161,7 @@ class _Matcher:
         return user if once and type(module) is nn.PReLU else None
 
     def match(self) -> Match:
-        chains = {layers[-1].last: layers for layers in self._chains()}
-        norms = {node: [_Layer(None, node)] for node in self.reading.nodes if self._is_lone(node, chains)}
-        ends = {**chains, **norms}
+        ends = {layers[-1].last: layers for layers in self._chains()}
         for node in self.reading.nodes:
             if self._is_sum(node):
                 self._add(node, ends)
@@ -176,13 +171,15 @@ class _Matcher:
         return self._result()
 
     def _chains(self) -> Iterator[list[_Layer]]:
-        """Layers behind each other, of which nobody else sees what is between."""
+        """Lone batch norms, and layers behind each other of which nobody else sees what is between."""
         layers = {}
         for node in self.reading.nodes:
-            conv = self.conv_before(node) if self.is_norm(node) else None
-            if conv is not None:
-                act = self.act_behind(node)
-                layers[conv] = _Layer(conv, node) if act is None else _Layer(conv, node, *act)
+            if self.is_norm(node):
+                layer = _Layer(self.conv_before(node), node, *(self.act_behind(node) or ()))
+                if layer.conv is None:
+                    yield [layer]
+                else:
+                    layers[layer.conv] = layer
         following = {}
         for layer in layers.values():
             user = self.sole_user(layer.last)
@@ -196,44 +193,43 @@ class _Matcher:
                     chain.append(following[chain[-1].norm])
                 yield chain
 
-    def _is_lone(self, node: Node, chains: dict[Node, list[_Layer]]) -> bool:
-        return self.kind(node) is Kind.NORM and self.conv_before(node) is None
-
     def _is_sum(self, node: Node) -> bool:
         if node.op not in ("call_function", "call_method") or node.target not in _ADDS or node.kwargs:
             return False
         operands = node.args
-        return len(operands) == 2 and all(isinstance(o, Node) for o in operands) and operands[0] is not operands[1]
+        # A parameter is the same for every image, and PyTorch has to make it as large as what it is added to.
+        return (
+            len(operands) == 2
+            and operands[0] is not operands[1]
+            and all(isinstance(o, Node) and o.op != "get_attr" for o in operands)
+        )
 
     def _add(self, node: Node, ends: dict[Node, list[_Layer]]) -> None:
         """A sum: with the chain or batch norm that gives one of its operands, or with its activation alone."""
         left, right = node.args
         assert isinstance(left, Node) and isinstance(right, Node)
-        ours = [
-            o for o in (left, right) if o in ends and o not in self.used and self.sole_user(o) is node and self._ends(o)
-        ]
+        # Without an activation of their own.
+        free = [o for o in (left, right) if o in ends and o not in self.used and self.is_norm(o)]
+        ours = [o for o in free if self.sole_user(o) is node]
         written = node.target in (operator.iadd, "add_")
         # A value that somebody else may hold has to be written over, as it was.
         if written and left not in ours and (left.op == "placeholder" or len(left.users) > 1):
             return
         if not ours:
-            if self.act_behind(node) is not None:
-                self._take_sum(node, left, right)
+            act = self.act_behind(node)
+            if act is not None:
+                self._keep([node, act[0]], SumStep((), x=self.order[left], residual=self.order[right], act=act[1]))
             return
         main = max(ours, key=lambda o: (ends[o][0].conv is not None, len(ends[o]), o is left))
         other = right if main is left else left
-        typed = None if not written else (-1 if main is left else self.order[other])
         beside = ends[other] if other in ours else None
         if beside is not None and not self._joins(ends[main], beside):
             self._take(beside, None, None)
             beside = None
-        if beside is not None and typed is not None:
-            typed = -1
+        typed = None
+        if written:
+            typed = -1 if main is left or beside is not None else self.order[other]
         self._take(ends[main], node, other, beside, typed)
-
-    def _ends(self, node: Node) -> bool:
-        """Whether a chain ends with its batch norm, without an activation."""
-        return self.is_norm(node)
 
     def _joins(self, main: list[_Layer], beside: list[_Layer]) -> bool:
         """Whether one pass does what stands beside a chain, too: a layer on the same input, or a batch norm each."""
@@ -245,25 +241,19 @@ class _Matcher:
         self, layers: list[_Layer], added: Node | None, other: Node | None, beside: list[_Layer] | None = None,
         typed: int | None = None,
     ) -> None:  # fmt: skip
-        nodes = [node for layer in (*layers, *(beside or ())) for node in layer.nodes]
-        act: tuple[Node, Activation] | None = None
         last = layers[-1]
-        if added is not None:
-            nodes.append(added)
-            act = self.act_behind(added)
-        elif last.act_node is not None:
-            act = last.act_node, last.act
-        else:
-            act = self.act_behind(last.norm)
-        if act is not None and act[0] not in nodes:
-            nodes.append(act[0])
-        end = IDENTITY if act is None else act[1]
-        residual = None if other is None or beside is not None else self.order[other]
-        prelu = self.prelu_behind(last.norm) if last.conv is None and added is None else None
+        prelu = self.prelu_behind(last.norm)
         if prelu is not None:
             before, lone = self.order[last.x], self.place(last.norm)
             self._keep([last.norm, prelu], PReLUStep((), x=before, norm=lone, slope=self.place(prelu)))
             return
+        nodes = [node for layer in (*layers, *(beside or ())) for node in layer.nodes]
+        end = last.act
+        if added is not None:
+            act = self.act_behind(added)
+            end = IDENTITY if act is None else act[1]
+            nodes += [added] if act is None else [added, act[0]]
+        residual = None if other is None or beside is not None else self.order[other]
         if last.conv is None:
             both = None if beside is None else beside[0]
             joined = residual if both is None else self.order[both.x]
@@ -294,11 +284,6 @@ class _Matcher:
         module = self.module(user)
         found = type(module) is nn.MaxPool2d and user is not None and user.args == (last,) and not user.kwargs
         return user if found else None
-
-    def _take_sum(self, node: Node, left: Node, right: Node) -> None:
-        act = self.act_behind(node)
-        assert act is not None
-        self._keep([node, act[0]], SumStep((), act=act[1], x=self.order[left], residual=self.order[right]))
 
     def _keep(self, nodes: list[Node], step: FusedStep) -> None:
         ordered = sorted(nodes, key=self.order.__getitem__)

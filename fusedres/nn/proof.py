@@ -85,7 +85,7 @@ def _failed(error: Exception) -> str:
 def _prove(structure: Structure, module: nn.Module, training: bool | None) -> str | None:
     asked = any(fact[0] == "training" for seen in structure.reading.seen for fact in seen.facts)
     modes = (training,) if asked or training is not None else (True, False)
-    modules = Modules([module.get_submodule(path) for path in structure.paths], structure.paths)
+    modules = structure.modules_in(module)
     folded = any(step.is_folded(modules) for step in structure.found.fused)
     small = not folded and work_of(structure.found, modules) <= MOST_WORK
     sizes = input_sizes(structure.reading, module) if small else None
@@ -118,8 +118,8 @@ def _whole(structure: Structure, module: nn.Module, mode: bool | None, sizes: Se
             expected = _Run(partial(twin, **inputs.arguments(plain)), plain, twin)
         except Exception:  # it takes another size, or nothing on this machine
             continue
-        modules = Modules([other.get_submodule(path) for path in structure.paths], structure.paths)
-        found = _Run(partial(structure.run, cast(Fused, _Owner()), modules, tuple(fused)), fused, other)
+        run = partial(structure.run, cast(Fused, _Owner()), structure.modules_in(other), tuple(fused))
+        found = _Run(run, fused, other)
         return expected.differs(found) or ""
     return None
 

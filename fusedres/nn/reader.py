@@ -243,10 +243,7 @@ class _Reader(TracerBase):
             return value
         if is_constant(value):
             note.facts[name] = copied(value)
-            if isinstance(value, list | dict):
-                given = note.given.setdefault(name, copied(value))
-                return given
-            return value
+            return note.given.setdefault(name, copied(value)) if isinstance(value, list | dict) else value
         if isinstance(value, FUNCTIONS):
             note.facts[name] = value
             return value

@@ -13,7 +13,6 @@ from fusedres.activation import IDENTITY, Activation
 from fusedres.autograd.shortcut import NO_SHORTCUT, Identity, Projection, Residual, Shortcut
 from fusedres.functional import add_act
 from fusedres.nn.fused import Fused
-from fusedres.nn.kinds import parametrized
 from fusedres.nn.layers import layer_of
 from fusedres.nn.norms import norm_alone, norm_of
 from fusedres.nn.parts import Named, NotFusable, Pair, why_not_others, why_not_parts
@@ -21,6 +20,7 @@ from fusedres.nn.size_rule import too_small
 from fusedres.nn.stem import pool_geometry
 from fusedres.nn.tensors import tensor_of
 from fusedres.nn.tracing import PLAIN_TENSORS
+from fusedres.operands import Layer
 from fusedres.patterns.bn_act import run_bn_act, run_bn_prelu
 from fusedres.patterns.chain import run_chain
 from fusedres.patterns.choose import AUTO
@@ -113,11 +113,17 @@ class Step:
 class FusedStep(Step):
     """Nodes for which there is a fused pass.
 
-    ``act`` is behind them; ``others`` are the places of the modules of activations and pooling, which the pass does
-    not call. ``seen`` says whether anything but a fused pass takes what it gives: that has the layout that the plain
-    modules would give.
+    Attributes:
+        x: place of what it takes.
+        residual: place of what is added to what it makes of that, or None.
+        act: behind them.
+        others: places of the modules of activations and pooling, which the pass does not call.
+        seen: whether anything but a fused pass takes what it gives: that has the layout that the plain modules would
+            give.
     """
 
+    x: int = 0
+    residual: int | None = None
     act: Activation = IDENTITY
     others: tuple[int, ...] = ()
     seen: bool = True
@@ -153,7 +159,18 @@ class FusedStep(Step):
     @property
     def operand_places(self) -> tuple[int, ...]:
         """Of the tensors that it takes, the first that which it is planned by."""
-        raise NotImplementedError
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
+    def summand(self, values: Values, size: Sequence[int]) -> Tensor | None:
+        """What is added to a tensor of a size as it is, or None.
+
+        Raises:
+            NotFusable: PyTorch would have to make one as large as the other.
+        """
+        residual: Tensor | None = None if self.residual is None else values[self.residual]
+        if residual is not None and tuple(residual.shape) != tuple(size):
+            raise NotFusable("what is added is of another shape")
+        return residual
 
     def run(self, owner: Fused, modules: Modules, values: Values) -> None:
         z = self.attempt(owner, modules, values)
@@ -181,8 +198,7 @@ class FusedStep(Step):
                 return None
         if self.why_not(modules) is not None:
             return None
-        first: Any = pairs[0].conv if folded else None
-        if folded and torch.is_grad_enabled() and (x.requires_grad or first.weight.requires_grad):
+        if folded and torch.is_grad_enabled() and (x.requires_grad or convs[0].weight.requires_grad):
             return None
 
         def written() -> list[Tensor]:
@@ -195,8 +211,7 @@ class FusedStep(Step):
             z = attempt(owner, written, run, kernels=wants_kernels(x) and not x.is_meta)
         except NotFusable:
             return None
-        first = self.operand_places[0]
-        follows = has_channels_last(x) and first not in values[-1]
+        follows = has_channels_last(x) and self.x not in values[-1]
         if z is None or follows or any(has_channels_last(conv.weight) for conv in convs):
             return z
         if self.seen:
@@ -223,18 +238,14 @@ class ChainStep(FusedStep):
     """act(bn(conv(... act(bn(conv(x))))) + shortcut), max-pooled perhaps.
 
     Attributes:
-        x: place of what the first convolution takes.
         layers: the chain.
-        projection: the shortcut, if it is a layer on ``x``.
-        residual: place of what joins else; that of ``x`` is the identity. None: nothing.
+        projection: the shortcut, if it is a layer on ``x``; a ``residual`` that is ``x`` is the identity.
         typed_as: place of the value whose dtype the sum has, where it was added in place; -1: that of the branch.
         pool: place of the max-pooling behind it.
     """
 
-    x: int = 0
     layers: tuple[LayerPlace, ...] = ()
     projection: LayerPlace | None = None
-    residual: int | None = None
     typed_as: int | None = None
     pool: int | None = None
 
@@ -251,10 +262,6 @@ class ChainStep(FusedStep):
                 return str(why)
         return reason
 
-    @property
-    def operand_places(self) -> tuple[int, ...]:
-        return (self.x,) if self.residual is None else (self.x, self.residual)
-
     def fused(self, modules: Modules, values: Values, schedule: str) -> Tensor:
         x = values[self.x]
         layers = [layer_of(modules.pair(layer.conv, layer.norm), layer.act) for layer in self.layers]
@@ -264,17 +271,22 @@ class ChainStep(FusedStep):
                 x = run_chain(x, before, act=before[-1].act, schedule=schedule)
             geometry = pool_geometry(*modules.named(self.pool))
             return run_stem(x, last._replace(act=self.act), geometry, schedule=schedule)
-        z = run_chain(x, layers, shortcut=self._shortcut(modules, values), act=self.act, schedule=schedule)
+        z = run_chain(x, layers, shortcut=self._shortcut(modules, values, layers), act=self.act, schedule=schedule)
         if self.typed_as is not None:
             z = z.to(values[self.typed_as].dtype if self.typed_as >= 0 else contraction_dtype(x))
         return z
 
-    def _shortcut(self, modules: Modules, values: Values) -> Shortcut:
+    def _shortcut(self, modules: Modules, values: Values, layers: Sequence[Layer]) -> Shortcut:
         if self.projection is not None:
             return Projection(layer_of(modules.pair(self.projection.conv, self.projection.norm)))
         if self.residual is None:
             return NO_SHORTCUT
-        return Identity() if self.residual == self.x else Residual(values[self.residual])
+        x = values[self.x]
+        height, width = x.shape[2:]
+        for layer in layers:
+            height, width = layer.geometry.output_size(height, width, layer.window)
+        residual = self.summand(values, (x.shape[0], layers[-1].weight.shape[0], height, width))
+        return Identity() if self.residual == self.x else Residual(residual)
 
 
 @dataclass(frozen=True)
@@ -282,35 +294,20 @@ class NormStep(FusedStep):
     """act(bn(x) + residual), or act(bn(x) + bn'(residual)).
 
     Attributes:
-        x: place of what the batch norm takes.
         norm: place of the batch norm.
-        residual: place of what joins, or None.
-        residual_norm: place of the batch norm of that, or None.
+        residual_norm: place of the batch norm of the residual, or None.
     """
 
-    x: int = 0
     norm: int = 0
-    residual: int | None = None
     residual_norm: int | None = None
 
     def lone(self, modules: Modules) -> tuple[Named, ...]:
         norms = (self.norm,) if self.residual_norm is None else (self.norm, self.residual_norm)
         return tuple(modules.named(place) for place in norms)
 
-    def why_not(self, modules: Modules) -> str | None:
-        for name, norm in self.lone(modules):
-            if type(norm) is nn.Identity:
-                return f"{name} is an Identity, and has no convolution before it"
-        return super().why_not(modules)
-
-    @property
-    def operand_places(self) -> tuple[int, ...]:
-        return (self.x,) if self.residual is None else (self.x, self.residual)
-
     def fused(self, modules: Modules, values: Values, schedule: str) -> Tensor:
-        x, residual = values[self.x], None if self.residual is None else values[self.residual]
-        if residual is not None and residual.shape != x.shape:
-            raise NotFusable("what is added is of another shape")
+        x = values[self.x]
+        residual = self.summand(values, x.shape)
         other = None if self.residual_norm is None else norm_of(modules.found[self.residual_norm])
         return run_bn_act(x, norm_of(modules.found[self.norm]), self.act, residual=residual, residual_norm=other)
 
@@ -322,8 +319,10 @@ class PReLUStep(NormStep):
     slope: int = 0
 
     def why_not(self, modules: Modules) -> str | None:
+        # The reading tells of what it does not look into nothing but that it is there.
         name, module = modules.named(self.slope)
-        return super().why_not(modules) or (f"{name} is parametrized" if parametrized(module) else None)
+        other = type(module) is not nn.PReLU
+        return super().why_not(modules) or (f"{name} is a {type(module).__name__}, not a PReLU" if other else None)
 
     def fused(self, modules: Modules, values: Values, schedule: str) -> Tensor:
         slope = tensor_of("weight", modules.found[self.slope])
@@ -336,17 +335,10 @@ class PReLUStep(NormStep):
 class SumStep(FusedStep):
     """act(x + residual)."""
 
-    x: int = 0
-    residual: int = 0
-
-    @property
-    def operand_places(self) -> tuple[int, ...]:
-        return self.x, self.residual
-
     def fused(self, modules: Modules, values: Values, schedule: str) -> Tensor:
-        x, residual = values[self.x], values[self.residual]
-        if x.shape != residual.shape:
-            raise NotFusable("what is added is of another shape")
+        x = values[self.x]
+        residual = self.summand(values, x.shape)
+        assert residual is not None
         return add_act(x, residual, act=self.act)
 
 
@@ -373,10 +365,12 @@ def with_frees(steps: Sequence[Step], kept: Sequence[int]) -> tuple[Step, ...]:
         inside = {node.out for node in step.nodes}
         taken = {place for node in step.nodes for place in places_of((node.args, node.kwargs))} - inside
         step = replace(step, frees=tuple(sorted(taken - needed)))
-        fused = isinstance(step, FusedStep)
-        behind.append(replace(step, seen=step.out in seen) if isinstance(step, FusedStep) else step)
+        if isinstance(step, FusedStep):
+            step = replace(step, seen=step.out in seen)
+        else:
+            seen |= taken
+        behind.append(step)
         needed |= taken
-        seen |= set() if fused else taken
     return tuple(reversed(behind))
 
 

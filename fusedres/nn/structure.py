@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusedres.nn.fused import Fused
 from fusedres.nn.inputs import Inputs, lone_input
-from fusedres.nn.kinds import Kind, holds_norms, is_depthwise, kind_of, plain_type
+from fusedres.nn.kinds import Kind, holds_norms, is_depthwise, is_layer, kind_of, plain_type
 from fusedres.nn.match import Match, match
 from fusedres.nn.parts import Named, Pair
 from fusedres.nn.reader import read
@@ -50,6 +50,10 @@ class Structure:
         """The live modules, or None where something else would be read now."""
         found = self.reading.modules_of(module)
         return None if found is None else Modules(found, self.paths)
+
+    def modules_in(self, module: nn.Module) -> Modules:
+        """The same of a module that has not changed since this was found."""
+        return Modules([module.get_submodule(path) for path in self.paths], self.paths)
 
     def weights_in(self, modules: Modules) -> int:
         """How many weights the convolutions of its passes have; without end where a batch norm is in one by now, whose
@@ -178,21 +182,20 @@ class Finder:
         return self.joins_memo[id(module)]
 
     def _inlines(self, module: nn.Module) -> bool:
-        cls = plain_type(module)
         if is_watched(module) or (isinstance(module, Fused) and not module.fused_by_structure):
             return False
         if not holds_norms(module):
-            return self._computes_nothing(module, cls)
-        if cls.__module__.startswith("torch.nn") and cls is not nn.Sequential:
+            return self._computes_nothing(module)
+        if is_layer(module):
             return False
         count = sum(kind_of(inner) is Kind.NORM for inner in module.modules())
         found = self.found(module) if count <= MOST_NORMS else ""
         return isinstance(found, Structure) and not found.found.adds and type(found.found.result) is Place
 
-    def _computes_nothing(self, module: nn.Module, cls: type[nn.Module]) -> bool:
-        """Whether a module of a library's own, without anything in it, gives what it is given in this mode, or calls
-        one activation."""
-        if cls.__module__.startswith("torch.nn") or module._modules or module._parameters or module._buffers:
+    def _computes_nothing(self, module: nn.Module) -> bool:
+        """Whether a module without anything in it, an empty sequence or of a library's own, gives what it is given in
+        this mode, or calls one activation."""
+        if is_layer(module) or module._modules or module._parameters or module._buffers:
             return False
         found = self.found(module)
         return isinstance(found, Structure) and len(found.found.steps) <= 1

@@ -89,12 +89,11 @@ class FusedStructure(Fused):
                 self.__dict__["fused_unread"] = (*self.fused_unread[-3:], (self.training, inputs))
                 return None
             self.__dict__["fused_structures"] = (*self.fused_structures[-3:], found.index)
+            self.__dict__["fused_weights"] = found.weights_in(modules)
             taken = found, modules
         structure, modules = taken
         if structure.refused is not None:
             return None
-        if x.device.type == "cpu":
-            self.__dict__["fused_weights"] = structure.weights_in(modules)
         return structure, modules, tensors
 
     def _remembered(self, inputs: Inputs) -> tuple[Structure, Modules] | None:
@@ -118,11 +117,6 @@ def proved(module: nn.Module, inputs: Inputs | None, finder: Finder | None = Non
     return structure
 
 
-def live_modules(structure: Structure, module: nn.Module) -> Modules:
-    """What a structure calls of a module that has it."""
-    return Modules([module.get_submodule(path) for path in structure.paths], structure.paths)
-
-
 def taken_apart(module: nn.Module, inputs: Inputs | None, finder: Finder | None = None) -> tuple[Structure, Modules]:
     """The structure of a module, seen to compute the same, and its modules.
 
@@ -139,7 +133,7 @@ def taken_apart(module: nn.Module, inputs: Inputs | None, finder: Finder | None 
         raise NotFusable(structure)
     if structure.refused is not None:
         raise NotFusable(structure.refused)
-    return structure, live_modules(structure, module)
+    return structure, structure.modules_in(module)
 
 
 def structured_class(cls: type[nn.Module]) -> type[FusedStructure]:

@@ -122,7 +122,7 @@ class Account:
                 return f"{called} ({cls}): {found}", True
             say = f"fusedres.register({cls}, ...) lets you say what it computes"
             return f"{cls} can not be read: {found}; {say}", False
-        modules = Modules([module.get_submodule(inner) for inner in found.paths], found.paths)
+        modules = found.modules_in(module)
         steps = [step for step in found.found.steps if _calls(step, modules, norm)]
         if not steps:
             return f"the forward of {called} ({cls}) does not call it", False

@@ -86,7 +86,7 @@ def _fused_class(
 
     def parts(block: nn.Module) -> BlockParts:
         found = parts_as_named(block)
-        reason = _refused(block, fused, found)
+        reason = refusal(block, found)
         if reason is not None:
             raise NotFusable(reason)
         return found
@@ -95,15 +95,14 @@ def _fused_class(
     trial = fused_type(FusedResidual, cls, parts_as_named)
     tried: dict[Any, str | None] = {}
 
-    def _refused(block: nn.Module, fused: type[Fused], found: BlockParts) -> str | None:
+    def refusal(block: nn.Module, found: BlockParts) -> str | None:
         first: Any = found.chain[0].conv
         key = tuple(_kind_of(pair) for pair in found.pairs), found.shortcut, found.act, found.inner
         if key not in tried:
             tried[key] = prove_class(trial, block, first.in_channels)
         return tried[key]
 
-    fused = fused_type(FusedResidual, cls, parts, fused_made_by=(fused_again, cls))
-    return fused
+    return fused_type(FusedResidual, cls, parts, fused_made_by=(fused_again, cls))
 
 
 def _kind_of(pair: Pair) -> Any:

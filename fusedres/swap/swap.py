@@ -9,7 +9,7 @@ from fusedres.nn.fused import Fused, plain_base
 from fusedres.nn.norms import behind_norm
 from fusedres.nn.parts import NotFusable, why_not_conv, why_not_norm
 from fusedres.nn.scripting import OF_INSTANCES
-from fusedres.nn.structured import FusedStructure, structured_class
+from fusedres.nn.structured import structured_class
 from fusedres.patterns.choose import AUTO, check_schedule
 from fusedres.swap.account import Account, is_counted
 from fusedres.swap.registry import families, fused_again, fused_class
@@ -54,13 +54,11 @@ def fuse(model: Model, *, schedule: str = AUTO) -> Model:
 def swap_classes(model: Model, schedule: str) -> Model:
     """`fuse` without a word, of arguments that were checked."""
     for module in model.modules():
-        by_class = issubclass(type(module), Fused) and not isinstance(module, FusedStructure)
+        by_class = isinstance(module, Fused) and not module.fused_by_structure
         plain = plain_class(type(module)) if by_class else type(module)
         fused = None if plain is None else fused_class(plain)
-        if fused is not None and _fits(fused, module):
-            _give_class(module, type(module) if by_class else fused)
-        elif fused is not None and by_class and plain is not None:
-            _give_class(module, plain)
+        if plain is not None and fused is not None and by_class != _fits(fused, module):
+            _give_class(module, plain if by_class else fused)
     for module in list(structured_modules(model)):
         if not isinstance(module, Fused):
             _give_class(module, structured_class(type(module)))

@@ -127,3 +127,12 @@ def test_hooks_on_a_prelu_are_called():
     z = fused(x)
     assert len(seen) == 1 and torch.equal(seen[0], z)
     torch.testing.assert_close(z, plain(x), rtol=1e-10, atol=1e-10)
+
+
+def test_what_stands_in_its_place_later_is_run():
+    fused = fusedres.fuse(made("a face recognition block"))
+    plain, x = plain_copy(fused), tensor(2, 6, 7, 6)
+    assert_same_pass(run(fused, x), run(plain, x))
+    for model in (fused, plain):
+        model.prelu = nn.GroupNorm(2, 6).double()  # which has a weight, too
+    assert_same_pass(run(fused, x), run(plain, x))
