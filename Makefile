@@ -21,7 +21,7 @@ COMPAT_STAMPS := $(COMPAT:%=.compat/%/.set-up)
 CHOICE = PYTHON
 $(COMPAT_STAMPS): CHOICE = PYTHON312
 
-.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage bench gpu check format clean
+.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage predictions bench gpu check format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -49,6 +49,10 @@ compile-report: $(STAMP)
 # What of other libraries' models is fused: docs/coverage.md. A run that was cut short is taken up again.
 coverage: $(STAMP)
 	$(TESTED) $(BIN)/fusedres coverage --out docs/coverage.md
+
+# What a ResNet-50 takes on several GPUs, as the model of time has it: docs/predictions.md.
+predictions: $(STAMP)
+	$(BIN)/fusedres predict --out docs/predictions.md
 
 # A first impression on whatever is here; make bench ARGS="--model resnet50 --train" asks for more.
 ARGS ?= --quick

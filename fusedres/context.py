@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Context", "Snapshot", "accounts", "context", "here", "on_all_threads", "resume", "snapshot"]
+__all__ = ["Context", "Snapshot", "accounts", "context", "entered", "here", "on_all_threads", "resume", "snapshot"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,10 @@ class Context:
         gpu: the `plan.gpus.Gpu` that rungs are chosen for, whatever the device of the tensors.
         meta_dtype: what fused passes on meta tensors convolve in, as under autocast.
         dry_target: the name of the target whose launches tensors on the meta device make.
+        account: of this thread's launches alone, in place of everybody's.
         follower: is told of every launch (`runtime.launch.Follower`).
         listeners: are told of every choice of a rung.
-        row_tile, conv_tile: in place of the plan's choice.
+        row_tile, conv_tile, pointwise_tile: in place of the plan's choice.
         place: of the tile to take in every list of the plan.
         replays: whether passes are replayed from notes.
     """
@@ -38,17 +39,20 @@ class Context:
     gpu: Any = None
     meta_dtype: torch.dtype | None = None
     dry_target: str | None = None
+    account: Any = None
     follower: Any = None
     listeners: tuple[Callable[[Any], None], ...] = ()
     row_tile: Any = None
     conv_tile: Any = None
+    pointwise_tile: Any = None
     place: int | None = None
     replays: bool = True
 
     @property
     def tiles_by_hand(self) -> bool:
         """Whether some tile is not the plan's choice."""
-        return not (self.row_tile is None and self.conv_tile is None and self.place is None)
+        chosen = self.row_tile, self.conv_tile, self.pointwise_tile, self.place
+        return any(choice is not None for choice in chosen)
 
 
 NOTHING_CHOSEN = Context()
@@ -94,12 +98,13 @@ def resume(forward: Snapshot) -> AbstractContextManager[None]:
     """The backend of a forward pass, inside the ``with`` block; all that it ran in, on a thread that chose nothing."""
     now = _thread.context
     if now is NOTHING_CHOSEN and forward.thread != threading.get_ident():
-        return _entered(forward.context)
+        return entered(forward.context)
     return nullcontext() if now.backend == forward.context.backend else context(backend=forward.context.backend)
 
 
 @contextmanager
-def _entered(whole: Context) -> Iterator[None]:
+def entered(whole: Context) -> Iterator[None]:
+    """All that ``whole`` holds, on this thread, inside the ``with`` block."""
     before = _thread.context
     _thread.context = whole
     try:

@@ -1,5 +1,6 @@
 """The vocabulary every op speaks: operands, statistics, geometry."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,16 +36,75 @@ class PoolGeometry(NamedTuple):
         return Geometry(self.stride, self.padding).output_size(height, width, self.kernel)
 
 
+class PixelBlocks(NamedTuple):
+    """How an image of few channels is packed for one convolution, so that accesses to it are wide (`space_to_depth`).
+
+    The pixels that a step of the window passes, a block, become one pixel with the channels of all of them. The window
+    then moves by one pixel and needs no padding, which is written out, and a row of it is a run of memory. Zeros fill
+    the channels up to ``pitch`` and, in the weight, a row to ``run``.
+
+    Attributes:
+        size: (C, H, W) of the image.
+        window: (R, S) of the convolution.
+        stride, padding: its own; it has a single group, and no dilation.
+    """
+
+    size: tuple[int, int, int]
+    window: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.size[0] * math.prod(self.stride)
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one block to the next: whole accesses of 8 bytes and more."""
+        return -(-self.channels // 4) * 4
+
+    @property
+    def rows(self) -> int:
+        """Blocks from the top of the window to its bottom."""
+        return -(-self.window[0] // self.stride[0])
+
+    @property
+    def run(self) -> int:
+        """Elements of a row of the window, whole steps of a contraction."""
+        least = -(-self.window[1] // self.stride[1]) * self.pitch
+        return -(-least // 64) * 64 if least > 64 else max(16, 1 << (least - 1).bit_length())
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(P, Q) of the convolution."""
+        _, height, width = self.size
+        return Geometry(self.stride, self.padding).output_size(height, width, self.window)
+
+    @property
+    def packed_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the packed image: every window and every run lies inside."""
+        p, q = self.output_size
+        return self.pitch, p - 1 + self.rows, q - 1 + -(-self.run // self.pitch)
+
+
 class ConvInput(NamedTuple):
     """What a convolution consumes: ``tensor``, or act(tensor * scale + shift) formed on load.
 
-    ``tensor`` is (N, C, H, W); ``scale`` and ``shift`` are (C,) in the statistics dtype, or both None.
+    ``tensor`` is (N, C, H, W); ``scale`` and ``shift`` are (C,) in the statistics dtype, or both None. With ``blocks``
+    it is such an image packed, and there is neither.
     """
 
     tensor: Tensor
     scale: Tensor | None = None
     shift: Tensor | None = None
     act: Activation = RELU
+    blocks: PixelBlocks | None = None
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(N, C, H, W) of what is consumed."""
+        return tuple(self.tensor.shape) if self.blocks is None else (self.tensor.shape[0], *self.blocks.size)
 
 
 class OutputGrad(NamedTuple):

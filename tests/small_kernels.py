@@ -1,4 +1,4 @@
-"""Kernels whose binaries are known: one each that copies, fills, hoards registers, and multiplies matrices."""
+"""Kernels whose binaries are known: they copy, copy by descriptors, fill, hoard registers, and multiply matrices."""
 
 import pytest
 import torch
@@ -23,6 +23,22 @@ def copy_kernel(
     m = (o_row < rows)[:, None] & (o_c < C)[None, :]
     o = o_row.to(tl.int64)[:, None] * C + o_c[None, :]
     tl.store(y_ptr + o, tl.load(x_ptr + o, mask=m, other=0.0), mask=m)
+
+
+@triton.jit
+def copy_boxes_kernel(
+    x_ptr,  # (rows, C)
+    y_ptr,  # (rows, C) out
+    rows,
+    C,
+    y_row,  # elements from one row of y to the next
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    x = tl.make_tensor_descriptor(x_ptr, [rows, C], [C, 1], [BLOCK_ROWS, BLOCK_C])
+    y = tl.make_tensor_descriptor(y_ptr, [rows, C], [y_row, 1], [BLOCK_ROWS, BLOCK_C])
+    corner = [tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_C]
+    y.store(corner, x.load(corner))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from fusedres.autograd.saved import keep, pack
 from fusedres.compiler.targets import TARGETS
 from fusedres.context import NOTHING_CHOSEN, Context, accounts, context, here, on_all_threads, resume, snapshot
 from fusedres.patterns.choose import announce, listening
-from fusedres.plan import conv_tiles, tiles
+from fusedres.plan import conv_tiles, pointwise_tiles, tiles
 from fusedres.plan.gpus import GPUS, assume_gpu, assumed_gpu
 from fusedres.runtime import autocast, backends, launch, replay
 from fusedres.runtime.launch import record, target_of
@@ -80,6 +80,7 @@ def overlap(first, second, observe, observe_second=None):
 
 
 WIDE, NARROW = conv_tiles.ConvTile(128, 128, 64, 8, 3), conv_tiles.ConvTile(64, 64, 64, 4, 2)
+FEW, MANY = (pointwise_tiles.PointwiseTile(64, 64, 64, 8, 2, parts) for parts in (1, 9))
 CHOICES = {
     "backend": (lambda: fusedres.backend("native"), lambda: fusedres.backend("reference"), backends.current,
                 "native", "reference", "auto"),
@@ -92,9 +93,13 @@ CHOICES = {
                  tiles.row_tiles(1024, 64, 2)[0]),
     "conv_tile": (lambda: conv_tiles.pinned(WIDE), lambda: conv_tiles.pinned(NARROW), lambda: here().conv_tile,
                   WIDE, NARROW, None),
+    "pointwise_tile": (lambda: pointwise_tiles.pinned(FEW), lambda: pointwise_tiles.pinned(MANY),
+                       lambda: here().pointwise_tile, FEW, MANY, None),
     "place": (lambda: tiles.listed(1), lambda: tiles.listed(2), lambda: tiles.chosen("abcd"), "b", "c", "a"),
     "dry_target": (lambda: record("sm_80"), lambda: record("sm_100"), lambda: target_of(META),
                    TARGETS["sm_80"], TARGETS["sm_100"], TARGETS["sm_90"]),
+    "account": (lambda: context(account="one"), lambda: context(account="two"), lambda: here().account,
+                "one", "two", None),
     "replays": (replay.off, nullcontext, replay._possible, False, True, True),
 }  # fmt: skip
 TOLD = ("follower", "listeners")

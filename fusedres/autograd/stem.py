@@ -16,8 +16,9 @@ from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
 from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, branch_backward, in_parameter_dtypes, measure
 from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.autograd.spec import StemSpec
-from fusedres.operands import ConvInput, Layer, OutputGrad
-from fusedres.ops.rows import channels_last
+from fusedres.operands import Layer, OutputGrad
+from fusedres.ops.contractions import conv_input
+from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.stem_contractions import early_weight_grad, output_contraction, pooled_contraction
 from fusedres.ops.stem_pool import stem_pool, stem_pool_backward
 
@@ -55,7 +56,7 @@ class StemPool(FusedFunction):
     @staticmethod
     def run(x: Tensor, residual: None, spec: StemSpec, tensors: tuple[Tensor | None, ...], under: None) -> Passed:
         layer = spec.layer.layer(tensors)
-        u = ConvInput(channels_last(x).to(spec.dtype))
+        u = conv_input(x, spec.dtype, layer, pack=spec.call.kernels)
         branch = measure(u, layer, spec.schedule)
         y, compact = branch.raw, spec.schedule.bit_masks
         scale, shift = branch.numbers.scale, branch.numbers.shift
@@ -93,7 +94,7 @@ class StemPool(FusedFunction):
             z = layered(x.to(spec.dtype), spec.layer.layer(tensors), saved.branch.norm)
             return max_pool2d(spec.layer.act.value(z).to(spec.dtype), *spec.pool)
 
-        x = attached(saved.branch.source.tensor, anchor)
+        x = attached(conv_operand(saved.branch.source), anchor)
         return Composed((x, None, None, *saved.parameters), form)
 
 

@@ -27,6 +27,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtypes", type=names, help="some of bf16,fp16,fp32 (default: all)")
     parser.add_argument("--jobs", type=positive, help="processes (default: as many as there are cores)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the report's figures there too")
+    parser.add_argument(
+        "--known", type=Path, metavar="FILE",
+        help="write what the binaries ask for into the table that predictions go by (fusedres/compiler/known.csv)",
+    )  # fmt: skip
     parser.set_defaults(run=_run)
 
 
@@ -34,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here, since it needs the packages of the extra [cli].
     from fusedres.explain.compile_report import CompileOptions, run
 
-    chosen = {name: getattr(options, name) for name in ("targets", "models", "dtypes", "jobs", "csv")}
+    chosen = {name: getattr(options, name) for name in ("targets", "models", "dtypes", "jobs", "csv", "known")}
     given = {name: value for name, value in chosen.items() if value is not None}
     say_whose(options.models or ())
     return run(CompileOptions(options.report, options.every_tile, **given))

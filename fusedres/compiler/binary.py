@@ -49,30 +49,31 @@ class Binary(NamedTuple):
     specialisation: Specialisation
     num_warps: int
     num_stages: int
-    all_registers: bool = False  # see `compile_options`
+    all_registers: bool = False  # or as many as `known.register_limit` leaves; else what the compiler chooses
 
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
 
     @property
+    def odd(self) -> list[str]:
+        """Arguments that are not known to be multiples of 16."""
+        signature, _, aligned, _ = self.specialisation
+        known = {*aligned, *(parameter.name for parameter in self.kernel.params if parameter.do_not_specialize)}
+        return [f"{name}%16" for name, type_ in signature if (type_ in WHOLE or type_[0] == "*") and name not in known]
+
+    @property
     def variant(self) -> str:
         """The types behind its pointers, arguments that 16 does not divide, its constants, and pointers left out."""
-        signature, constants, aligned, _ = self.specialisation
+        signature, constants, _, _ = self.specialisation
         types = dict.fromkeys(type_[1:] for _, type_ in signature if type_.startswith("*"))
-        general = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
-        odd = [
-            f"{name}%16"
-            for name, type_ in signature
-            if (type_ in WHOLE or type_.startswith("*")) and name not in (*aligned, *general)
-        ]
         chosen = [
             name if value is True else f"{name}={value}"
             for name, value in constants
             if value is not None and value is not False
         ]
         absent = [f"no {name.removesuffix('_ptr')}" for name, value in constants if value is None]
-        return " ".join(["/".join(types), *odd, *chosen, *absent])
+        return " ".join(["/".join(types), *self.odd, *chosen, *absent])
 
 
 def specialise(kernel: Any, arguments: Mapping[str, Any]) -> Specialisation:
@@ -140,29 +141,21 @@ def _is_aligned(value: Any) -> bool:
 MOST_REGISTERS = 255
 
 
-def compile_options(backend: str, num_warps: int, num_stages: int, *, all_registers: bool = False) -> dict[str, Any]:
+def compile_options(backend: str, num_warps: int, num_stages: int, *, registers: int = 0) -> dict[str, Any]:
     """What Triton is told beside the kernel and its arguments.
 
-    ``all_registers``: where nothing is said of registers, NVIDIA's compiler spills a few bytes, in loops too, to fit
-    one block more on a multiprocessor. A kernel whose shared memory says how many fit had better use what there is.
+    ``registers``: how many a thread may have at most. Where nothing is said (0), NVIDIA's compiler spills a few bytes,
+    in loops too, to fit one block more on a multiprocessor.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if all_registers and backend == "cuda":
-        options["maxnreg"] = MOST_REGISTERS
+    if registers and backend == "cuda":
+        options["maxnreg"] = registers
     return options
-
-
-def compile_binary(binary: Binary, target: str) -> Any:
-    """As `compile_for`, what a launch was recorded to run."""
-    kernel, specialisation, num_warps, num_stages, all_registers = binary
-    return compile_for(
-        kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages, all_registers=all_registers
-    )
 
 
 def compile_for(
     kernel: Any, specialisation: Specialisation, target: str, *, num_warps: int = 4, num_stages: int = 3,
-    all_registers: bool = False,
+    registers: int = 0,
 ) -> Any:  # fmt: skip
     """Triton's compiled kernel for ``target``, made without that GPU.
 
@@ -183,8 +176,13 @@ def compile_for(
         {positions[name]: value for name, value in specialisation.constants},
         {positions[name]: promises for name, promises in _promises(kernel, specialisation, gpu)},
     )
-    options = compile_options(spec.backend, num_warps, num_stages, all_registers=all_registers)
+    options = compile_options(spec.backend, num_warps, num_stages, registers=registers)
     return triton.compile(source, target=gpu, options=options)
+
+
+def scratch_bytes(compiled: Any) -> int:
+    """Global memory that each block of a compiled kernel has for itself, for tensor maps; the launcher brings it."""
+    return int(getattr(compiled.metadata, "global_scratch_size", 0))  # of which AMD's compiler in 3.6 knows nothing
 
 
 def _promises(kernel: Any, specialisation: Specialisation, target: Any) -> Iterator[tuple[str, list[list[Any]]]]:

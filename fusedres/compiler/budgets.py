@@ -6,6 +6,7 @@ import math
 import re
 
 from fusedres.compiler.binary import ALIGNMENT, WHOLE, Binary, Specialisation
+from fusedres.compiler.code import WIDE_LOAD
 from fusedres.compiler.figures import WIDE_ACCESS, Figures
 from fusedres.compiler.targets import TARGETS, target_named
 
@@ -18,6 +19,8 @@ def violations(binary: Binary, target: str, figures: Figures) -> list[str]:
     - Shared memory within the target's limit.
     - Tensor cores multiply the matrices of kernels that multiply any.
     - Some access to global memory is 16 bytes wide wherever `owes_wide_access`.
+    - Main loops load by 8 bytes and more to a thread wherever channels allow it.
+    - The assembler keeps wgmma asynchronous.
     """
     limit = target_named(target).shared_bytes
     broken = []
@@ -32,7 +35,25 @@ def violations(binary: Binary, target: str, figures: Figures) -> list[str]:
         broken.append("multiplies matrices without tensor-core instructions")
     if owes_wide_access(binary, target) and (figures.access or 0) < WIDE_ACCESS:
         broken.append(f"widest global access is {figures.access or 0} B where alignment allows {WIDE_ACCESS} B")
+    if figures.narrow is not None and figures.narrow > MOST_NARROW and _owes_wide_loads(binary):
+        broken.append(f"{figures.narrow:.0%} of what main loops load comes by less than {WIDE_LOAD} B at a time")
+    if figures.serialised:
+        broken.append(f"wgmma waits for its products one by one ({', '.join(figures.serialised)})")
     return broken
+
+
+# Masks and vectors of a number per channel are narrow, and small beside activations and weights.
+MOST_NARROW = 0.5
+
+
+def _owes_wide_loads(binary: Binary) -> bool:
+    """Whether 8 bytes of both operands lie one after the other, as far as constants show."""
+    signature, constants, aligned, _ = binary.specialisation
+    sizes = [_element_bytes(type_) for name, type_ in signature if type_.startswith("*") and name in aligned]
+    size = min((size for size in sizes if size >= 2), default=0)
+    counts = [name for name, _ in constants if name in ("C_MULTIPLE", "K_MULTIPLE")]
+    # In fp32 the layouts of TF32's operands are read by single values.
+    return size == 2 and bool(counts) and all(int(dict(constants)[name]) * size >= WIDE_LOAD for name in counts)
 
 
 def owes_wide_access(binary: Binary, target: str) -> bool:

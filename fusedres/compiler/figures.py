@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fusedres.compiler import code
+from fusedres.compiler.code import NOTHING, Code, Segment, Shared, read_gcn, read_sass
 from fusedres.compiler.targets import Target, Unavailable, target_named
 
 # The widest access that every target has, and what the budget asks for.
@@ -38,6 +41,10 @@ class Figures:
         issue: cycles that the schedulers need to issue the main loop's instructions, over those that the tensor cores
             need to multiply: above 1 they wait, however fast memory is. Of several main loops the worst. None where
             there is none, and on targets other than sm_80 and sm_90.
+        narrow: of the bytes that main loops load, the share that comes by accesses of less than 8 bytes; None without
+            such a loop.
+        serialised: the assembler's messages that it could not keep wgmma asynchronous, by number.
+        code: what a warp executes.
     """
 
     registers: int
@@ -52,6 +59,9 @@ class Figures:
     access: int | None
     contracts: bool
     issue: float | None
+    narrow: float | None = None
+    serialised: tuple[str, ...] = ()
+    code: Code = NOTHING
 
 
 def read_figures(compiled: Any, target: str) -> Figures:
@@ -70,17 +80,25 @@ def read_figures(compiled: Any, target: str) -> Figures:
     name = f"figures-{_version()}.json"
     path = cache_.get_file(name)
     if path is not None:
-        return Figures(**json.loads(Path(path).read_text()))
+        return _from_json(Path(path).read_text())
     read = _read_nvidia if spec.backend == "cuda" else _read_amd
     figures = read(compiled, spec)
-    cache_.put(json.dumps(asdict(figures)), name, binary=False)
+    cache_.put(json.dumps(vars(figures)), name, binary=False)
     return figures
+
+
+def _from_json(text: str) -> Figures:
+    values = json.loads(text)
+    straight, loops = values.pop("code")
+    code = Code(Segment(*straight), tuple(Segment(*loop) for loop in loops))
+    return Figures(**{**values, "serialised": tuple(values["serialised"]), "code": code})
 
 
 @cache
 def _version() -> str:
-    """Changes with this file, so that figures read by another version of it are read anew."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    """Changes with what reads, so that figures read by another version of it are read anew."""
+    sources = Path(__file__), Path(code.__file__)
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 _DOT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)> \*")
@@ -117,6 +135,7 @@ def _read_nvidia(compiled: Any, spec: Target) -> Figures:
         )
     registers, stack, shared, local = map(int, usage[0])
     reserved = RESERVED_SHARED if int(spec.arch) >= 90 else 0
+    code = read_sass(text, int(spec.arch), _together(compiled))
     return Figures(
         registers=registers,
         scalar_registers=None,
@@ -130,7 +149,44 @@ def _read_nvidia(compiled: Any, spec: Target) -> Figures:
         access=max((_sass_bytes(opcode) for opcode in opcodes if opcode[0] in _SASS_GLOBAL + _SASS_BULK), default=None),
         contracts=_contracts(compiled.asm["ttir"], spec.backend),
         issue=_issue(text, spec),
+        narrow=_narrow(code),
+        serialised=_serialised(compiled.asm["ptx"]) if "wgmma" in compiled.asm["ptx"] else (),
+        code=code,
     )
+
+
+def _narrow(code: Code) -> float | None:
+    loaded = sum(loop.moved for loop in code.main_loops)
+    return sum(loop.narrow for loop in code.main_loops) / loaded if loaded else None
+
+
+_TILE = re.compile(r"tc_gen5_mma.*?memdesc<(\d+)x\d+x\w+,.*?memdesc<\d+x(\d+)x\w+,")
+_BOX = re.compile(r"async_tma_copy_(global_to_local|local_to_global).*tensordesc<(\d+(?:x\d+)*)x[a-z]+(\d+)")
+
+
+def _together(compiled: Any) -> Shared:
+    """What single instructions do for a whole block, from the compiler's own representation."""
+    ttgir, warps = compiled.asm.get("ttgir", ""), compiled.metadata.num_warps
+    found, moved = _TILE.search(ttgir), {"global_to_local": 0, "local_to_global": 0}
+    for way, sides, bits in _BOX.findall(ttgir):
+        moved[way] += math.prod(map(int, sides.split("x"))) * int(bits) // 8
+    tile = (int(found[1]), int(found[2])) if found else Shared().tile
+    return Shared(warps, tile, moved["global_to_local"], moved["local_to_global"])
+
+
+_SERIALISED = re.compile(r"\(C(75\d\d)\)")
+
+
+def _serialised(ptx: str) -> tuple[str, ...]:
+    """What the assembler says of wgmma that it waits for at once, having been asked again."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "kernel.ptx"), str(Path(folder, "kernel.cubin"))
+        source.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--gpu-name=sm_90a", str(source), "-o", made]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return tuple(sorted(f"C{number}" for number in set(_SERIALISED.findall(done.stderr))))
 
 
 def _sass_bytes(opcode: list[str]) -> int:
@@ -258,6 +314,7 @@ def _read_amd(compiled: Any, spec: Target) -> Figures:
     metadata = _amd_metadata(text, str(spec.arch))
     code = [_AmdInstruction(*found) for found in _AMD.findall(text.partition(".amdgpu_metadata")[0])]
     private = [instruction for instruction in code if instruction.is_private]
+    read = read_gcn(text.partition(".amdgpu_metadata")[0], spec.warp_size)
     return Figures(
         registers=metadata["vgpr_count"],
         scalar_registers=metadata["sgpr_count"],
@@ -271,6 +328,8 @@ def _read_amd(compiled: Any, spec: Target) -> Figures:
         access=max((instruction.bytes for instruction in code if instruction.is_global), default=None),
         contracts=_contracts(compiled.asm["ttir"], spec.backend),
         issue=None,
+        narrow=_narrow(read),
+        code=read,
     )
 
 

@@ -15,25 +15,27 @@ KIB = 1024
 
 
 class Target(NamedTuple):
-    """A GPU architecture: what the compiler calls it, and how much shared memory a block may have."""
+    """A GPU architecture: what the compiler calls it, how much shared memory a block may have, and how many blocks run
+    side by side: the multiprocessors of a device, or of the largest common one where only the architecture is known."""
 
     backend: str
     arch: int | str
     warp_size: int
     shared_bytes: int
+    multiprocessors: int
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * KIB),
-    "sm_86": Target("cuda", 86, 32, 99 * KIB),
-    "sm_89": Target("cuda", 89, 32, 99 * KIB),
-    "sm_90": Target("cuda", 90, 32, 227 * KIB),
-    "sm_100": Target("cuda", 100, 32, 227 * KIB),
-    "sm_120": Target("cuda", 120, 32, 99 * KIB),
-    "gfx90a": Target("hip", "gfx90a", 64, 64 * KIB),
-    "gfx942": Target("hip", "gfx942", 64, 64 * KIB),
-    "gfx950": Target("hip", "gfx950", 64, 160 * KIB),
-    "gfx1100": Target("hip", "gfx1100", 32, 64 * KIB),
+    "sm_80": Target("cuda", 80, 32, 163 * KIB, 108),
+    "sm_86": Target("cuda", 86, 32, 99 * KIB, 84),
+    "sm_89": Target("cuda", 89, 32, 99 * KIB, 128),
+    "sm_90": Target("cuda", 90, 32, 227 * KIB, 132),
+    "sm_100": Target("cuda", 100, 32, 227 * KIB, 148),
+    "sm_120": Target("cuda", 120, 32, 99 * KIB, 170),
+    "gfx90a": Target("hip", "gfx90a", 64, 64 * KIB, 104),
+    "gfx942": Target("hip", "gfx942", 64, 64 * KIB, 304),
+    "gfx950": Target("hip", "gfx950", 64, 160 * KIB, 256),
+    "gfx1100": Target("hip", "gfx1100", 32, 64 * KIB, 96),
 }
 
 

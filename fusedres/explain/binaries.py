@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from fusedres.compiler.binary import Binary, compile_binary
+from fusedres.compiler.binary import Binary
 from fusedres.compiler.budgets import violations
 from fusedres.compiler.figures import Figures, read_figures
-from fusedres.compiler.targets import TARGETS, require_triton, target_named
+from fusedres.compiler.known import compile_binary, limited
+from fusedres.compiler.targets import TARGETS, Unavailable, require_triton, target_named
 from fusedres.explain.step import check_images
 from fusedres.models import preact_resnet
 from fusedres.models.sources import Source, source
-from fusedres.patterns.choose import AUTO
+from fusedres.patterns.choose import AUTO, forget_choices
 from fusedres.plan.schedule import SCHEDULES
 from fusedres.plan.tiles import MOST_TILES, listed
 from fusedres.runtime.launch import Trace, record
 from fusedres.swap import fuse
+from fusedres.traffic.predict import watching
 from fusedres.traffic.tensors import tensors_in
+from fusedres.traffic.weigh import forget
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One image as well: its row counts (49 pixels at the end of a ResNet) are not multiples of 16.
@@ -45,14 +49,28 @@ SHALLOW = {"preact_resnet29": Source("preact_resnet29", lambda: preact_resnet(29
 Task = tuple[Binary, str]
 
 
+@dataclass
+class Recorded:
+    """Who launches a binary: models, and the most blocks of a launch."""
+
+    models: list[str] = field(default_factory=list)
+    blocks: int = 0
+
+
 def recorded_binaries(
-    models: Sequence[str], dtypes: Sequence[str], targets: Sequence[str], *, every_tile: bool = False
-) -> dict[Task, list[str]]:
-    """What training and inference launch on each of ``targets``, with the names of the models that launch it.
+    models: Sequence[str],
+    dtypes: Sequence[str],
+    targets: Sequence[str],
+    *,
+    every_tile: bool = False,
+    weighed: bool = False,
+) -> dict[Task, Recorded]:
+    """What training and inference launch on each of ``targets``, and who launches it.
 
     The models, named by the rule of `models.sources.source`, run on the meta device, on every schedule. In 16 bits
     batch norm's parameters stay in fp32, which is what kernels see under autocast. ``every_tile``: with each tile in
-    turn that the plan lists for tuning, and not with the default alone.
+    turn that the plan lists for tuning, and not with the default alone. ``weighed``: what the choice by time looked at,
+    too, and did not take.
 
     Raises:
         ValueError: an unknown model, dtype or target.
@@ -60,16 +78,17 @@ def recorded_binaries(
     check_names("dtypes", dtypes, DTYPES)
     check_names("targets", targets, TARGETS)
     known = {name: model_named(name) for name in models}
-    users: dict[Task, list[str]] = {}
+    found: dict[Task, Recorded] = {}
     runs = itertools.product(targets, models, dtypes, (AUTO, *SCHEDULES), range(MOST_TILES if every_tile else 1))
     for target, name, dtype, schedule, place in runs:
         with listed(place):
-            trace = _dry_run(known[name], DTYPES[dtype], schedule, target)
-        for binary in dict.fromkeys(launch.binary for launch in trace.launches):
-            launchers = users.setdefault((binary, target), [])
-            if name not in launchers:
-                launchers.append(name)
-    return users
+            trace = _dry_run(known[name], DTYPES[dtype], schedule, target, weighed)
+        for one in trace.launches:
+            recorded = found.setdefault((one.binary, target), Recorded())
+            recorded.blocks = max(recorded.blocks, math.prod(one.grid))
+            if name not in recorded.models:
+                recorded.models.append(name)
+    return found
 
 
 def model_named(name: str) -> Source:
@@ -91,8 +110,8 @@ def check_names(what: str, names: Sequence[str], known: Collection[str]) -> None
             raise ValueError(f"{what}: expected some of {', '.join(known)}, got {name!r}")
 
 
-def _dry_run(model: Source, dtype: torch.dtype, schedule: str, target: str) -> Trace:
-    """Everything launched by a training step and by inference on ``target``."""
+def _dry_run(model: Source, dtype: torch.dtype, schedule: str, target: str, everything: bool = False) -> Trace:
+    """Everything launched by a training step and by inference on ``target``; if asked, all that is weighed, too."""
     network = model.on_meta().to(dtype)
     images = torch.empty(TRAINING_BATCH, *model.size, dtype=dtype, device="meta")
     images = images.contiguous(memory_format=torch.channels_last)
@@ -100,7 +119,9 @@ def _dry_run(model: Source, dtype: torch.dtype, schedule: str, target: str) -> T
         if isinstance(module, nn.BatchNorm2d):
             module.float()
     fuse(network, schedule=schedule)
-    with record(target) as trace:
+    forget()
+    forget_choices()
+    with record(target) as trace, watching() as weighed:
         network.train()
         outputs = [output for output in tensors_in(network(images)) if output.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
@@ -108,17 +129,22 @@ def _dry_run(model: Source, dtype: torch.dtype, schedule: str, target: str) -> T
         with torch.no_grad():
             for batch in INFERENCE_BATCHES:
                 network(images[:batch])
+    trace.launches.extend(weighed if everything else [])
     return trace
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One binary on one target: its figures if they were asked for, or why it has none."""
+    """One binary on one target: its figures if they were asked for, or why it has none.
+
+    ``limit``: of registers, where one was looked for (`known.limited`).
+    """
 
     binary: Binary
     target: str
     figures: Figures | None = None
     error: str | None = None
+    limit: int = 0
 
     @property
     def faults(self) -> list[str]:
@@ -128,7 +154,9 @@ class Outcome:
         return [] if self.figures is None else violations(self.binary, self.target, self.figures)
 
 
-def compile_all(tasks: Sequence[Task], *, jobs: int | None = None, read: bool = True) -> Iterator[Outcome]:
+def compile_all(
+    tasks: Sequence[Task], *, jobs: int | None = None, read: bool = True, limits: bool = False
+) -> Iterator[Outcome]:
     """Compile binaries, each for its target, in parallel; outcomes come in the order of ``tasks``.
 
     A binary that does not compile, or whose compiler crashes, has an outcome too. What was compiled before comes from
@@ -138,6 +166,7 @@ def compile_all(tasks: Sequence[Task], *, jobs: int | None = None, read: bool = 
         tasks: what to compile, and for which of `compiler.TARGETS`.
         jobs: processes; as many as there are cores if not given.
         read: whether to read figures.
+        limits: whether to look for limits of registers, in place of those that are known.
 
     Raises:
         ValueError: an unknown target.
@@ -146,7 +175,7 @@ def compile_all(tasks: Sequence[Task], *, jobs: int | None = None, read: bool = 
     require_triton()
     for _, target in tasks:
         target_named(target)
-    return _in_parallel(tasks, jobs or cores(), read)
+    return _in_parallel(tasks, jobs or cores(), _limited if limits else _read if read else _made)
 
 
 def cores() -> int:
@@ -154,36 +183,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _in_parallel(tasks: Sequence[Task], jobs: int, read: bool) -> Iterator[Outcome]:
+Result = tuple[Figures | None, str | None, int]
+Job = Callable[[Binary, str], Result]
+
+
+def _in_parallel(tasks: Sequence[Task], jobs: int, job: Job) -> Iterator[Outcome]:
     pool = _pool(tasks, jobs)
     try:
-        futures = [_submitted(pool, index, read) for index in range(len(tasks))]
+        futures = [_submitted(pool, index, job) for index in range(len(tasks))]
         for task, future in zip(tasks, futures, strict=True):
             try:
-                figures, error = future.result()
+                figures, error, limit = future.result()
             except BrokenProcessPool:
                 # A compiler that crashes takes the other workers with it. Alone, each task answers for itself.
-                figures, error = _alone(task, read)
-            yield Outcome(*task, figures, error)
+                figures, error, limit = _alone(task, job)
+            yield Outcome(*task, figures, error, limit)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _submitted(pool: ProcessPoolExecutor, index: int, read: bool) -> Future[tuple[Figures | None, str | None]]:
+def _submitted(pool: ProcessPoolExecutor, index: int, job: Job) -> Future[Result]:
     try:
-        return pool.submit(_compile, index, read)
+        return pool.submit(_compile, index, job)
     except BrokenProcessPool as error:  # by a crash while tasks are still being handed in
-        refused: Future[tuple[Figures | None, str | None]] = Future()
+        refused: Future[Result] = Future()
         refused.set_exception(error)
         return refused
 
 
-def _alone(task: Task, read: bool) -> tuple[Figures | None, str | None]:
+def _alone(task: Task, job: Job) -> Result:
     with _pool([task], 1) as pool:
         try:
-            return pool.submit(_compile, 0, read).result()
+            return pool.submit(_compile, 0, job).result()
         except BrokenProcessPool:
-            return None, "the compiler crashed"
+            return None, "the compiler crashed", 0
 
 
 _tasks: Sequence[Task] = ()
@@ -199,10 +232,24 @@ def _inherit(tasks: Sequence[Task]) -> None:
     _tasks = tasks
 
 
-def _compile(index: int, read: bool) -> tuple[Figures | None, str | None]:
-    binary, target = _tasks[index]
+def _compile(index: int, job: Job) -> Result:
     try:
-        compiled = compile_binary(binary, target)
+        return job(*_tasks[index])
+    except Unavailable:
+        raise
     except Exception as error:  # of the compiler's many kinds
-        return None, f"does not compile: {type(error).__name__}: {error}"
-    return (read_figures(compiled, target) if read else None), None
+        return None, f"does not compile: {type(error).__name__}: {error}", 0
+
+
+def _made(binary: Binary, target: str) -> Result:
+    compile_binary(binary, target)
+    return None, None, 0
+
+
+def _read(binary: Binary, target: str) -> Result:
+    return read_figures(compile_binary(binary, target), target), None, 0
+
+
+def _limited(binary: Binary, target: str) -> Result:
+    limit, figures = limited(binary, target)
+    return figures, None, limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -14,13 +14,25 @@ from rich.table import Table
 
 from fusedres.compiler.binary import Binary
 from fusedres.compiler.figures import Figures
+from fusedres.compiler.known import write
+from fusedres.compiler.occupancy import occupancy
 from fusedres.compiler.targets import TARGETS, require_triton
-from fusedres.explain.binaries import DTYPES, MODELS, Outcome, Task, check_names, compile_all, recorded_binaries
+from fusedres.explain.binaries import (
+    DTYPES,
+    MODELS,
+    Outcome,
+    Recorded,
+    Task,
+    check_names,
+    compile_all,
+    recorded_binaries,
+)
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What `fusedres compile` was asked for. Without ``report`` only the cache is filled."""
+    """What `fusedres compile` was asked for. Without ``report`` only the cache is filled; ``known`` is the table that
+    choices go by (`compiler.known`), whose rows of the targets are written anew."""
 
     report: bool = False
     every_tile: bool = False
@@ -29,6 +41,7 @@ class CompileOptions:
     dtypes: Sequence[str] = tuple(DTYPES)
     jobs: int | None = None
     csv: Path | None = None
+    known: Path | None = None
 
 
 def run(options: CompileOptions) -> int:
@@ -37,22 +50,30 @@ def run(options: CompileOptions) -> int:
     check_names("targets", options.targets, TARGETS)
     if options.csv is not None and not options.report:
         raise ValueError("csv: expected together with --report")
+    if options.known is not None and not options.report:
+        raise ValueError("known: expected together with --report")
     if options.csv is not None and not options.csv.parent.is_dir():
         raise ValueError(f"csv must lie in an existing folder, got {options.csv}")
     console = Console()
     start = time.perf_counter()
-    users = recorded_binaries(options.models, options.dtypes, options.targets, every_tile=options.every_tile)
-    if not users:
+    recorded = recorded_binaries(
+        options.models,
+        options.dtypes,
+        options.targets,
+        every_tile=options.every_tile,
+        weighed=options.known is not None,
+    )
+    if not recorded:
         console.print("FAILED: these models launch no kernels, so that nothing was compiled")
         return 1
     binaries = sorted(
-        dict.fromkeys(binary for binary, _ in users),
+        dict.fromkeys(binary for binary, _ in recorded),
         key=lambda binary: (binary.name, binary.variant, binary.num_warps, binary.num_stages),
     )
-    tasks = [(binary, target) for binary in binaries for target in options.targets if (binary, target) in users]
+    tasks = [(binary, target) for binary in binaries for target in options.targets if (binary, target) in recorded]
     outcomes = list(
         track(
-            compile_all(tasks, jobs=options.jobs, read=options.report),
+            compile_all(tasks, jobs=options.jobs, read=options.report, limits=options.known is not None),
             "compiling",
             total=len(tasks),
             console=console,
@@ -63,10 +84,13 @@ def run(options: CompileOptions) -> int:
     seconds = time.perf_counter() - start
     if options.report:
         # Into a file the table goes at full width: nobody reads it folded to 80 columns.
-        (console if console.is_terminal else Console(width=200)).print(table(outcomes))
+        (console if console.is_terminal else Console(width=280)).print(table(outcomes, recorded))
     if options.csv is not None:
-        write_csv(options.csv, outcomes, users)
+        write_csv(options.csv, outcomes, recorded)
         console.print(f"written: {options.csv}", soft_wrap=True)
+    if options.known is not None:
+        rows = [(one.binary, one.target, one.limit, one.figures) for one in outcomes if one.figures is not None]
+        console.print(f"written: {options.known}, {write(rows, options.known)} rows", soft_wrap=True)
     console.print(
         f"{len(tasks)} binaries for {len(options.targets)} targets, recorded from "
         f"{', '.join(options.models)} in {', '.join(options.dtypes)}, in {seconds:.1f} s",
@@ -83,15 +107,18 @@ def run(options: CompileOptions) -> int:
 _COLUMNS = (
     ("registers", "registers"), ("scalar", "scalar_registers"), ("spilled", "spilled_registers"),
     ("spill B", None), ("stack B", "stack"), ("shared B", "shared"), ("tensor-core", "tensor_core"),
-    ("async copy", "async_copies"), ("access B", "access"), ("issue", "issue"),
+    ("async copy", "async_copies"), ("access B", "access"), ("issue", "issue"), ("narrow", "narrow"), ("wgmma", None),
+    ("outside", None), ("blocks", None), ("waves", None),
 )  # fmt: skip
 
 
-def table(outcomes: Sequence[Outcome]) -> Table:
+def table(outcomes: Sequence[Outcome], recorded: Mapping[Task, Recorded]) -> Table:
     """One line per binary and target; a dash is what can not be read from that target's binaries."""
     caption = (
         "spill: bytes stored/loaded per thread; access: the widest to memory; "
-        "issue: cycles to issue the main loop over cycles to multiply"
+        "issue: cycles to issue the main loop over cycles to multiply; narrow: share of its bytes that come by less "
+        "than 8 at a time; wgmma: messages that it waits; outside: instructions beside loops; blocks: on a "
+        "multiprocessor at once, and what limits them; waves: of the largest launch on the common GPU of the target"
     )
     result = Table(title="Binaries", caption=caption)
     result.add_column("kernel", no_wrap=True)
@@ -111,7 +138,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             binary.name if new else "",
             _described(binary) if new else "",
             outcome.target,
-            *(_cell(figures, field) for _, field in _COLUMNS),
+            *(_cell(figures, name) if name else _joined(heading, outcome, recorded) for heading, name in _COLUMNS),
             "BROKEN" if outcome.faults else "kept",
         )
     return result
@@ -121,27 +148,46 @@ def _described(binary: Binary) -> str:
     return f"{binary.variant} warps={binary.num_warps} stages={binary.num_stages}"
 
 
-def _cell(figures: Figures | None, field: str | None) -> str:
+def _joined(heading: str, outcome: Outcome, recorded: Mapping[Task, Recorded]) -> str:
+    figures = outcome.figures
     if figures is None:
         return "-"
-    if field is None:
-        return f"{figures.spill_stores}/{figures.spill_loads}"
+    held = occupancy(outcome.binary.num_warps, figures.registers, figures.shared, outcome.target)
+    together = held.blocks * TARGETS[outcome.target].multiprocessors
+    task = outcome.binary, outcome.target
+    return {
+        "spill B": f"{figures.spill_stores}/{figures.spill_loads}",
+        "wgmma": " ".join(figures.serialised),
+        "outside": str(figures.code.straight.instructions),
+        "blocks": f"{held.blocks} {held.limit}",
+        "waves": f"{recorded[task].blocks / together:.2f}" if task in recorded else "-",
+    }[heading]
+
+
+def _cell(figures: Figures | None, field: str) -> str:
+    if figures is None:
+        return "-"
     value = getattr(figures, field)
     if isinstance(value, float):
         return f"{value:.2f}"
     return "-" if value is None else str(value)
 
 
-def write_csv(path: Path, outcomes: Sequence[Outcome], users: Mapping[Task, Sequence[str]]) -> None:
+def write_csv(path: Path, outcomes: Sequence[Outcome], recorded: Mapping[Task, Recorded]) -> None:
     """Every figure of every binary on every target, an empty cell where there is none."""
-    names = [field.name for field in fields(Figures)]
+    names = [field.name for field in fields(Figures) if field.name != "code"]
+    together = ("outside", "blocks", "waves")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["kernel", "variant", "num_warps", "num_stages", "models", "target", *names, "faults"])
+        writer.writerow(
+            ["kernel", "variant", "num_warps", "num_stages", "models", "target", *names, *together, "faults"]
+        )
         for outcome in outcomes:
             binary, target = outcome.binary, outcome.target
-            figures = asdict(outcome.figures) if outcome.figures is not None else dict.fromkeys(names)
+            figures = [getattr(outcome.figures, name, None) for name in names]
+            figures += [_joined(heading, outcome, recorded) for heading in together]
+            models = " ".join(recorded[binary, target].models)
             writer.writerow([
-                binary.name, binary.variant, binary.num_warps, binary.num_stages, " ".join(users[binary, target]),
-                target, *figures.values(), "; ".join(outcome.faults),
+                binary.name, binary.variant, binary.num_warps, binary.num_stages, models, target, *figures,
+                "; ".join(outcome.faults),
             ])  # fmt: skip

@@ -12,11 +12,12 @@ import torch
 from fusedres.compiler.targets import TARGETS
 from fusedres.explain.step import Step, Twins, check_images, run_step
 from fusedres.models.sources import Size, Source, source
-from fusedres.patterns.choose import AUTO
+from fusedres.patterns.choose import AUTO, CHOSEN
 from fusedres.plan.gpus import Gpu, gpu_named
 from fusedres.plan.schedule import SCHEDULES
 from fusedres.runtime.launch import tf32_allowed
 from fusedres.traffic.account import Entry, bytes_by_kind
+from fusedres.traffic.predict import prediction
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EAGER = "eager"
@@ -51,7 +52,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Figures:
-    """A step's figures, each for one image but ``launches``."""
+    """A step's figures, each for one image but ``launches`` and the prediction.
+
+    Attributes:
+        predicted_ms: milliseconds of the step by the model of `plan.time`: of the GPU, or of Python where that takes
+            longer to start the launches.
+        predicted_band_ms: the same by its optimistic and its pessimistic assumptions.
+        roofline_images_per_s: a bound, which no step reaches.
+    """
 
     bytes_per_image: float
     read_per_image: float
@@ -60,14 +68,18 @@ class Figures:
     launches: int
     flops_per_image: float
     roofline_images_per_s: float
+    predicted_ms: float
+    predicted_band_ms: tuple[float, float]
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], saved: int, batch: int, seconds: float) -> Figures:
+    def of(cls, entries: Sequence[Entry], saved: int, batch: int, seconds: float, gpu: Gpu) -> Figures:
         read, written = sum(entry.read for entry in entries), sum(entry.written for entry in entries)
         flops = sum(entry.flops for entry in entries)
+        predicted = prediction([entry.work for entry in entries], gpu)
+        optimistic, central, pessimistic = (1e3 * max(seconds, predicted.host) for seconds in predicted.band)
         return cls(
             (read + written) / batch, read / batch, written / batch, saved / batch, len(entries), flops / batch,
-            batch / seconds if seconds else 0.0,
+            batch / seconds if seconds else 0.0, central, (optimistic, pessimistic),
         )  # fmt: skip
 
 
@@ -101,7 +113,11 @@ class Explanation:
         return sum(max(entry.bytes / bandwidth, entry.flops / rate) for entry in entries)
 
     def figures(self, step: Step) -> Figures:
-        return Figures.of(step.entries, step.saved, self.question.batch, self.seconds(step.entries))
+        return Figures.of(step.entries, step.saved, self.question.batch, self.seconds(step.entries), self.gpu)
+
+    def alike(self, step: Step) -> int:
+        """Launches that are predicted from the code of a binary like theirs."""
+        return prediction([entry.work for entry in step.entries], self.gpu).alike
 
     @property
     def steps(self) -> dict[str, Step]:
@@ -116,7 +132,7 @@ class Explanation:
             table[name] = {}
             for rung, step in self.steps.items():
                 entries = [entry for entry in step.entries if entry.layer == name]
-                table[name][rung] = Figures.of(entries, 0, self.question.batch, self.seconds(entries))
+                table[name][rung] = Figures.of(entries, 0, self.question.batch, self.seconds(entries), self.gpu)
         return table
 
     def operations(self, step: Step) -> list[tuple[str, int, float, float]]:
@@ -146,7 +162,7 @@ class Explanation:
 
         def described(step: Step) -> dict[str, Any]:
             kinds = {kind: total / question.batch for kind, total in bytes_by_kind(step.entries).items() if total}
-            return {**vars(self.figures(step)), "bytes_per_image_by_kind": kinds}
+            return {**vars(self.figures(step)), "bytes_per_image_by_kind": kinds, "launches_alike": self.alike(step)}
 
         choices = self.rungs[AUTO].choices if AUTO in self.rungs else {}
         chosen = {name: {"choice": c.schedule.name, "reason": c.reason} for name, c in choices.items()}
@@ -157,6 +173,7 @@ class Explanation:
                     "bytes_per_image": f.bytes_per_image,
                     "launches": f.launches,
                     "flops_per_image": f.flops_per_image,
+                    "predicted_ms": f.predicted_ms,
                 }
                 for rung, f in by_rung.items()
             }
@@ -166,6 +183,7 @@ class Explanation:
             "batch": question.batch,
             "dtype": question.dtype,
             "gpu": self.gpu.name,
+            "gpu_scaled_from": self.gpu.alike,
             "mode": "inference" if question.infer else "training",
             "cast": question.cast,
             "size": list(question.size or ()),
@@ -189,7 +207,7 @@ def explain(question: Question, *, model: Source | None = None) -> Explanation:
     gpu = gpu_named(question.gpu)
     if question.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {question.dtype!r}")
-    known = (*SCHEDULES, AUTO)
+    known = (*SCHEDULES, *CHOSEN)
     for rung in question.rungs:
         if rung not in known:
             raise ValueError(f"rung: expected all or one of {', '.join(known)}, got {rung!r}")
@@ -214,6 +232,6 @@ def explain(question: Question, *, model: Source | None = None) -> Explanation:
             images_grad=question.images_grad, cast=question.cast,
         )  # fmt: skip
 
-    rungs = {name: step(name) for name in question.rungs or known}
+    rungs = {name: step(name) for name in question.rungs or (*SCHEDULES, AUTO)}
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Explanation(Question(**{**vars(question), "size": tuple(size)}), gpu, step(None), rungs, parameters)

@@ -40,23 +40,33 @@ def _summary(found: Explanation) -> Table:
     )
     caption = (
         f"Computed, not measured: every kernel reads each input once and writes each output once. Roofline: "
-        f"{found.gpu.bandwidth / 1e12:.2f} TB/s, {found.rate / 1e12:.0f} TFLOP/s ({found.gpu.source})."
+        f"{found.gpu.bandwidth / 1e12:.2f} TB/s, {found.rate / 1e12:.0f} TFLOP/s ({found.gpu.source}), a bound.\n"
+        f"Predicted: milliseconds of a step of {question.batch} by a model of time, from the compiled code of kernels "
+        f"and the usual speed of a library, with its band."
     )
+    if found.gpu.alike is not None:
+        caption += f"\n{found.gpu.name} is not in the table of GPUs: its figures are {found.gpu.source}."
+    known = {name: found.alike(step) for name, step in found.steps.items()}
+    if any(known.values()):
+        words = ", ".join(f"{name} {count}" for name, count in known.items() if count)
+        caption += f"\nLaunches predicted from the code of another binary of their kernel: {words}."
     if not question.infer:
         caption += (
             f"\nEager's convolutions are counted as if both of their gradients read the output's at once; as kernels "
             f"read it, eager moves {(found.figures(found.eager).bytes_per_image + found.reread_per_image()) / MEGA:.1f}"
             f" MB.\nSGD with momentum would add {found.sgd_per_image() / MEGA:.1f} MB to every row."
         )
-    table = _right(
-        title, "launches", "ours", "MB read", "MB written", "MB", "of eager", "GFLOP", "MB saved", "images/s at most",
-        caption=caption,
+    columns = (
+        "predicted ms", "band", "launches", "ours", "MB read", "MB written", "MB", "of eager", "GFLOP", "MB saved",
+        "images/s at most",
     )  # fmt: skip
+    table = _right(title, *columns, caption=caption)
     eager = found.figures(found.eager)
     for name, step in found.steps.items():
         figures = found.figures(step)
         table.add_row(
-            name, str(figures.launches), str(sum(entry.ours for entry in step.entries)),
+            name, f"{figures.predicted_ms:.2f}", "{:.1f}-{:.1f}".format(*figures.predicted_band_ms),
+            str(figures.launches), str(sum(entry.ours for entry in step.entries)),
             f"{figures.read_per_image / MEGA:.1f}", f"{figures.written_per_image / MEGA:.1f}",
             f"{figures.bytes_per_image / MEGA:.1f}", f"{figures.bytes_per_image / eager.bytes_per_image:.2f}",
             f"{figures.flops_per_image / GIGA:.2f}", f"{figures.saved_bytes_per_image / MEGA:.1f}",

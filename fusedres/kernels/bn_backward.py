@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fusedres.kernels.act_mask import load_masked
 from fusedres.kernels.forming import formed_gradient, of_channels
+from fusedres.kernels.parts import add_parts, columns_of_parts
 from fusedres.kernels.rows import row_of
 from fusedres.kernels.zero_pad_shortcut import load_zero_padded_grad
 
@@ -54,63 +55,43 @@ def bn_backward_reduce_kernel(
     tl.store(part_gd_ptr + o_out, tl.sum(sum_gd, axis=0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def bn_backward_combine_kernel(
-    part_g_ptr,  # (parts, C) fp32
-    part_gd_ptr,  # (parts, C) fp32
-    out_g_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
-    out_gd_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
-    parts,
-    C,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """As many parts as a block holds become one, so that thousands of tiles are not added up by a few programs."""
-    i_part, i_c = tl.program_id(0), tl.program_id(1)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    o_part = i_part * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
-    m_c = o_c < C
-    o = o_part.to(tl.int64)[:, None] * C + o_c[None, :]
-    m = (o_part < parts)[:, None] & m_c[None, :]
-    o_out = i_part * C + o_c
-    tl.store(out_g_ptr + o_out, tl.sum(tl.load(part_g_ptr + o, mask=m, other=0.0), axis=0), mask=m_c)
-    tl.store(out_gd_ptr + o_out, tl.sum(tl.load(part_gd_ptr + o, mask=m, other=0.0), axis=0), mask=m_c)
-
-
-@triton.jit(do_not_specialize=["parts", "rows"])
+@triton.jit(do_not_specialize=["parts", "rows", "weight_parts"])
 def bn_backward_finish_kernel(
     part_g_ptr,  # (parts, C) fp32
     part_gd_ptr,  # (parts, C) fp32
     invstd_ptr,  # (C,) fp32
     scale_ptr,  # (C,) fp32, gamma * invstd
+    part_weight_ptr,  # (weight_parts, weight_size) of a weight's gradient that was made beside them, or None
     sum_g_ptr,  # (C,) fp32 out, the gradient of beta
     sum_gy_ptr,  # (C,) fp32 out, sum(g * y_hat), the gradient of gamma
     q_ptr,  # (C,) fp32 out, -scale * invstd * sum_gy / rows
     r_ptr,  # (C,) fp32 out, -scale * sum_g / rows
+    weight_ptr,  # (weight_size,) fp32 out, or None
     parts,
     rows,
     C,
+    weight_parts,
+    weight_size,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr,  # as BLOCK_PARTS and BLOCK of `add_parts`
+    WEIGHT_BLOCK: tl.constexpr,
 ):
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    o_part = tl.arange(0, BLOCK_PARTS)
-    sum_g = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    sum_gd = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for start in range(0, parts, BLOCK_PARTS):
-        o = (start + o_part)[:, None] * C + o_c[None, :]
-        m = (o_part < parts - start)[:, None] & m_c[None, :]
-        sum_g += tl.load(part_g_ptr + o, mask=m, other=0.0)
-        sum_gd += tl.load(part_gd_ptr + o, mask=m, other=0.0)
-    invstd = tl.load(invstd_ptr + o_c, mask=m_c, other=0.0)
-    total_g = tl.sum(sum_g, axis=0)
-    total_gy = tl.sum(sum_gd, axis=0) * invstd
-    tl.store(sum_g_ptr + o_c, total_g, mask=m_c)
-    tl.store(sum_gy_ptr + o_c, total_gy, mask=m_c)
-    factor = -tl.load(scale_ptr + o_c, mask=m_c, other=0.0) / rows
-    tl.store(q_ptr + o_c, factor * invstd * total_gy, mask=m_c)
-    tl.store(r_ptr + o_c, factor * total_g, mask=m_c)
+    columns = tl.cdiv(C, BLOCK_C)
+    if tl.program_id(0) < columns:
+        o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        invstd = tl.load(invstd_ptr + o_c, mask=m_c, other=0.0)
+        factor = -tl.load(scale_ptr + o_c, mask=m_c, other=0.0) / rows
+        total_g = columns_of_parts(part_g_ptr, o_c, m_c, parts, C, BLOCK_PARTS, BLOCK_C)
+        total_gy = columns_of_parts(part_gd_ptr, o_c, m_c, parts, C, BLOCK_PARTS, BLOCK_C) * invstd
+        tl.store(sum_g_ptr + o_c, total_g, mask=m_c)
+        tl.store(sum_gy_ptr + o_c, total_gy, mask=m_c)
+        tl.store(q_ptr + o_c, factor * invstd * total_gy, mask=m_c)
+        tl.store(r_ptr + o_c, factor * total_g, mask=m_c)
+    elif part_weight_ptr is not None:
+        i_block = tl.program_id(0) - columns
+        add_parts(part_weight_ptr, weight_ptr, i_block, weight_parts, weight_size, WEIGHT_PARTS, WEIGHT_BLOCK)
 
 
 @triton.jit(

@@ -10,38 +10,66 @@ def _lerp(start, end, weight):
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
 
 
-@triton.jit(do_not_specialize=["parts"])
-def bn_combine_kernel(
+@triton.jit
+def _combined(
     count_ptr,  # (parts,) fp32
     mean_ptr,  # (parts, C) fp32
     m2_ptr,  # (parts, C) fp32
-    out_count_ptr,  # (ceil(parts / BLOCK_PARTS),) fp32 out
-    out_mean_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
-    out_m2_ptr,  # (ceil(parts / BLOCK_PARTS), C) fp32 out
+    o_c,  # (BLOCK_C,) channels
+    m_c,  # (BLOCK_C,) which of them exist
     parts,
     C,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """As many parts as a block holds become one, so that thousands of tiles are not combined by a few programs."""
-    i_part, i_c = tl.program_id(0), tl.program_id(1)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    o_part = i_part * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
-    m_part, m_c = o_part < parts, o_c < C
-    m = m_part[:, None] & m_c[None, :]
-    o = o_part.to(tl.int64)[:, None] * C + o_c[None, :]
-    n = tl.load(count_ptr + o_part, mask=m_part, other=0.0)
-    means = tl.load(mean_ptr + o, mask=m, other=0.0)
-    origin = tl.load(mean_ptr + i_part.to(tl.int64) * BLOCK_PARTS * C + o_c, mask=m_c, other=0.0)
+    """Count, (BLOCK_C,) mean and m2 of all parts together, after Chan, Golub and LeVeque (1979).
+
+    Each row of a step is combined with the rows before it in its place, and these in the end about the common mean:
+    deviations about a mean that is nearby can not cancel, and every number is read once.
+    """
+    o_part = tl.arange(0, BLOCK_PARTS)
+    n = tl.zeros((BLOCK_PARTS,), tl.float32)
+    mean = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        m_part = o_part < parts - start
+        o = (start + o_part).to(tl.int64)[:, None] * C + o_c[None, :]
+        m = m_part[:, None] & m_c[None, :]
+        more = tl.load(count_ptr + start + o_part, mask=m_part, other=0.0)
+        d = tl.where(m, tl.load(mean_ptr + o, mask=m, other=0.0) - mean, 0.0)
+        share = more / tl.maximum(n + more, 1.0)
+        mean += d * share[:, None]
+        m2 += tl.load(m2_ptr + o, mask=m, other=0.0) + d * d * (n * share)[:, None]
+        n += more
     count = tl.sum(n, axis=0)
-    mean = origin + tl.sum(tl.where(m, n[:, None] * (means - origin[None, :]), 0.0), axis=0) / count
-    d = means - mean[None, :]
-    m2 = tl.sum(tl.load(m2_ptr + o, mask=m, other=0.0) + tl.where(m, n[:, None] * d * d, 0.0), axis=0)
-    o_out = i_part * C + o_c
-    tl.store(out_mean_ptr + o_out, mean, mask=m_c)
-    tl.store(out_m2_ptr + o_out, m2, mask=m_c)
-    if i_c == 0:
-        tl.store(out_count_ptr + i_part, count)
+    m = (n > 0)[:, None] & m_c[None, :]
+    origin = tl.load(mean_ptr + o_c, mask=m_c, other=0.0)
+    d = tl.where(m, mean - origin[None, :], 0.0)
+    common = origin + tl.sum(n[:, None] * d, axis=0) / count
+    d = tl.where(m, mean - common[None, :], 0.0)
+    return count, common, tl.sum(m2 + n[:, None] * d * d, axis=0)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def bn_combine_kernel(
+    count_ptr,  # (parts,) fp32
+    part_mean_ptr,  # (parts, C) fp32
+    part_m2_ptr,  # (parts, C) fp32
+    all_count_ptr,  # (1,) fp32 out
+    mean_ptr,  # (C,) fp32 out
+    m2_ptr,  # (C,) fp32 out
+    parts,
+    C,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    count, mean, m2 = _combined(count_ptr, part_mean_ptr, part_m2_ptr, o_c, m_c, parts, C, BLOCK_PARTS, BLOCK_C)
+    tl.store(mean_ptr + o_c, mean, mask=m_c)
+    tl.store(m2_ptr + o_c, m2, mask=m_c)
+    if tl.program_id(0) == 0:
+        tl.store(all_count_ptr, count)
 
 
 @triton.jit
@@ -166,32 +194,7 @@ def bn_finalize_kernel(
 ):
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    o_part = tl.arange(0, BLOCK_PARTS)
-
-    # After Chan, Golub and LeVeque (1979), in two passes: deviations about the common mean can not cancel.
-    origin = tl.load(part_mean_ptr + o_c, mask=m_c, other=0.0)
-    counts = tl.zeros((BLOCK_PARTS,), tl.float32)
-    total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for start in range(0, parts, BLOCK_PARTS):
-        m_part = o_part < parts - start
-        o = (start + o_part)[:, None] * C + o_c[None, :]
-        m = m_part[:, None] & m_c[None, :]
-        n = tl.load(count_ptr + start + o_part, mask=m_part, other=0.0)
-        mean = tl.load(part_mean_ptr + o, mask=m, other=0.0)
-        counts += n
-        total += tl.where(m, n[:, None] * (mean - origin[None, :]), 0.0)
-    count = tl.sum(counts, axis=0)
-    mean = origin + tl.sum(total, axis=0) / count
-    squares = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for start in range(0, parts, BLOCK_PARTS):
-        m_part = o_part < parts - start
-        o = (start + o_part)[:, None] * C + o_c[None, :]
-        m = m_part[:, None] & m_c[None, :]
-        n = tl.load(count_ptr + start + o_part, mask=m_part, other=0.0)
-        d = tl.load(part_mean_ptr + o, mask=m, other=0.0) - mean[None, :]
-        squares += tl.load(part_m2_ptr + o, mask=m, other=0.0) + tl.where(m, n[:, None] * d * d, 0.0)
-    m2 = tl.sum(squares, axis=0)
-
+    count, mean, m2 = _combined(count_ptr, part_mean_ptr, part_m2_ptr, o_c, m_c, parts, C, BLOCK_PARTS, BLOCK_C)
     store_normaliser(
         count, mean, m2, gamma_ptr, beta_ptr, bias_ptr, running_mean_ptr, running_var_ptr, counted_ptr,
         mean_ptr, invstd_ptr, scale_ptr, shift_ptr, o_c, m_c, eps, momentum,

@@ -3,13 +3,15 @@
 import triton
 import triton.language as tl
 
+from fusedres.kernels.main_loop import in_columns
+
 
 @triton.jit
 def store_tile_statistics(
     y,  # (BLOCK_ROWS, BLOCK_C) tile as stored, storage dtype
     m_row,  # (BLOCK_ROWS,) rows inside the tensor
     m_c,  # (BLOCK_C,) channels inside the tensor
-    count,  # rows inside the tensor
+    count,  # how many of them, int32
     i_part,  # this tile's place among the parts
     o_c,  # (BLOCK_C,) channels
     C,
@@ -19,11 +21,16 @@ def store_tile_statistics(
     is_first,  # whether this is the first tile along the channels
 ):
     """Mean and squared deviations of one tile, in two passes over registers."""
-    m = m_row[:, None] & m_c[None, :]
+    y = in_columns(y).to(tl.float32)
+    # The last tile alone has rows to leave out, and the others branch around that.
+    whole = count == y.shape[0]
+    if not whole:
+        y = tl.where(m_row[:, None], y, 0.0)
     count = count.to(tl.float32)
-    y = tl.where(m, y.to(tl.float32), 0.0)
-    mean = tl.sum(y, axis=0) / count
-    d = tl.where(m, y - mean[None, :], 0.0)
+    mean = tl.sum(y, axis=0) * (1 / count)
+    d = y - mean[None, :]
+    if not whole:
+        d = tl.where(m_row[:, None], d, 0.0)
     o = i_part.to(tl.int64) * C + o_c
     tl.store(mean_ptr + o, mean, mask=m_c)
     tl.store(m2_ptr + o, tl.sum(d * d, axis=0), mask=m_c)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fusedres.kernels.act_mask import bits_of, load_masked_rows, word_pointers
 from fusedres.kernels.activation import behind, opening
-from fusedres.kernels.forming import formed_gradient, formed_input, of_channels
+from fusedres.kernels.forming import formed_gradient, formed_input, of_channels, product
 from fusedres.kernels.main_loop import SIZES
 from fusedres.kernels.rows import row_of
 from fusedres.kernels.zero_pad_shortcut import load_zero_padded_grad
@@ -186,8 +186,8 @@ def conv_backward_kernel(
                 g, mask, y = _parts_of_dy(g_ptrs, mask_ptrs, y_ptrs, m_in, K, WORD, BLOCK_K)
             w = tl.load(w_ptrs, mask=m_k[:, None] & m_c[None, :], other=0.0)
             w_ptrs += C
-            acc = tl.dot(dy, w, acc, input_precision=PRECISION)
-            sums = tl.dot(tl.trans(u), dy, dw[i_tap], input_precision=PRECISION)
+            acc = product(dy, w, acc, PRECISION)
+            sums = product(tl.trans(u), dy, dw[i_tap], PRECISION)
             summed = summed + (sums,)  # noqa: RUF005 (the compiler unpacks no tuples)
         dw = summed
         if add_ptr is not None:

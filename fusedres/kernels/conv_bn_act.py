@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fusedres.kernels.bn_statistics import store_tile_statistics
 from fusedres.kernels.epilogue import normalised, store_activated
-from fusedres.kernels.main_loop import SIZES, contract, tile_of
+from fusedres.kernels.main_loop import SIZES, contract, late_range, tile_of
 from fusedres.kernels.rows import load_in_fours, row_of
 from fusedres.kernels.zero_pad_shortcut import load_zero_padded
 
@@ -18,7 +18,7 @@ SHORTCUT_SIZES = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SIZES, *SHORTCUT_SIZES])
+@triton.jit(do_not_specialize=[*SIZES, *SHORTCUT_SIZES], do_not_specialize_on_alignment=["groups"])
 def conv_bn_act_kernel(
     x_ptr,  # (N, H, W, groups * C) activations, storage dtype
     w_ptr,  # (groups * K, R, S, C) weights, storage dtype
@@ -81,7 +81,8 @@ def conv_bn_act_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     PADDED: tl.constexpr,  # whether a window can reach beyond the input
-    FLAT: tl.constexpr,  # see `contract`
+    SAME: tl.constexpr,  # see `contract`; of the second contraction
+    SECOND_SAME: tl.constexpr,
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_C: tl.constexpr,
     SECOND_EVEN_C: tl.constexpr,
@@ -103,20 +104,22 @@ def conv_bn_act_kernel(
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
     x_row = row_of(x_row, groups * C, C_MULTIPLE)
-    i_pixel, i_k, i_group, o_k = tile_of(groups, K, GROUPS_PER_TILE, BLOCK_K)
-    o_row = tl.arange(0, BLOCK_PIXELS)
+    i_pixel, i_k, i_group, first_k = tile_of(groups, K, GROUPS_PER_TILE, BLOCK_K)
     # Rows beyond the output read the last pixel's window: no mask in the loop, and nobody stores what they give.
-    o_pixel = tl.minimum(i_pixel * BLOCK_PIXELS + o_row, pixels - 1)
+    o_pixel = tl.minimum(i_pixel * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS), pixels - 1)
+    o_k = first_k + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_K), tl.float32)
     acc = contract(
         x_ptr, w_ptr, x_scale_ptr, x_shift_ptr, ones_ptr, acc, o_pixel, i_group, o_k, groups, C, K, H, W, P, Q,
-        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, FLAT, GROUPS_PER_TILE, EVEN_C,
-        X_ACT, PAIRS, PRECISION, C_MULTIPLE, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x_row, R, S, PADDED, SAME, GROUPS_PER_TILE,
+        EVEN_C, X_ACT, PAIRS, PRECISION, BLOCK_PIXELS, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
     first = i_pixel.to(tl.int64) * BLOCK_PIXELS
+    o_row, o_k = late_range(BLOCK_PIXELS), first_k + late_range(BLOCK_K)
     o_out = i_group * K + o_k
-    m_row = o_row < pixels - first
+    count = tl.minimum(pixels - i_pixel * BLOCK_PIXELS, BLOCK_PIXELS)
+    m_row = o_row < count
     m_out = (o_k < GROUPS_PER_TILE * K) & (o_out < groups * K)
     z = normalised(
         acc, scale_ptr, shift_ptr, running_mean_ptr, running_var_ptr, gamma_ptr, beta_ptr, bias_ptr, eps, o_out, m_out
@@ -127,8 +130,8 @@ def conv_bn_act_kernel(
         acc = contract(
             second_x_ptr, second_w_ptr, second_x_scale_ptr, second_x_shift_ptr, None, acc, o_pixel, 0, o_out, 1,
             second_C, groups * K, second_H, second_W, P, Q, second_stride_h, second_stride_w, 0, 0, 1, 1, second_C, 1,
-            1, False, False, 1, SECOND_EVEN_C, SECOND_X_ACT, PAIRS, PRECISION, SECOND_C_MULTIPLE, BLOCK_PIXELS,
-            BLOCK_K, BLOCK_C,
+            1, False, SECOND_SAME, 1, SECOND_EVEN_C, SECOND_X_ACT, PAIRS, PRECISION,
+            BLOCK_PIXELS, BLOCK_K, BLOCK_C,
         )  # fmt: skip
         z += normalised(
             acc, second_scale_ptr, second_shift_ptr, second_running_mean_ptr, second_running_var_ptr, second_gamma_ptr,
@@ -136,7 +139,7 @@ def conv_bn_act_kernel(
         )  # fmt: skip
     o = o_row[:, None] * (groups * K) + o_out[None, :]
     m = m_row[:, None] & m_out[None, :]
-    first_k = i_group * K + i_k % tl.cdiv(GROUPS_PER_TILE * K, BLOCK_K) * BLOCK_K
+    first_k += i_group * K
     last_k = tl.minimum((i_group + GROUPS_PER_TILE) * K, groups * K)
     if residual_ptr is not None:
         BITS: tl.constexpr = residual_ptr.dtype.element_ty.primitive_bitwidth
@@ -160,5 +163,4 @@ def conv_bn_act_kernel(
         BLOCK_PIXELS, BLOCK_K,
     )  # fmt: skip
     if mean_ptr is not None:
-        count = tl.minimum(pixels - first, BLOCK_PIXELS)
         store_tile_statistics(z, m_row, m_out, count, i_pixel, o_out, groups * K, count_ptr, mean_ptr, m2_ptr, i_k == 0)

@@ -13,29 +13,14 @@ import triton.language as tl
 
 from fusedres.kernels.act_mask import bits_of, load_masked_rows, load_open, word_pointers
 from fusedres.kernels.activation import behind, opening
-from fusedres.kernels.forming import formed_gradient, kept, of_channels, widened
-from fusedres.kernels.main_loop import SIZES, contract, in_rows, tile_of
+from fusedres.kernels.forming import formed_gradient, kept, of_channels, product, widened
+from fusedres.kernels.main_loop import SIZES, contract, in_rows, late_range, tile_of
+from fusedres.kernels.pixel_classes import first_tap, pixels_of
 from fusedres.kernels.rows import row_of
 from fusedres.kernels.zero_pad_shortcut import load_zero_padded_grad
 
 CLASSES = ("tiles", "step_r", "step_s", "row_step", "column_step", "constants")
 ADDED = ("x_H", "x_W", "x_stride_h", "x_stride_w", "add_P", "add_Q", "add_stride_h", "add_stride_w")
-
-
-@triton.jit
-def _first_tap(
-    remainder,  # of the class's pixels along this side
-    pad,
-    dilation,
-    stride,
-    WINDOW: tl.constexpr,
-):
-    """The first tap that reaches pixels of a class, WINDOW where none does."""
-    first = WINDOW
-    for i in tl.static_range(WINDOW):
-        tap = WINDOW - 1 - i
-        first = tl.where((remainder + pad - tap * dilation) % stride == 0, tap, first)
-    return first
 
 
 @triton.jit
@@ -71,6 +56,7 @@ def _contract_gradient(
     o_n,  # (BLOCK_PIXELS,) images
     o_p,  # (BLOCK_PIXELS,) row and column of dy under the first tap
     o_q,
+    o_row,  # (BLOCK_PIXELS,) int64, where that is among the pixels of dy
     first_r,  # first tap of the class along each side, the taps from one to the next, and how many there are
     first_s,
     step_r,
@@ -103,7 +89,6 @@ def _contract_gradient(
 ):
     """(BLOCK_PIXELS, BLOCK_C) fp32: dy with the transposed weight."""
     o_d = tl.arange(0, BLOCK_K)
-    o_row = (o_n.to(tl.int64) * P + o_p) * Q + o_q
     o_g = o_n.to(tl.int64) if POOLED else o_row
     o_in = (i_group * K + o_d)[None, :]
     g_ptrs = g_ptr + (o_g * (groups * K))[:, None] + o_in
@@ -138,7 +123,8 @@ def _contract_gradient(
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
     pieces = tl.cdiv(depth, BLOCK_K)
     i_r, i_s, k = 0, 0, 0
-    for _ in range(taps_r * taps_s * pieces):
+    # As in `contract`.
+    for _ in range(tl.maximum(taps_r * taps_s * pieces, 1)):
         o_tap = -(i_r * row_step * Q + i_s * column_step)
         m_k = k + o_d < depth
         m_in = None
@@ -186,7 +172,7 @@ def _contract_gradient(
             w = tl.load(w_ptrs + o_w)
         else:
             w = tl.load(w_ptrs + o_w, mask=m_k[:, None] & m_c[None, :], other=0.0)
-        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+        acc = product(dy, w, acc, PRECISION)
         k += BLOCK_K
         step = (k >= depth).to(tl.int32)
         i_s += step
@@ -196,7 +182,7 @@ def _contract_gradient(
     return acc
 
 
-@triton.jit(do_not_specialize=[*SIZES, *CLASSES, *ADDED])
+@triton.jit(do_not_specialize=[*SIZES, *CLASSES, *ADDED], do_not_specialize_on_alignment=["groups"])
 def conv_input_grad_kernel(
     g_ptr,  # (N, P, Q, groups * K) gradient behind the batch norm, or dy itself without p; POOLED: (N, groups * K)
     mask_ptr,  # as in `load_masked`, or None
@@ -254,6 +240,8 @@ def conv_input_grad_kernel(
     S: tl.constexpr,
     TERMS: tl.constexpr,
     STRIDED: tl.constexpr,
+    SAME: tl.constexpr,  # whether dy has the input's pixels: stride 1, and as many of them
+    X_SAME: tl.constexpr,  # whether these are x's
     WINDOWED: tl.constexpr,  # whether some tap of some pixel has no dy
     POOLED: tl.constexpr,
     ADD_POOLED: tl.constexpr,  # whether what is added has one value for all pixels of an image
@@ -277,42 +265,41 @@ def conv_input_grad_kernel(
 ):
     C, K = C // C_MULTIPLE * C_MULTIPLE, K // K_MULTIPLE * K_MULTIPLE
     x_row = row_of(x_row, groups * C, C_MULTIPLE)
-    i_tile, i_column, i_group, o_c = tile_of(groups, C, GROUPS_PER_TILE, BLOCK_C)
-    o_row = tl.arange(0, BLOCK_PIXELS)
-    i_class = 0
+    i_tile, _, i_group, first_c = tile_of(groups, C, GROUPS_PER_TILE, BLOCK_C)
+    i_class, class_h, class_w, high, wide = 0, 0, 0, H, W
+    first, count = i_tile * BLOCK_PIXELS, pixels
+    first_r, first_s, taps_r, taps_s = 0, 0, R, S
     if STRIDED:
-        i_class, i_pixel = i_tile // tiles, i_tile % tiles
+        i_class, first = i_tile // tiles, i_tile % tiles * BLOCK_PIXELS
         class_h, class_w = i_class // stride_w, i_class % stride_w
         high, wide = tl.cdiv(H - class_h, stride_h), tl.cdiv(W - class_w, stride_w)
-        first = i_pixel * BLOCK_PIXELS
         count = pixels // (H * W) * high * wide
-        m_row = o_row < count - first
-        # Rows beyond the class read its last pixel's window: no mask in the loop, and nobody stores what they give.
-        # A class may be empty, and goes through no taps then.
-        o_pixel = tl.maximum(tl.minimum(first + o_row, count - 1), 0)
         high, wide = tl.maximum(high, 1), tl.maximum(wide, 1)
-        o_n, o_h, o_w = o_pixel // (high * wide), o_pixel // wide % high, o_pixel % wide
-        seen = o_pixel
-        o_h, o_w = class_h + o_h * stride_h, class_w + o_w * stride_w
-        first_r = _first_tap(class_h, pad_h, dilation_h, stride_h, R)
-        first_s = _first_tap(class_w, pad_w, dilation_w, stride_w, S)
-        o_p, o_q = (o_h + pad_h - first_r * dilation_h) // stride_h, (o_w + pad_w - first_s * dilation_w) // stride_w
+        first_r = first_tap(class_h, pad_h, dilation_h, stride_h, R)
+        first_s = first_tap(class_w, pad_w, dilation_w, stride_w, S)
         taps_r, taps_s = tl.cdiv(R - first_r, step_r), tl.cdiv(S - first_s, step_s)
-        taps_r = tl.where(count > 0, taps_r, 0)
-        o_at = (o_n.to(tl.int64) * H + o_h) * W + o_w
-    else:
-        first = i_tile.to(tl.int64) * BLOCK_PIXELS
-        m_row = o_row < pixels - first
-        seen = tl.minimum(i_tile * BLOCK_PIXELS + o_row, pixels - 1)
-        o_n, o_p, o_q = seen // (H * W), seen // W % H + pad_h, seen % W + pad_w
-        first_r, first_s, taps_r, taps_s = 0, 0, R, S
-        o_at = first + o_row
-    acc = _contract_gradient(
-        g_ptr, mask_ptr, y_ptr, p_ptr, q_ptr, r_ptr, mean_ptr, w_ptr, o_n, o_p, o_q, first_r, first_s, step_r, step_s,
-        taps_r, taps_s, row_step, column_step, i_group, o_c, pixels // (H * W), groups, C, K, P, Q, R, S, WINDOWED,
-        POOLED, GROUPS_PER_TILE, EVEN_K, EVEN_C, ACT, PAIRS, "tf32" if TF32 else "ieee", BLOCK_PIXELS, BLOCK_C, BLOCK_K,
-    )  # fmt: skip
+    seen, o_n, o_h, o_w = pixels_of(
+        first + tl.arange(0, BLOCK_PIXELS), count, class_h, class_w, high, wide, stride_h, stride_w, STRIDED
+    )
+    o_p, o_q = o_h + pad_h, o_w + pad_w
+    if STRIDED:
+        o_p, o_q = (o_p - first_r * dilation_h) // stride_h, (o_q - first_s * dilation_w) // stride_w
+    o_dy = seen.to(tl.int64) + (pad_h * Q + pad_w) if SAME else (o_n.to(tl.int64) * P + o_p) * Q + o_q
+    # A class may be empty, or reached by no tap: its gradient is zero then.
+    reached = (count > 0) & (taps_r * taps_s > 0) if STRIDED else True
+    acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), tl.float32)
+    if reached:
+        acc = _contract_gradient(
+            g_ptr, mask_ptr, y_ptr, p_ptr, q_ptr, r_ptr, mean_ptr, w_ptr, o_n, o_p, o_q, o_dy, first_r, first_s,
+            step_r, step_s, taps_r, taps_s, row_step, column_step, i_group, first_c + tl.arange(0, BLOCK_C),
+            pixels // (H * W), groups, C, K, P, Q, R, S, WINDOWED, POOLED, GROUPS_PER_TILE, EVEN_K, EVEN_C, ACT, PAIRS,
+            "tf32" if TF32 else "ieee", BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+        )  # fmt: skip
 
+    o_row, o_c = late_range(BLOCK_PIXELS), first_c + late_range(BLOCK_C)
+    m_row = o_row < count - first
+    _, o_n, o_h, o_w = pixels_of(first + o_row, count, class_h, class_w, high, wide, stride_h, stride_w, STRIDED)
+    o_at = (o_n.to(tl.int64) * H + o_h) * W + o_w if STRIDED else first.to(tl.int64) + o_row
     o_out = i_group * C + o_c
     m_c = (o_c < GROUPS_PER_TILE * C) & (o_out < groups * C)
     # The pixels that a strided 1x1 convolution reads are its first class. The mean of the input cancels against the
@@ -323,8 +310,8 @@ def conv_input_grad_kernel(
             # As the taps of a window that does not move.
             acc = contract(
                 x_ptr, quadratic_ptr, x_scale_ptr, x_shift_ptr, None, acc, seen, 0, o_c, 1, C, C, x_H, x_W, P, Q,
-                x_stride_h, x_stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, False, 1, EVEN_DEPTH, X_ACT, PAIRS, DIGITS,
-                C_MULTIPLE, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
+                x_stride_h, x_stride_w, 0, 0, 0, 0, x_row, 1, TERMS, False, X_SAME, 1, EVEN_DEPTH, X_ACT, PAIRS,
+                DIGITS, BLOCK_PIXELS, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             constant = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(constants):
@@ -334,7 +321,7 @@ def conv_input_grad_kernel(
     m = m_row[:, None] & m_c[None, :]
     o_x = o_at[:, None] * x_row + o_out[None, :]
     o = o_x if onto_ptr is not None else o_at[:, None] * (groups * C) + o_out[None, :]
-    first_c = i_group * C + i_column % tl.cdiv(GROUPS_PER_TILE * C, BLOCK_C) * BLOCK_C
+    first_c += i_group * C
     last_c = tl.minimum((i_group + GROUPS_PER_TILE) * C, groups * C)
     if add_ptr is not None:
         if ADD_FIRST is None:
@@ -344,8 +331,6 @@ def conv_input_grad_kernel(
                 ADD_ACT, False, BLOCK_PIXELS, BLOCK_C,
             )  # fmt: skip
         else:
-            if not STRIDED:
-                o_h, o_w = seen // W % H, seen % W
             acc += load_zero_padded_grad(
                 add_ptr, add_mask_ptr, o_n, o_h, o_w, m_row, first_c, last_c, pixels // (H * W), add_C, add_P, add_Q,
                 add_stride_h, add_stride_w, ADD_FIRST, ADD_MULTIPLE, ADD_POOLED, ADD_ACT, BLOCK_PIXELS,

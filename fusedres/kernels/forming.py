@@ -18,6 +18,24 @@ def widened(x, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def product(
+    left,  # (ROWS, DEPTH)
+    right,  # (DEPTH, COLUMNS)
+    acc,  # (ROWS, COLUMNS) fp32 that it is added to
+    PRECISION: tl.constexpr,  # of `tl.dot`
+):
+    """`tl.dot`; what becomes TF32 is rounded to the nearest, where tensor cores would cut digits off."""
+    if PRECISION == "tf32" and left.dtype == tl.float32:
+        left, right = _nearest_tf32(left), _nearest_tf32(right)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _nearest_tf32(x):
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def kept(
     x,  # 16-bit values
     keep,  # integers, that broadcast with x: all bits set, or none

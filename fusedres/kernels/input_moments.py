@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fusedres.kernels.forming import formed_input, of_channels, widened
 from fusedres.kernels.main_loop import in_rows
+from fusedres.kernels.small_matrices import fp32_dot, pair_of
 
 
 @triton.jit
@@ -66,16 +67,6 @@ def _reference(
         return mean
     d = tl.where(m[:, None], values - mean[None, :], 0.0)
     return tl.where(mean * mean * count > 16.0 * tl.sum(d * d, axis=0), mean.to(u.dtype).to(tl.float32), 0.0)
-
-
-@triton.jit
-def pair_of(i_pair, pieces):
-    """Row and column, column >= row, of the i-th tile on or above the diagonal."""
-    row = 0
-    while i_pair >= pieces - row:
-        i_pair -= pieces - row
-        row += 1
-    return row, row + i_pair
 
 
 @triton.jit(do_not_specialize=["pixels", "pixels_per_part", "H", "W", "P", "Q", "stride_h", "stride_w"])
@@ -159,39 +150,70 @@ def input_moments_kernel(
             tl.store(row_ptr + o_a, row_a, mask=o_a < C)
 
 
-@triton.jit(do_not_specialize=["parts", "pixels"])
+@triton.jit(do_not_specialize=["parts", "pixels", "k_pieces"])
 def input_moments_finish_kernel(
     row_ptr,  # (C,) fp32
     sum_ptr,  # (parts, C) fp32
-    gram_ptr,  # (parts, pairs, BLOCK_C, BLOCK_C) fp32
+    gram_ptr,  # (parts, pairs, SIDE, SIDE) fp32
+    w_ptr,  # (K, C) weights, storage dtype, of a convolution whose output is to be measured; or None
     mean_ptr,  # (C,) fp32 out
     m2_ptr,  # (C, C) fp32 out, sum of (u - mean)(u - mean)^T
+    part_mean_ptr,  # (C / BLOCK_C, K) fp32 out, shares of W mean, or None
+    part_m2_ptr,  # (programs of one K piece, K) fp32 out, shares of rowsum((W m2) * W), or None
     parts,
     pixels,
+    k_pieces,  # into how many K is cut
     C,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,  # of a tile that one program adds up
+    K,
+    PRECISION: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # of a tile's rows and columns, what one program adds up
+    BLOCK_K: tl.constexpr,
 ):
-    pieces = tl.cdiv(C, BLOCK_C)
+    """m2 is made tile by tile, and what each adds to the output's statistics is made of it at once."""
+    pieces = tl.cdiv(C, SIDE)
     pairs = pieces * (pieces + 1) // 2
-    i_pair, i_row = tl.program_id(0), tl.program_id(1)
+    cuts: tl.constexpr = SIDE // BLOCK_C
+    i_tile, i_k = tl.program_id(0), tl.program_id(1)
+    i_pair, i_row, i_column = i_tile // (cuts * cuts), i_tile // cuts % cuts, i_tile % cuts
     i_a, i_b = pair_of(i_pair, pieces)
-    o_row, o_column = i_row * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_C)
-    o_a, o_b = i_a * BLOCK_C + o_row, i_b * BLOCK_C + o_column
+    o_row, o_column = i_row * BLOCK_C + tl.arange(0, BLOCK_C), i_column * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_a, o_b, o_part = i_a * SIDE + o_row, i_b * SIDE + o_column, tl.arange(0, BLOCK_PARTS)
     m_a, m_b = o_a < C, o_b < C
-    gram = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    sum_a = tl.zeros((ROWS,), tl.float32)
-    sum_b = tl.zeros((BLOCK_C,), tl.float32)
-    o = o_row[:, None] * BLOCK_C + o_column[None, :]
-    for i_part in range(parts):
-        gram += tl.load(gram_ptr + (i_part * pairs + i_pair).to(tl.int64) * BLOCK_C * BLOCK_C + o)
-        sum_a += tl.load(sum_ptr + i_part * C + o_a, mask=m_a, other=0.0)
-        sum_b += tl.load(sum_ptr + i_part * C + o_b, mask=m_b, other=0.0)
+
+    grams = tl.zeros((BLOCK_PARTS, BLOCK_C, BLOCK_C), tl.float32)
+    sums_a, sums_b = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32), tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
+    o = (o_row[:, None] * SIDE + o_column[None, :])[None, :, :]
+    for start in range(0, parts, BLOCK_PARTS):
+        m_part, i_part = o_part < parts - start, start + o_part
+        o_gram = (i_part * pairs + i_pair).to(tl.int64) * (SIDE * SIDE)
+        grams += tl.load(gram_ptr + o_gram[:, None, None] + o, mask=m_part[:, None, None], other=0.0)
+        m = m_part[:, None] & m_a[None, :]
+        sums_a += tl.load(sum_ptr + i_part[:, None] * C + o_a[None, :], mask=m, other=0.0)
+        m = m_part[:, None] & m_b[None, :]
+        sums_b += tl.load(sum_ptr + i_part[:, None] * C + o_b[None, :], mask=m, other=0.0)
+    gram, sum_a, sum_b = tl.sum(grams, axis=0), tl.sum(sums_a, axis=0), tl.sum(sums_b, axis=0)
     m2 = gram - sum_a[:, None] * sum_b[None, :] / pixels
-    m = m_a[:, None] & m_b[None, :]
-    tl.store(m2_ptr + o_a[:, None] * C + o_b[None, :], m2, mask=m)
-    if i_a == i_b:
-        row = tl.load(row_ptr + o_a, mask=m_a, other=0.0)
-        tl.store(mean_ptr + o_a, row + sum_a / pixels, mask=m_a)
-    else:
-        tl.store(m2_ptr + o_b[None, :] * C + o_a[:, None], m2, mask=m)
+    mean = tl.load(row_ptr + o_a, mask=m_a, other=0.0) + sum_a / pixels
+    is_first = (i_a == i_b) & (i_row == i_column)
+    if i_k == 0:
+        m = m_a[:, None] & m_b[None, :]
+        tl.store(m2_ptr + o_a[:, None] * C + o_b[None, :], m2, mask=m)
+        tl.store(mean_ptr + o_a, mean, mask=m_a & is_first)
+        if i_a != i_b:
+            tl.store(m2_ptr + o_b[None, :] * C + o_a[:, None], m2, mask=m)
+    if w_ptr is not None:
+        per_piece = tl.cdiv(tl.cdiv(K, k_pieces), BLOCK_K) * BLOCK_K
+        # What is across the diagonal is as much.
+        twice = tl.where(i_a == i_b, 1.0, 2.0)
+        for start in range(i_k * per_piece, tl.minimum(i_k * per_piece + per_piece, K), BLOCK_K):
+            o_k = start + tl.arange(0, BLOCK_K)
+            m_k = o_k < K
+            w_a = tl.load(w_ptr + o_k[:, None] * C + o_a[None, :], mask=m_k[:, None] & m_a[None, :], other=0.0)
+            w_b = tl.load(w_ptr + o_k[:, None] * C + o_b[None, :], mask=m_k[:, None] & m_b[None, :], other=0.0)
+            product = fp32_dot(w_a, m2, tl.zeros((BLOCK_K, BLOCK_C), tl.float32), PRECISION)
+            m2_share = twice * tl.sum(product * w_b.to(tl.float32), axis=1)
+            mean_share = tl.sum(w_a.to(tl.float32) * mean[None, :], axis=1)
+            tl.store(part_m2_ptr + i_tile * K + o_k, m2_share, mask=m_k)
+            tl.store(part_mean_ptr + (i_a * cuts + i_row) * K + o_k, mean_share, mask=m_k & is_first)

@@ -8,12 +8,12 @@ formed on load it comes from registers, and copies stay asynchronous.
 import triton
 import triton.language as tl
 
-from fusedres.kernels.forming import formed_input, of_channels
-from fusedres.kernels.rows import along_columns
+from fusedres.kernels.forming import formed_input, of_channels, product
 
-# Sizes that are not worth a binary of their own. Channels are not among them: 16 dividing them widens every access.
+# Sizes that are not worth a binary of their own. Channels are not among them: 16 dividing them widens every access; nor
+# are groups, since without any a tile finds its place by one division.
 SIZES = (
-    "pixels", "groups", "H", "W", "P", "Q", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
+    "pixels", "H", "W", "P", "Q", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
     "x_row",
 )  # fmt: skip
 
@@ -25,15 +25,24 @@ def tile_of(
     GROUPS_PER_TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """This program's tile: pixels, columns, its first group, and (BLOCK_K,) channels from that group's first on.
+    """This program's tile: pixels, columns, its first group, and its first channel, counted from that group's first.
 
     Tiles of the same pixels run side by side, so that the activations of one are the cache's for the others.
     """
     per_group = tl.cdiv(GROUPS_PER_TILE * K, BLOCK_K)
     pieces = tl.cdiv(groups, GROUPS_PER_TILE) * per_group
     i_pixel, i_k = tl.program_id(0) // pieces, tl.program_id(0) % pieces
-    o_k = i_k % per_group * BLOCK_K + tl.arange(0, BLOCK_K)
-    return i_pixel, i_k, i_k // per_group * GROUPS_PER_TILE, o_k
+    return i_pixel, i_k, i_k // per_group * GROUPS_PER_TILE, i_k % per_group * BLOCK_K
+
+
+@triton.jit
+def late_range(SIZE: tl.constexpr):
+    """`tl.arange` from 0, for what stands behind a loop.
+
+    The compiler moves what is computed before a loop and used behind it alone between the loop and the wait for its
+    last products. There ptxas takes it for a use of these, and serialises every wgmma (C7514).
+    """
+    return tl.arange(SIZE, 2 * SIZE) - SIZE
 
 
 @triton.jit
@@ -52,6 +61,18 @@ def in_rows(
         even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
         x = tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
     return x
+
+
+@triton.jit
+def in_columns(x):
+    """``x`` (ROWS, COLUMNS), gathered in shared memory so that sums over rows are formed inside of threads.
+
+    As wgmma leaves it, rows are spread over lanes: of 128 x 128 outputs, two sums over them took 192 shuffles.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    upper, lower = tl.split(tl.permute(tl.reshape(x, (ROWS // 2, 2, COLUMNS)), (0, 2, 1)))
+    return tl.reshape(tl.permute(tl.join(upper, lower), (0, 2, 1)), (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -82,13 +103,12 @@ def contract(
     R: tl.constexpr,
     S: tl.constexpr,
     PADDED: tl.constexpr,  # whether a window can reach beyond the input
-    FLAT: tl.constexpr,  # few channels: a row of the window is one run of memory, and depth runs along it
+    SAME: tl.constexpr,  # whether the input has the output's pixels: stride 1, and as many of them
     GROUPS_PER_TILE: tl.constexpr,
     EVEN_C: tl.constexpr,  # whether BLOCK_C divides every tile's channels
     ACT: tl.constexpr,  # of the prologue
     PAIRS: tl.constexpr,  # see `widened`
     PRECISION: tl.constexpr,  # of `tl.dot`
-    C_MULTIPLE: tl.constexpr,  # a power of two that divides C
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -98,7 +118,10 @@ def contract(
     o_h = o_pixel // Q % P * stride_h - pad_h
     o_w = o_pixel % Q * stride_w - pad_w
     # A batch of activations can have more than 2**31 elements: pixels are counted in 64 bits, taps from there in 32.
-    o_x = ((o_pixel // (P * Q)).to(tl.int64) * H + o_h) * W + o_w
+    if SAME:
+        o_x = o_pixel.to(tl.int64) - (pad_h * W + pad_w)
+    else:
+        o_x = ((o_pixel // (P * Q)).to(tl.int64) * H + o_h) * W + o_w
     x_ptrs = x_ptr + (o_x * x_row)[:, None] + (i_group * C + o_d)[None, :]
     live = 1
     if GROUPS_PER_TILE > 1:
@@ -106,19 +129,6 @@ def contract(
     # Channels beyond K read the last one's weights; nobody stores what they give.
     o_k = tl.minimum(o_k, live * K - 1)
     w_ptrs = w_ptr + ((i_group * K + o_k).to(tl.int64) * (R * S * C))[None, :] + o_d[:, None]
-
-    if FLAT:
-        run = S * C
-        for start in range(0, R * run, BLOCK_C):
-            d = start + o_d
-            r, e = d // run, d % run
-            h, column = o_h[:, None] + (r * dilation_h)[None, :], (o_w * C)[:, None] + e[None, :]
-            m = (d < R * run)[None, :] & (h >= 0) & (h < H) & (column >= 0) & (column < W * C)
-            o_run = (r * dilation_h * W * C + e - o_d)[None, :]
-            x = tl.load(along_columns(x_ptrs, o_run, C_MULTIPLE), mask=m, other=0.0)
-            w = tl.load(w_ptrs + start, mask=(d < R * run)[:, None], other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        return acc
 
     if PADDED:
         # Bit s of columns, bit r of rows: whether that tap lies inside the input; of a small window a bit for each tap.
@@ -140,7 +150,8 @@ def contract(
     to_column = dilation_w * x_row - (pieces - 1) * BLOCK_C
     to_row = to_column + (dilation_h * W - S * dilation_w) * x_row
     tap, r, s, c, o_tap = 0, 0, 0, 0, 0
-    for i in range(R * S * pieces):
+    # ptxas serialises wgmma with a left operand in registers where a loop may be left out (C7515).
+    for i in range(tl.maximum(R * S * pieces, 1)):
         if PADDED:
             m_in = ((inside >> tap if R * S < 32 else (rows >> r) & (columns >> s)) & 1) != 0
         if PADDED and EVEN_C:
@@ -165,7 +176,7 @@ def contract(
             scale, shift = of_channels(scale_ptr, o_c, m_c, EVEN_C), of_channels(shift_ptr, o_c, m_c, EVEN_C)
             # Padding comes after the prologue.
             x = formed_input(x, scale, shift, m_in if PADDED else None, ones_ptr, ACT, PAIRS, True)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = product(x, w, acc, PRECISION)
         c += BLOCK_C
         last = c >= channels
         s += last.to(tl.int32)

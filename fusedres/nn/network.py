@@ -1,6 +1,5 @@
 """The forward pass of a network of fused blocks: what they share, and what one writes and the next alone reads."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -14,6 +13,7 @@ from fusedres.nn.patched import why_overridden, why_patched
 from fusedres.nn.tracing import is_traced
 from fusedres.runtime.autocast import contraction_dtype
 from fusedres.runtime.weights import of_network
+from fusedres.traffic.bystander import Bystander
 
 
 def network_pass(network: Fused, x: Tensor) -> AbstractContextManager[None]:
@@ -42,16 +42,6 @@ def _collect(module: nn.Module, fused: bool, found: list[Tensor]) -> bool:
     if fused and type(module) is nn.Conv2d and module.weight is not None:
         found.append(module.weight)
     return all(_collect(child, fused, found) for child in module._modules.values() if child is not None)
-
-
-class Bystander:
-    """A forward hook that neither keeps nor changes what it is shown: blocks go on as if it were not there."""
-
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self.hook = hook
-
-    def __call__(self, *shown: Any) -> None:
-        self.hook(*shown)
 
 
 def through(stage: nn.Module, x: Tensor) -> Tensor:

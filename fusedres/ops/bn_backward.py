@@ -22,7 +22,7 @@ from fusedres.ops.rows import (
     storable,
 )
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
-from fusedres.plan.tiles import MOST_PARTS, PartialTile
+from fusedres.plan.tiles import AddedTile, partial_tile
 from fusedres.runtime.launch import launch
 
 
@@ -89,36 +89,54 @@ def _bn_backward_reduce_triton(g: OutputGrad, y: Tensor, norm: Normaliser) -> No
         bn_backward_reduce_kernel, y, arguments, reads=("g_ptr", "mask_ptr", "y_ptr", "mean_ptr"),
         kind="batch norm", writes=("part_g_ptr", "part_gd_ptr"), flops=(4 + (g.mask is not None)) * y.numel(),
     )  # fmt: skip
-    return finished(sums, products, pixels(y), norm)
+    return finished(sums, products, pixels(y), norm).sums
 
 
-def finished(sums: Tensor, products: Tensor, count: int, norm: Normaliser) -> NormSums:
-    """From (parts, K) partial sums of g and of g * (y - mean) over ``count`` pixels, by the kernels."""
-    from fusedres.kernels.bn_backward import bn_backward_combine_kernel, bn_backward_finish_kernel
+class Finished(NamedTuple):
+    """Batch norm's sums, and the sum (size,) of a weight's gradient in parts where one was given."""
 
-    tile = PartialTile()
+    sums: NormSums
+    weight: Tensor | None = None
+
+
+def finished(
+    sums: Tensor, products: Tensor, count: int, norm: Normaliser, weight_parts: Tensor | None = None
+) -> Finished:
+    """From (parts, K) partial sums of g and of g * (y - mean) over ``count`` pixels, by one launch.
+
+    ``weight_parts``: (parts, size), added up by programs beside them.
+    """
+    from fusedres.kernels.bn_backward import bn_backward_finish_kernel
+
     parts, channels = sums.shape
-    columns = -(-channels // tile.block_c)
-    names = ("part_g_ptr", "part_gd_ptr")
-    numbers = {"C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c}
-    if parts > MOST_PARTS:
-        read = dict(zip(names, (sums, products), strict=True))
-        fewer = -(-parts // tile.block_parts)
-        sums, products = torch.empty((2, fewer, channels), dtype=torch.float32, device=sums.device)
-        launch(
-            bn_backward_combine_kernel, (fewer, columns),
-            {**read, "out_g_ptr": sums, "out_gd_ptr": products, "parts": parts, **numbers}, reads=names,
-            kind="batch norm", writes=("out_g_ptr", "out_gd_ptr"), flops=2 * parts * channels, **tile.options,
-        )  # fmt: skip
-        parts = fewer
+    tile, columns_tile = AddedTile(), partial_tile(parts)
     results = NormSums(*torch.empty((4, channels), dtype=torch.float32, device=sums.device))
-    read = {**dict(zip(names, (sums, products), strict=True)), "invstd_ptr": norm.invstd, "scale_ptr": norm.scale}
-    written = {f"{name}_ptr": tensor for name, tensor in results._asdict().items()}
+    weight, others, size = None, 0, 1
+    if weight_parts is not None:
+        size = weight_parts.shape[1]
+        weight, others = weight_parts.new_empty(size, dtype=torch.float32), -(-size // tile.block)
+    read = {
+        "part_g_ptr": sums, "part_gd_ptr": products, "invstd_ptr": norm.invstd, "scale_ptr": norm.scale,
+        "part_weight_ptr": weight_parts,
+    }  # fmt: skip
+    written = {**{f"{name}_ptr": tensor for name, tensor in results._asdict().items()}, "weight_ptr": weight}
+    columns = -(-channels // columns_tile.block_c)
+    steps = [-(-parts // columns_tile.block_parts) * columns / (columns + others)] * 2
+    if weight_parts is not None:
+        steps.append(-(-len(weight_parts) // tile.block_parts) * others / (columns + others))
     launch(
-        bn_backward_finish_kernel, (columns,), {**read, **written, "parts": parts, "rows": count, **numbers},
-        reads=tuple(read), kind="batch norm", writes=tuple(written), flops=2 * parts * channels, **tile.options,
+        bn_backward_finish_kernel, (columns + others,),
+        {
+            **read, **written, "parts": parts, "rows": count, "C": channels,
+            "weight_parts": 1 if weight_parts is None else len(weight_parts), "weight_size": size,
+            "BLOCK_PARTS": columns_tile.block_parts, "BLOCK_C": columns_tile.block_c,
+            "WEIGHT_PARTS": tile.block_parts, "WEIGHT_BLOCK": tile.block,
+        },
+        reads=tuple(read), kind="batch norm", writes=tuple(written),
+        flops=2 * parts * channels + (0 if weight_parts is None else weight_parts.numel()),
+        steps=steps, **columns_tile.options,
     )  # fmt: skip
-    return results
+    return Finished(results, weight)
 
 
 def bn_backward_coefficients(sum_g: Tensor, sum_gy: Tensor, count: int, norm: Normaliser) -> tuple[Tensor, Tensor]:

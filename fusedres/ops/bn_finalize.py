@@ -9,7 +9,7 @@ from fusedres.operands import Norm, Normaliser, Partials
 from fusedres.ops.checks import check_vector
 from fusedres.ops.op import Op
 from fusedres.ops.rows import empty_partials, storable
-from fusedres.plan.tiles import MOST_PARTS, PartialTile
+from fusedres.plan.tiles import PartialTile, partial_tile
 from fusedres.runtime.launch import launch
 
 
@@ -64,14 +64,7 @@ def _bn_finalize_triton(partials: Partials, norm: Norm) -> Normaliser:
         return NotImplemented
     from fusedres.kernels.bn_finalize import bn_finalize_kernel
 
-    tile = PartialTile()
-    if parts > MOST_PARTS:
-        partials = _combined(partials, tile)
-        parts = len(partials.counts)
-    measured = {
-        "count_ptr": partials.counts.contiguous(), "part_mean_ptr": partials.mean.contiguous(),
-        "part_m2_ptr": partials.m2.contiguous(),
-    }  # fmt: skip
+    tile, measured = partial_tile(parts), _of_parts(partials)
     outputs = normaliser_outputs(norm, channels, partials.mean.device)
     launch(
         bn_finalize_kernel, (-(-channels // tile.block_c),),
@@ -80,7 +73,7 @@ def _bn_finalize_triton(partials: Partials, norm: Norm) -> Normaliser:
             "BLOCK_C": tile.block_c,
         },
         reads=(*measured, *outputs.reads), kind="batch norm", writes=outputs.writes, flops=8 * parts * channels,
-        **tile.options,
+        steps=(-(-parts // tile.block_parts),), **tile.options,
     )  # fmt: skip
     return outputs.norm
 
@@ -117,21 +110,9 @@ def normaliser_outputs(norm: Norm, channels: int, device: torch.device) -> Norma
     )
 
 
-def _combined(partials: Partials, tile: PartialTile) -> Partials:
-    """``tile.block_parts`` parts made one each, by the kernel."""
-    from fusedres.kernels.bn_finalize import bn_combine_kernel
-
-    parts, channels = partials.mean.shape
-    fewer = -(-parts // tile.block_parts)
-    combined = empty_partials(fewer, channels, partials.mean.device)
-    read = {"count_ptr": partials.counts, "mean_ptr": partials.mean, "m2_ptr": partials.m2}
-    written = {f"out_{name}": tensor for name, tensor in zip(read, combined, strict=True)}
-    launch(
-        bn_combine_kernel, (fewer, -(-channels // tile.block_c)),
-        {**read, **written, "parts": parts, "C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c},
-        reads=tuple(read), kind="batch norm", writes=tuple(written), flops=8 * parts * channels, **tile.options,
-    )  # fmt: skip
-    return combined
+def _of_parts(partials: Partials) -> dict[str, Tensor]:
+    names = ("count_ptr", "part_mean_ptr", "part_m2_ptr")
+    return {name: tensor.contiguous() for name, tensor in zip(names, partials, strict=True)}
 
 
 def _bn_combine(partials: Partials) -> Partials:
@@ -152,12 +133,22 @@ bn_combine = Op(_bn_combine)
 
 @bn_combine.triton
 def _bn_combine_triton(partials: Partials) -> Partials:
+    parts, channels = partials.mean.shape
     if not storable(*partials):
         return NotImplemented
-    tile = PartialTile()
-    while len(partials.counts) > 1:
-        partials = _combined(partials, tile)
-    return partials
+    if parts == 1:
+        return partials
+    from fusedres.kernels.bn_finalize import bn_combine_kernel
+
+    tile, read, combined = partial_tile(parts), _of_parts(partials), empty_partials(1, channels, partials.mean.device)
+    written = dict(zip(("all_count_ptr", "mean_ptr", "m2_ptr"), combined, strict=True))
+    launch(
+        bn_combine_kernel, (-(-channels // tile.block_c),),
+        {**read, **written, "parts": parts, "C": channels, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c},
+        reads=tuple(read), kind="batch norm", writes=tuple(written), flops=8 * parts * channels,
+        steps=(-(-parts // tile.block_parts),), **tile.options,
+    )  # fmt: skip
+    return combined
 
 
 def check_norm(channels: int, norm: Norm, *, device: torch.device | None = None, of: str = "") -> None:

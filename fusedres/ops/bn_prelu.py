@@ -130,7 +130,7 @@ def _bn_prelu_backward_triton(
         bn_prelu_reduce_kernel, y, {**operands, "mean_ptr": norm.mean, **written}, reads=("g_ptr", "y_ptr", *vectors),
         kind="batch norm", writes=tuple(written), flops=9 * y.numel(),
     )  # fmt: skip
-    sums = finished(parts[0], parts[1], pixels(y), norm)
+    sums = finished(parts[0], parts[1], pixels(y), norm).sums
     centre = {"q_ptr": sums.q, "r_ptr": sums.r, "mean_ptr": norm.mean}
     launch_rows(
         bn_prelu_apply_kernel, y,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusedres.operands import Geometry, Producer
+from fusedres.operands import ConvInput, Geometry, Producer
 
 
 def check_activation(
@@ -68,10 +68,11 @@ def check_conv_shapes(name: str, size: tuple[int, ...], weight: Tensor, geometry
     return p, q
 
 
-def check_conv(tensor: Tensor, weight: Tensor, geometry: Geometry, *, name: str = "input") -> None:
+def check_conv(u: ConvInput, weight: Tensor, geometry: Geometry, *, name: str = "input") -> None:
     """Refuse an input, weight (K, C/groups, R, S) and geometry that do not make a convolution."""
+    tensor = u.tensor
     check_activation(name, tensor)
-    check_conv_shapes(name, tuple(tensor.shape), weight, geometry)
+    check_conv_shapes(name, u.size, weight, geometry)
     if tensor.dtype != weight.dtype:
         raise TypeError(f"weight: expected the dtype of {name}, {tensor.dtype}, got {weight.dtype}")
     if tensor.device != weight.device:

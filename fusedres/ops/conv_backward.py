@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fusedres.operands import ConvInput, Geometry, OutputGrad, Producer, statistics_dtype
 from fusedres.ops.act_mask import gradient, is_bits, is_pooled, mask_arguments
-from fusedres.ops.bn_backward import GRADIENT, NormSums, bn_backward_apply, finished, gradient_arguments, operands_of
+from fusedres.ops.bn_backward import (
+    GRADIENT,
+    Finished,
+    NormSums,
+    bn_backward_apply,
+    finished,
+    gradient_arguments,
+    operands_of,
+)
 from fusedres.ops.checks import check_activation
 from fusedres.ops.contractions import window_arguments
 from fusedres.ops.conv_forward import conv_operand
@@ -25,21 +33,22 @@ from fusedres.ops.conv_input_grad import (
     takes,
     with_added,
 )
-from fusedres.ops.conv_weight_grad import conv_weight_grad, parts_summed
+from fusedres.ops.conv_weight_grad import conv_weight_grad, parts_summed, unsummed_weight_grad
 from fusedres.ops.device import device_activation
 from fusedres.ops.features import FeatureGrads
-from fusedres.ops.input_gradients import bytes_reached, from_elsewhere, why_no_kernel, written_to
+from fusedres.ops.input_gradients import bytes_reached, from_elsewhere, launch_input_grad, why_no_kernel, written_to
 from fusedres.ops.op import Op
 from fusedres.ops.rows import channels_last, pitch_of, pixels, row_layout
 from fusedres.ops.zero_pad_shortcut import Added, added_geometry, added_read
 from fusedres.plan.backward_tiles import BackwardTile, backward_tile, writing_pays
 from fusedres.plan.shapes import ConvVariant, depthwise
 from fusedres.runtime.launch import launch, target_of
+from fusedres.traffic.weigh import fastest
 
 
 def _check(dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None) -> None:
     check_activation("u", u.tensor)
-    check_gradient(dy, weight, tuple(u.tensor.shape), geometry)
+    check_gradient(dy, weight, u.size, geometry)
 
 
 def _conv_backward(
@@ -59,7 +68,7 @@ def _conv_backward(
     """
     kernel = (weight.shape[2], weight.shape[3])
     dweight = conv_weight_grad(dy, u, kernel, geometry)
-    return dweight, conv_input_grad(dy, weight, tuple(u.tensor.shape), geometry, add=add)
+    return dweight, conv_input_grad(dy, weight, u.size, geometry, add=add)
 
 
 conv_backward = Op(_conv_backward, check=_check)
@@ -69,13 +78,39 @@ conv_backward = Op(_conv_backward, check=_check)
 def _conv_backward_triton(
     dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
 ) -> tuple[Tensor, Tensor]:
-    narrow = _narrow(dy, u, weight, geometry, add, producer=False)
-    if narrow is not None:
-        launched = _launched(dy, u, weight, geometry, *narrow, add=add)
-        return launched.dw, launched.du
+    ways: dict[str, Any] = {"joint": _jointly, "apart": _conv_backward, "written": _written}
     if dy.p is None and dy.mask is None and u.scale is None and add is None:
-        return NotImplemented  # nothing to join: both in one call, where a library has one
-    return _conv_backward(_at_hand(dy, weight, geometry), u, weight, geometry, add=add)
+        ways["library"] = _conv_backward_native  # nothing to join: both in one call
+    rule = _rule(dy, weight, geometry, _narrow(dy, u, weight, geometry, add, producer=False), "library" in ways)
+    way = fastest("conv_backward", {rule: ways[rule], **ways}, dy, u, weight, geometry, add=add)
+    return NotImplemented if way == "library" else ways[way](dy, u, weight, geometry, add=add)
+
+
+def _rule(dy: OutputGrad, weight: Tensor, geometry: Geometry, narrow: object, library: bool = False) -> str:
+    """The way that is taken where no times are predicted."""
+    if narrow is not None:
+        return "joint"
+    return "library" if library else "written" if _writing_pays(dy, weight, geometry) else "apart"
+
+
+def _jointly(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
+) -> tuple[Tensor, Tensor]:
+    """By one launch, where a tile fits."""
+    narrow = _narrow(dy, u, weight, geometry, add, producer=False, weighed=False)
+    if narrow is None:
+        return NotImplemented
+    launched = _launched(dy, u, weight, geometry, *narrow, add=add)
+    return launched.dw, launched.du
+
+
+def _written(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, *, add: Added | None = None
+) -> tuple[Tensor, Tensor]:
+    """By two, after dy has been written to memory, if it has parts."""
+    if dy.q is None:
+        return NotImplemented
+    return _conv_backward(OutputGrad(bn_backward_apply(dy)), u, weight, geometry, add=add)
 
 
 @conv_backward.native
@@ -130,15 +165,64 @@ def _conv_producer_backward_triton(
 ) -> tuple[Tensor, ProducerGrad]:
     if features is not None and not takes(features, producer, weight):
         return NotImplemented
-    narrow = None
-    if producer.out is None or not producer.act.needs_input:  # the kernel tells the slope from what is convolved
-        narrow = _narrow(dy, producer.output, weight, geometry, add, producer=True)
+    ways: dict[str, Any] = {
+        "joint": _producer_jointly, "apart": _producer_apart, "written": _producer_written,
+    }  # fmt: skip
+    rule = _rule(dy, weight, geometry, _narrow_producer(dy, weight, geometry, producer, add))
+    operands = (dy, u, weight, geometry, producer)
+    way = fastest("conv_producer_backward", {rule: ways[rule], **ways}, *operands, add=add, features=features)
+    found: tuple[Tensor, ProducerGrad] = ways[way](*operands, add=add, features=features)
+    return found
+
+
+def _narrow_producer(
+    dy: OutputGrad, weight: Tensor, geometry: Geometry, producer: Producer, add: Added | None, *, weighed: bool = True
+) -> tuple[ConvVariant, BackwardTile] | None:
+    if producer.out is not None and producer.act.needs_input:  # the kernel tells the slope from what is convolved
+        return None
+    return _narrow(dy, producer.output, weight, geometry, add, producer=True, weighed=weighed)
+
+
+def _producer_jointly(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
+    features: FeatureGrads | None = None,
+) -> tuple[Tensor, ProducerGrad]:  # fmt: skip
+    """By one launch, where a tile fits."""
+    narrow = _narrow_producer(dy, weight, geometry, producer, add, weighed=False)
     if narrow is None:
-        dy = _at_hand(dy, weight, geometry)
-        return _conv_producer_backward(dy, u, weight, geometry, producer, add=add, features=features)
+        return NotImplemented
     launched = _launched(dy, producer.output, weight, geometry, *narrow, add=add, producer=producer, features=features)
     assert launched.sums is not None
     return launched.dw, ProducerGrad(launched.du, launched.sums)
+
+
+def _producer_apart(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
+    features: FeatureGrads | None = None,
+) -> tuple[Tensor, ProducerGrad]:  # fmt: skip
+    """By two, whose sums are finished by one launch more."""
+    size = tuple(producer.y.shape)
+    parts = None
+    if why_no_kernel(dy, weight, size, geometry) is None:
+        parts = unsummed_weight_grad(dy, u, (weight.shape[2], weight.shape[3]), geometry)
+    if parts is None:
+        return _conv_producer_backward(dy, u, weight, geometry, producer, add=add, features=features)
+    launched = launch_input_grad(
+        dy, weight, size, geometry, producer=producer, add=add, features=features, weight_parts=parts.unsummed
+    )
+    assert launched.sums is not None
+    return parts.of(launched.weight).dw, ProducerGrad(launched.g, launched.sums)
+
+
+def _producer_written(
+    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, producer: Producer, *, add: Added | None = None,
+    features: FeatureGrads | None = None,
+) -> tuple[Tensor, ProducerGrad]:  # fmt: skip
+    """By two, after dy has been written to memory, if it has parts."""
+    if dy.q is None:
+        return NotImplemented
+    at_hand = OutputGrad(bn_backward_apply(dy))
+    return _producer_apart(at_hand, u, weight, geometry, producer, add=add, features=features)
 
 
 class _Launched(NamedTuple):
@@ -148,11 +232,18 @@ class _Launched(NamedTuple):
 
 
 def _narrow(
-    dy: OutputGrad, u: ConvInput, weight: Tensor, geometry: Geometry, add: Added | None, *, producer: bool
+    dy: OutputGrad,
+    u: ConvInput,
+    weight: Tensor,
+    geometry: Geometry,
+    add: Added | None,
+    *,
+    producer: bool,
+    weighed: bool = True,
 ) -> tuple[ConvVariant, BackwardTile] | None:
     """The convolution and its tile where one launch makes both gradients."""
     x = u.tensor
-    if math.prod(geometry.stride) > 1 or geometry.groups > 1 or x.dtype != weight.dtype:
+    if math.prod(geometry.stride) > 1 or geometry.groups > 1 or x.dtype != weight.dtype or u.blocks is not None:
         return None
     if why_no_kernel(dy, weight, tuple(x.shape), geometry) is not None:
         return None
@@ -161,20 +252,19 @@ def _narrow(
     other = from_elsewhere(add)
     unpacked = other is not None and (producer or is_pooled(other.g))
     masks = [dy.mask, other.mask if other is not None and unpacked else None]
-    tile = backward_tile(shape, target_of(weight), bits=any(map(is_bits, masks)))
+    tile = backward_tile(shape, target_of(weight), bits=any(map(is_bits, masks)), weighed=weighed)
     return None if tile is None else (shape, tile)
 
 
-def _at_hand(dy: OutputGrad, weight: Tensor, geometry: Geometry) -> OutputGrad:
-    """dy, written to memory first where that is faster than to form it in both of two launches."""
+def _writing_pays(dy: OutputGrad, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether dy is written to memory first, which is faster than to form it in both of two launches."""
     if dy.q is None:
-        return dy
+        return False
     k, c, r, s = weight.shape
     shape = ConvVariant(
         pixels(dy.g), c, k // geometry.groups, geometry.groups, r, s, weight.element_size(), operands=operands_of(dy)
     )
-    pays = depthwise(shape) or writing_pays(shape, target_of(weight))
-    return OutputGrad(bn_backward_apply(dy)) if pays else dy
+    return depthwise(shape) or writing_pays(shape, target_of(weight))
 
 
 def _launched(
@@ -206,7 +296,7 @@ def _launched(
     }  # fmt: skip
     written = {"out_ptr": out, "part_g_ptr": sums, "part_gd_ptr": products, "dw_ptr": parts}
     arguments = window_arguments(x, shape, size, geometry, c_rows=[x_row])
-    for name in ("groups", "stride_h", "stride_w", "FLAT"):
+    for name in ("groups", "stride_h", "stride_w"):
         del arguments[name]
     launch(
         conv_backward_kernel, (tile.parts * tile.pieces(shape),),
@@ -220,10 +310,10 @@ def _launched(
         },
         reads=(*GRADIENT, *beside), kind="both gradients", writes=tuple(written),
         partial=bytes_reached(dy, weight, tuple(x.shape), geometry) | added_read(add, other),
-        flops=4 * pixels(dy.g) * weight.numel(),
-        **tile.options,
+        flops=4 * pixels(dy.g) * weight.numel(), steps=(tile.steps(shape.pixels),), **tile.options,
     )  # fmt: skip
-    dw = parts_summed(parts).view(shape.k, *taps).permute(0, 3, 1, 2)
-    if sums is None or products is None or norm is None:
-        return _Launched(dw, out, None)
-    return _Launched(dw, out, finished(sums, products, shape.pixels, norm))
+    done: Finished | None = None
+    if sums is not None and products is not None and norm is not None:
+        done = finished(sums, products, shape.pixels, norm, parts if len(parts) > 1 else None)
+    dw = parts_summed(parts) if done is None or done.weight is None else done.weight
+    return _Launched(dw.view(shape.k, *taps).permute(0, 3, 1, 2), out, done and done.sums)

@@ -76,7 +76,7 @@ def _check(
     sizes = []
     for branch in (main, second):
         if branch is not None:
-            check_conv(branch.u.tensor, branch.weight, branch.geometry, name="u")
+            check_conv(branch.u, branch.weight, branch.geometry, name="u")
             if branch.scale is not None and branch.shift is None:
                 raise ValueError("shift: expected one beside a scale, got None")
             if branch.running is not None and branch.shift is not None:
@@ -86,7 +86,7 @@ def _check(
             for name, vector in (*given, *stored):
                 if vector is not None:
                     check_vector(name, vector, branch.weight.shape[0])
-            n, _, h, w = branch.u.tensor.shape
+            n, _, h, w = branch.u.size
             p, q = branch.geometry.output_size(h, w, (branch.weight.shape[2], branch.weight.shape[3]))
             sizes.append((n, branch.weight.shape[0], p, q))
     if len(sizes) == 2 and sizes[0] != sizes[1]:
@@ -188,6 +188,7 @@ def _conv_bn_act_triton(
         reads=reads, kind="convolution", writes=tuple(outputs),
         partial={"x_ptr": conv.read, "second_x_ptr": read, **residual_read(residual)},
         flops=conv.flops + flops + (2 + 2 * _normalises(main) + 4 * statistics) * z.numel(),
+        steps=(conv.tile.steps(conv.shape), *([] if second is None else [conv.tile.depth_steps(sizes["second_C"])])),
         **conv.tile.options,
     )  # fmt: skip
     return BlockOutput(z, mask, partials)
@@ -226,7 +227,7 @@ def _projection(
         sizes = {"second_C": 1, "second_H": 1, "second_W": 1, "second_stride_h": 1, "second_stride_w": 1}
         return (
             {**dict.fromkeys(names), **running},
-            {**sizes, "SECOND_EVEN_C": True, "SECOND_X_ACT": None, "SECOND_C_MULTIPLE": 1},
+            {**sizes, "SECOND_SAME": True, "SECOND_EVEN_C": True, "SECOND_X_ACT": None, "SECOND_C_MULTIPLE": 1},
             0,
             0,
         )
@@ -238,7 +239,7 @@ def _projection(
     stride = second.geometry.stride
     described = {
         "second_C": c, "second_H": h, "second_W": w, "second_stride_h": stride[0], "second_stride_w": stride[1],
-        "SECOND_EVEN_C": c % conv.tile.block_c == 0, "SECOND_C_MULTIPLE": alignment(c),
+        "SECOND_SAME": stride == (1, 1), "SECOND_EVEN_C": c % conv.tile.block_c == 0, "SECOND_C_MULTIPLE": alignment(c),
         "SECOND_X_ACT": device_activation(second.u.act, second.u.scale),
     }  # fmt: skip
     read = bytes_in_windows(x, conv.size[2:], (1, 1), second.geometry)

@@ -9,16 +9,20 @@ from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.checks import check_conv
 from fusedres.ops.contractions import conv_launch, why_no_kernel
 from fusedres.ops.op import Op
+from fusedres.ops.pointwise_contractions import conv_pointwise
 from fusedres.ops.rows import channels_last, empty_partials, empty_rows, pitch_of, row_layout
+from fusedres.ops.space_to_depth import depth_to_space
 from fusedres.runtime import backends
 from fusedres.runtime.launch import launch
 
 
 def conv_operand(u: ConvInput) -> Tensor:
-    """The operand itself, or act(tensor * scale + shift) rounded to the storage dtype.
+    """The operand itself, unpacked, or act(tensor * scale + shift) rounded to the storage dtype.
 
     Padding is added after this, so it is zero and not act(shift).
     """
+    if u.blocks is not None:
+        return depth_to_space(u)
     if u.scale is None or u.shift is None:
         return u.tensor
     return bn_act(u.tensor, u.scale, u.shift, act=u.act)[0]
@@ -52,10 +56,10 @@ def _conv_forward(
 def _check(
     u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> None:
-    check_conv(u.tensor, weight, geometry, name="u")
+    check_conv(u, weight, geometry, name="u")
     if out is None:
         return
-    n, _, h, w = u.tensor.shape
+    n, _, h, w = u.size
     expected = (n, weight.shape[0], *geometry.output_size(h, w, (weight.shape[2], weight.shape[3])))
     if tuple(out.shape) != expected or out.dtype != weight.dtype:
         raise ValueError(f"out: expected {expected} in {weight.dtype}, got {tuple(out.shape)} in {out.dtype}")
@@ -66,7 +70,7 @@ def stored(y: Tensor, out: Tensor | None) -> Tensor:
     return y if out is None else out.copy_(y)
 
 
-conv_forward = Op(_conv_forward, check=_check)
+conv_forward = Op(_conv_forward, check=_check, weighed=True)
 
 
 @conv_forward.triton
@@ -74,10 +78,13 @@ def _conv_forward_triton(
     u: ConvInput, weight: Tensor, geometry: Geometry, *, statistics: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | None]:
     # With nothing joined to it a convolution moves no fewer bytes than the library's.
-    if backends.runs_native() and u.scale is None and not statistics:
+    if backends.runs_native() and u.scale is None and u.blocks is None and not statistics:
         return NotImplemented
     if why_no_kernel(u, weight, geometry) is not None or (out is not None and row_layout(out) is not out):
         return NotImplemented
+    given = conv_pointwise(u, weight, geometry, statistics=statistics, out=out)
+    if given is not None:
+        return given
     from fusedres.kernels.conv_forward import conv_forward_kernel
 
     y_row = None if out is None else pitch_of(out)
@@ -91,7 +98,7 @@ def _conv_forward_triton(
         reads=("x_ptr", "w_ptr", "x_scale_ptr", "x_shift_ptr", "ones_ptr"),
         kind="convolution", writes=("y_ptr", "count_ptr", "mean_ptr", "m2_ptr"),
         partial={"x_ptr": conv.read}, flops=conv.flops + 4 * y.numel() * statistics,
-        **conv.tile.options,
+        steps=(conv.tile.steps(conv.shape),), **conv.tile.options,
     )  # fmt: skip
     return y, partials
 

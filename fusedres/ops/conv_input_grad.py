@@ -85,7 +85,7 @@ def _conv_input_grad(
     return (du + added_gradient(add)).to(torch.promote_types(weight.dtype, add.g.dtype))
 
 
-conv_input_grad = Op(_conv_input_grad, check=check_gradient)
+conv_input_grad = Op(_conv_input_grad, check=check_gradient, weighed=True)
 
 
 @conv_input_grad.triton

@@ -22,7 +22,7 @@ from fusedres.ops.device import device_activation
 from fusedres.ops.features import FeatureGrads
 from fusedres.ops.rows import channels_last, empty_rows, pitch_of, pixels, row_layout, storable, word_channels
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read
-from fusedres.plan.conv_tiles import conv_tile
+from fusedres.plan.conv_tiles import ConvTile, conv_tile
 from fusedres.plan.shapes import ConvVariant, depthwise
 from fusedres.runtime.launch import launch, target_of
 
@@ -38,10 +38,11 @@ class InputMatrices(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """The input's gradient, and its sums where a producer was given."""
+    """The input's gradient, its sums where a producer was given, and the weight's whose parts were."""
 
     g: Tensor
-    sums: NormSums | None
+    sums: NormSums | None = None
+    weight: Tensor | None = None
 
 
 def why_no_kernel(dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> str | None:
@@ -78,7 +79,7 @@ def gradient_shape(
 def launch_input_grad(
     dy: OutputGrad, weight: Tensor, size: tuple[int, ...], geometry: Geometry, *, x: ConvInput | None = None,
     matrices: InputMatrices | None = None, add: Added | None = None, producer: Producer | None = None,
-    x_stride: tuple[int, int] | None = None, features: FeatureGrads | None = None,
+    x_stride: tuple[int, int] | None = None, features: FeatureGrads | None = None, weight_parts: Tensor | None = None,
 ) -> Launched:  # fmt: skip
     """The kernel, with whatever is joined to it.
 
@@ -90,6 +91,7 @@ def launch_input_grad(
         x_stride: where ``size`` is of the pixels alone that a 1x1 convolution reads: how far they are apart in x.
         producer: of the input, behind whose activation the gradient is wanted with its sums.
         features: where that gradient, times the producer's scale, is added, in the layout of x.
+        weight_parts: (parts, size) of the weight's gradient, to be added up beside the producer's sums.
     """
     from fusedres.kernels.conv_input_grad import conv_input_grad_kernel
 
@@ -148,7 +150,6 @@ def launch_input_grad(
         out, shape._replace(pixels=n * h * w, c=shape.k, k=shape.c), (dy.g.shape[2], dy.g.shape[3]), geometry,
         c_rows=[x_row],
     )  # fmt: skip
-    del arguments["FLAT"]
     launch(
         conv_input_grad_kernel, (classes * tiles * tile.pieces(shape),),
         {
@@ -157,7 +158,9 @@ def launch_input_grad(
             "step_r": steps[0], "step_s": steps[1], "row_step": rows[0], "column_step": rows[1],
             "constants": 0 if matrices is None else len(matrices.constants),
             "TERMS": 1 if matrices is None else matrices.quadratic.shape[1],
-            "STRIDED": classes > 1, "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
+            "STRIDED": classes > 1, "SAME": classes == 1 and dy.g.shape[2:] == (h, w),
+            "X_SAME": consumed is None or consumed.shape[2:] == dy.g.shape[2:],
+            "WINDOWED": window != (1, 1) or padding != (0, 0), "POOLED": pooled,
             "ADD_POOLED": other is not None and is_pooled(other.g), "GROUPS_PER_TILE": packed,
             "EVEN_K": whole and per_tile % tile.block_c == 0,
             "EVEN_C": whole and packed * shape.k % tile.block_k == 0,
@@ -167,11 +170,18 @@ def launch_input_grad(
         },
         reads=(*GRADIENT, *beside),
         kind="input gradient", writes=tuple(written), partial=partial, flops=_flops(dy, weight, x, matrices),
-        **tile.options,
+        steps=[count / classes for count in _steps(shape, tile, matrices)], **tile.options,
     )  # fmt: skip
     if sums is None or products is None or norm is None:
-        return Launched(out, None)
-    return Launched(out, finished(sums, products, n * h * w, norm))
+        return Launched(out)
+    return Launched(out, *finished(sums, products, n * h * w, norm, weight_parts))
+
+
+def _steps(shape: ConvVariant, tile: ConvTile, matrices: InputMatrices | None) -> list[int]:
+    """Of each loop, all classes together: every tap belongs to one of them, the matrices to the first."""
+    if matrices is None:
+        return [tile.steps(shape)]
+    return [tile.steps(shape), matrices.quadratic.shape[1] * tile.depth_steps(shape.k), len(matrices.constants)]
 
 
 def _consumed(x: Tensor | None, stride: tuple[int, int]) -> dict[str, int]:

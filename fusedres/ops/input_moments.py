@@ -1,5 +1,7 @@
 """The moments of a 1x1 convolution's input: all that batch norm needs to know of an output that is never written."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from fusedres.ops.conv_weight_grad import weight_grad
 from fusedres.ops.device import device_activation
 from fusedres.ops.op import Op
 from fusedres.ops.rows import as_rows, channels_last, per_channel, pixels, storable
-from fusedres.plan.tiles import alignment, matrix_tile, moments_tile
+from fusedres.plan.tiles import MomentsTile, PartialTile, alignment, gram_tile, moments_tile, weight_precision
 from fusedres.runtime.launch import launch, target_of
 
 # Rows are taken in pieces of 1 MiB of fp32, which stay in a core's second-level cache between the passes over them.
@@ -42,7 +44,7 @@ def _input_moments(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
     Returns:
         `Moments` in the statistics dtype: n, (C,), (C, C).
     """
-    tensor, scale, shift, act = sampled(u, stride)
+    tensor, scale, shift, act, _ = sampled(u, stride)
     rows = as_rows(tensor)
     n, channels = rows.shape
     dtype = statistics_dtype(rows.dtype)
@@ -66,9 +68,21 @@ input_moments = Op(_input_moments, check=_check)
 
 @input_moments.triton
 def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Moments:
-    if not storable(u.tensor):
-        return NotImplemented
-    from fusedres.kernels.input_moments import input_moments_finish_kernel, input_moments_kernel
+    return _summed(_launched(u, stride)).moments if storable(u.tensor) else NotImplemented
+
+
+class _Parts(NamedTuple):
+    """What `input_moments_kernel` leaves, and its tile."""
+
+    pixels: int
+    row: Tensor
+    sums: Tensor
+    gram: Tensor
+    tile: MomentsTile
+
+
+def _launched(u: ConvInput, stride: tuple[int, int]) -> _Parts:
+    from fusedres.kernels.input_moments import input_moments_kernel
 
     x = channels_last(u.tensor)
     n, channels, h, w = x.shape
@@ -77,37 +91,66 @@ def _input_moments_triton(u: ConvInput, stride: tuple[int, int] = (1, 1)) -> Mom
     target = target_of(x)
     tile = moments_tile(count, channels, x.element_size(), target)
     pairs = tile.pairs(channels)
-    row, mean = torch.empty((2, channels), dtype=torch.float32, device=x.device)
+    row = torch.empty(channels, dtype=torch.float32, device=x.device)
     sums = torch.empty((tile.parts, channels), dtype=torch.float32, device=x.device)
     gram = torch.empty((tile.parts, pairs, tile.block_c, tile.block_c), dtype=torch.float32, device=x.device)
-    m2 = torch.empty((channels, channels), dtype=torch.float32, device=x.device)
     read = {"x_ptr": x, "scale_ptr": u.scale, "shift_ptr": u.shift}
-    partial = {"row_ptr": row, "sum_ptr": sums, "gram_ptr": gram}
+    written = {"row_ptr": row, "sum_ptr": sums, "gram_ptr": gram}
     launch(
         input_moments_kernel, (tile.parts * pairs,),
         {
-            **read, **partial, "pixels": count, "pixels_per_part": tile.per_part(count), "C": channels, "H": h, "W": w,
+            **read, **written, "pixels": count, "pixels_per_part": tile.per_part(count), "C": channels, "H": h, "W": w,
             "P": p, "Q": q, "stride_h": stride[0], "stride_w": stride[1],
             "STRIDED": stride != (1, 1), "EVEN_PIXELS": count % tile.block_pixels == 0,
             "EVEN_C": channels % tile.block_c == 0,
             "ACT": device_activation(u.act, u.scale), "PAIRS": in_pairs(x, target), "APART": columns_apart(x, target),
             "C_MULTIPLE": alignment(channels), "BLOCK_PIXELS": tile.block_pixels, "BLOCK_C": tile.block_c,
         },
-        reads=tuple(read), kind="moments", writes=tuple(partial),
+        reads=tuple(read), kind="moments", writes=tuple(written),
         partial={"x_ptr": count * channels * x.element_size()},
-        flops=count * channels * (channels + 1), **tile.options,
+        flops=count * channels * (channels + 1), steps=(0, tile.steps(count)), **tile.options,
     )  # fmt: skip
-    rows = min(16, tile.block_c)
+    return _Parts(count, row, sums, gram, tile)
+
+
+class _Summed(NamedTuple):
+    """The moments, and where a weight was given its output's mean and m2 in parts (parts, K)."""
+
+    moments: Moments
+    mean: Tensor | None
+    m2: Tensor | None
+
+
+def _summed(parts: _Parts, weight: Tensor | None = None) -> _Summed:
+    """The kernel that adds the parts, for the output of a convolution with ``weight`` (K, C) in rows."""
+    from fusedres.kernels.input_moments import input_moments_finish_kernel
+
+    side, pairs, (count, channels) = parts.tile.block_c, parts.gram.shape[1], parts.sums.shape
+    device = parts.row.device
+    k = 1 if weight is None else len(weight)
+    precision = None if weight is None else weight_precision(target_of(weight), weight.dtype)
+    tile = gram_tile(pairs, side, count, k, precision)
+    cuts = side // tile.block_c
+    mean = torch.empty(channels, dtype=torch.float32, device=device)
+    m2 = torch.empty((channels, channels), dtype=torch.float32, device=device)
+    y_mean = y_m2 = None
+    if weight is not None:
+        y_mean = torch.empty((-(-channels // side) * cuts, k), dtype=torch.float32, device=device)
+        y_m2 = torch.empty((pairs * cuts**2, k), dtype=torch.float32, device=device)
+    read = {"row_ptr": parts.row, "sum_ptr": parts.sums, "gram_ptr": parts.gram, "w_ptr": weight}
+    written = {"mean_ptr": mean, "m2_ptr": m2, "part_mean_ptr": y_mean, "part_m2_ptr": y_m2}
+    flops = parts.gram.numel() + (0 if weight is None else k * channels * (channels + 4))
     launch(
-        input_moments_finish_kernel, (pairs, tile.block_c // rows),
+        input_moments_finish_kernel, (pairs * cuts**2, tile.k_pieces),
         {
-            **partial, "mean_ptr": mean, "m2_ptr": m2, "parts": tile.parts, "pixels": count, "C": channels,
-            "BLOCK_C": tile.block_c, "ROWS": rows,
+            **read, **written, "parts": count, "pixels": parts.pixels, "k_pieces": tile.k_pieces, "C": channels, "K": k,
+            "PRECISION": precision, "SIDE": side, "BLOCK_PARTS": tile.block_parts, "BLOCK_C": tile.block_c,
+            "BLOCK_K": tile.block_k,
         },
-        reads=tuple(partial),
-        kind="moments", writes=("mean_ptr", "m2_ptr"), flops=gram.numel(), num_warps=tile.num_warps,
+        reads=tuple(read), kind="moments", writes=tuple(written), flops=flops,
+        steps=(0, -(-count // tile.block_parts), 0 if weight is None else tile.steps(k)), **tile.options,
     )  # fmt: skip
-    return Moments(count, mean, m2)
+    return _Summed(Moments(parts.pixels, mean, m2), y_mean, y_m2)
 
 
 @input_moments.native
@@ -139,44 +182,42 @@ def moments_statistics(moments: Moments, weight: Tensor) -> Partials:
     return Partials(count, (w @ moments.mean).unsqueeze(0), m2.unsqueeze(0))
 
 
-def _check_norm(moments: Moments, weight: Tensor, norm: Norm) -> None:
+def _check_measured(u: ConvInput, weight: Tensor, norm: Norm, stride: tuple[int, int] = (1, 1)) -> None:
+    check_activation("u", u.tensor)
     check_norm(weight.shape[0], norm)
 
 
-def _moments_finalize(
-    moments: Moments,
-    weight: Tensor,
-    norm: Norm,
-) -> Normaliser:
-    """`bn_finalize` of `moments_statistics`; the arguments are theirs."""
-    return bn_finalize(moments_statistics(moments, weight), norm)
+def _measured_input(
+    u: ConvInput, weight: Tensor, norm: Norm, stride: tuple[int, int] = (1, 1)
+) -> tuple[Moments, Normaliser]:
+    """`input_moments`, and `bn_finalize` of the `moments_statistics` that follow; the arguments are theirs."""
+    moments = input_moments(u, stride)
+    return moments, bn_finalize(moments_statistics(moments, weight), norm)
 
 
-moments_finalize = Op(_moments_finalize, check=_check_norm)
+measured_input = Op(_measured_input, check=_check_measured)
 
 
-@moments_finalize.triton
-def _moments_finalize_triton(
-    moments: Moments,
-    weight: Tensor,
-    norm: Norm,
-) -> Normaliser:
+@measured_input.triton
+def _measured_input_triton(
+    u: ConvInput, weight: Tensor, norm: Norm, stride: tuple[int, int] = (1, 1)
+) -> tuple[Moments, Normaliser]:
     k, c = weight.shape[:2]
-    if not storable(weight, moments.mean) or not finalisable(norm):
+    if not storable(weight, u.tensor) or not finalisable(norm):
         return NotImplemented
     from fusedres.kernels.moments import moments_finalize_kernel
 
-    tile = matrix_tile(target_of(weight))
-    read = {
-        "input_mean_ptr": moments.mean, "input_m2_ptr": moments.m2, "w_ptr": channels_last(weight).view(k, c),
-    }  # fmt: skip
+    moments, mean, m2 = _summed(_launched(u, stride), channels_last(weight).view(k, c))
+    assert mean is not None and m2 is not None
+    tile, read = PartialTile(), {"part_mean_ptr": mean, "part_m2_ptr": m2}
     outputs = normaliser_outputs(norm, k, weight.device)
     launch(
-        moments_finalize_kernel, (-(-k // tile.block_k),),
+        moments_finalize_kernel, (-(-k // tile.block_c),),
         {
-            **read, **outputs.arguments, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
-            "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+            **read, **outputs.arguments, "pixels": moments.pixels, "mean_parts": len(mean), "m2_parts": len(m2), "K": k,
+            "BLOCK_PARTS": tile.block_parts, "BLOCK_K": tile.block_c,
         },
-        reads=(*read, *outputs.reads), kind="moments", writes=outputs.writes, flops=2 * k * c * (c + 2), **tile.options,
+        reads=(*read, *outputs.reads), kind="moments", writes=outputs.writes, flops=mean.numel() + m2.numel(),
+        steps=[-(-len(parts) // tile.block_parts) for parts in (mean, m2)], **tile.options,
     )  # fmt: skip
-    return outputs.norm
+    return moments, outputs.norm

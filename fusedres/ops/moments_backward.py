@@ -23,13 +23,13 @@ from fusedres.ops.bn_backward import added_gradient, masked_gradient
 from fusedres.ops.checks import check_producer
 from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, with_added
-from fusedres.ops.conv_weight_grad import summed_weight_grad, weight_grad
+from fusedres.ops.conv_weight_grad import summed_weight_grad, weight_grad, weight_grad_parts
 from fusedres.ops.input_gradients import InputMatrices, Launched, launch_input_grad, why_no_kernel
 from fusedres.ops.input_moments import sampled
 from fusedres.ops.op import Op
 from fusedres.ops.rows import as_rows, channels_last, from_rows, storable
 from fusedres.ops.zero_pad_shortcut import Added
-from fusedres.plan.tiles import matrix_tile
+from fusedres.plan.tiles import matrix_tile, weight_rows_tile
 from fusedres.runtime.launch import launch, target_of
 
 
@@ -114,16 +114,19 @@ def frozen_weight_grad(d: Tensor, sum_g: Tensor, weight: Tensor, norm: Normalise
 
 
 def _moments_backward(
-    d: Tensor, sum_g: Tensor, moments: Moments | None, weight: Tensor, norm: Normaliser
+    g: OutputGrad, u: ConvInput, moments: Moments | None, weight: Tensor, norm: Normaliser, geometry: Geometry
 ) -> tuple[MomentsGrad, InputGradMatrices]:
-    """The small matrices from D and sum(g), by the formulas above.
+    """The parameters' gradients and the small matrices of the input's, by the formulas above.
 
     Args:
-        d: (K, C), sum_g: (K,), from `moments_contraction`.
+        g: (N, K, P, Q), masked on load.
+        u: (N, C, H, W) input of the convolution, formed on load.
         moments: of the input; None when mean and variance are frozen.
         weight: (K, C, 1, 1), the rounded one that the contraction used.
         norm: the `Normaliser` of the forward pass.
+        geometry: of the 1x1 convolution.
     """
+    d, sum_g = moments_contraction(g, u, (1, 1), geometry)
     w = weight.flatten(1).to(d.dtype)
     if moments is None:
         dweight, dgamma = frozen_weight_grad(d, sum_g, w, norm)
@@ -143,18 +146,18 @@ moments_backward = Op(_moments_backward)
 
 @moments_backward.triton
 def _moments_backward_triton(
-    d: Tensor, sum_g: Tensor, moments: Moments | None, weight: Tensor, norm: Normaliser
+    g: OutputGrad, u: ConvInput, moments: Moments | None, weight: Tensor, norm: Normaliser, geometry: Geometry
 ) -> tuple[MomentsGrad, InputGradMatrices]:
-    if not storable(weight, d):
+    parts = weight_grad_parts(g, u, (1, 1), geometry) if storable(weight) else None
+    if parts is None:
         return NotImplemented
-    from fusedres.kernels.moments import moments_quadratic_kernel
+    from fusedres.kernels.moments import moments_matrices_kernel
 
-    (k, c), tile = d.shape, matrix_tile(target_of(weight))
+    (k, c), tile = weight.shape[:2], matrix_tile(target_of(weight), weight.dtype)
     w = channels_last(weight).view(k, c)
-    small, q = launch_moments_weight_grad(
-        d.contiguous(), sum_g, moments and moments.pixels, moments and moments.mean, moments and moments.m2,
-        None, w, norm,
-    )  # fmt: skip
+    values = parts.whole
+    d, sum_g = values[:, : k * c], values[:, k * c :]
+    small, q = launch_moments_centre(d, sum_g, moments and moments.pixels, moments and moments.mean, None, w, norm)
     matrices = frozen_matrices(weight, norm)
     if moments is None:
         return small, matrices
@@ -162,48 +165,55 @@ def _moments_backward_triton(
     terms = 1 if w.dtype == torch.float32 else 2
     quadratic = torch.empty((c, terms, c), dtype=w.dtype, device=w.device)
     constants = torch.empty((pieces, c), dtype=torch.float32, device=w.device)
-    read = {"q_ptr": q, "w_ptr": w, "scale_ptr": norm.scale, "sum_g_ptr": sum_g, "mean_ptr": moments.mean}
+    read = {
+        "mean_ptr": moments.mean, "m2_ptr": moments.m2, "w_ptr": w, "q_ptr": q, "scale_ptr": norm.scale,
+        "sum_g_ptr": small.dbeta, "dw_ptr": small.dweight,
+    }  # fmt: skip
     written = {"quadratic_ptr": quadratic, "constant_ptr": constants}
+    pairs, tiles = pieces * (pieces + 1) // 2, -(-k // tile.block_k) * pieces
+    steps = [pairs * -(-k // tile.depth) / (pairs + tiles), tiles * -(-c // tile.depth) / (pairs + tiles)]
     launch(
-        moments_quadratic_kernel, (pieces, pieces),
+        moments_matrices_kernel, (pairs + tiles,),
         {
-            **read, **written, "pixels": moments.pixels, "C": c, "K": k, "PRECISION": tile.precision,
-            "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "TERMS": terms,
+            **read, **written, "pixels": moments.pixels, "C": c, "K": k, "TERMS": terms, "PRECISION": tile.precision,
+            "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c, "DEPTH": tile.depth,
         },
-        reads=tuple(read), kind="moments", writes=tuple(written), flops=2 * k * c * (c + 1), **tile.options,
+        reads=tuple(read), kind="moments", writes=("dw_ptr", *written), flops=k * c * (3 * c + 3),
+        steps=(0, *steps), **tile.options,
     )  # fmt: skip
     return small, matrices._replace(quadratic=quadratic, constants=constants)
 
 
-def launch_moments_weight_grad(
-    d: Tensor, sum_g: Tensor, count: int | None, mean: Tensor | None, m2: Tensor | None, product: Tensor | None,
-    w: Tensor, norm: Normaliser,
+def launch_moments_centre(
+    d: Tensor, sum_g: Tensor, count: int | None, mean: Tensor | None, product: Tensor | None, w: Tensor,
+    norm: Normaliser,
 ) -> tuple[MomentsGrad, Tensor | None]:  # fmt: skip
-    """`moments_weight_grad` by its kernel, from ``m2`` or from ``product``; all matrices (K, C) in rows.
+    """`moments_weight_grad` by its kernel, from D (parts, K C) and sum(g) (parts, K) in parts of one buffer.
 
-    Without a ``mean`` statistics are frozen and there is no q.
+    Where there is neither a ``product`` (K, C) nor frozen statistics, D' is in the place of dW. Without a ``mean``
+    statistics are frozen, and there is no q.
     """
-    from fusedres.kernels.moments import moments_weight_grad_kernel
+    from fusedres.kernels.moments import moments_centre_kernel
 
-    (k, c), tile, batch = d.shape, matrix_tile(target_of(w)), mean is not None
+    (k, c), batch = w.shape, mean is not None
+    tile = weight_rows_tile(len(d), k, c)
     dw = torch.empty((k, c), dtype=torch.float32, device=d.device)
-    dgamma, q = torch.empty((2, k), dtype=torch.float32, device=d.device)
+    dgamma, dbeta, q = torch.empty((3, k), dtype=torch.float32, device=d.device)
     read = {
-        "d_ptr": d, "sum_g_ptr": sum_g, "mean_ptr": mean, "m2_ptr": m2, "product_ptr": product, "w_ptr": w,
+        "d_ptr": d, "sum_g_ptr": sum_g, "mean_ptr": mean, "product_ptr": product, "w_ptr": w,
         "y_mean_ptr": None if batch else norm.mean, "invstd_ptr": norm.invstd, "scale_ptr": norm.scale,
     }  # fmt: skip
-    written = {"dw_ptr": dw, "dgamma_ptr": dgamma, "q_ptr": q if batch else None}
+    written = {"dw_ptr": dw, "dgamma_ptr": dgamma, "dbeta_ptr": dbeta, "q_ptr": q if batch else None}
     launch(
-        moments_weight_grad_kernel, (-(-k // tile.block_k), -(-c // tile.block_c)),
+        moments_centre_kernel, (-(-k // tile.block_k),),
         {
-            **read, **written, "pixels": count or 1, "C": c, "K": k, "PRECISION": tile.precision,
-            "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
+            **read, **written, "parts": len(d), "part_size": d.stride(0), "pixels": count or 1, "C": c, "K": k,
+            "BLOCK_PARTS": tile.block_parts, "BLOCK_K": tile.block_k, "BLOCK_C": tile.block_c,
         },
-        reads=tuple(read), kind="moments", writes=tuple(written),
-        flops=2 * k * c * (c + 2) if m2 is not None else 6 * k * c,
-        **tile.options,
+        reads=tuple(read), kind="moments", writes=tuple(written), flops=d.numel() + 6 * k * c,
+        steps=(-(-len(d) // tile.block_parts),), **tile.options,
     )  # fmt: skip
-    return MomentsGrad(dw, dgamma, sum_g), q if batch else None
+    return MomentsGrad(dw, dgamma, dbeta), q if batch else None
 
 
 def frozen_matrices(weight: Tensor, norm: Normaliser) -> InputGradMatrices:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedres.runtime import backends
 from fusedres.runtime.launch import wants_kernels
+from fusedres.traffic.weigh import fastest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -19,13 +20,17 @@ class Op(Generic[P, T]):
     ``reference`` is the formula in plain PyTorch, on any device and floating-point dtype. A face registered with
     `triton` launches kernels; one registered with `native` computes the same by calls into a library. Both return
     ``NotImplemented`` for operands that they do not cover, and the next face runs instead. ``check`` takes the same
-    operands, and refuses those that do not fit each other before any face sees them.
+    operands, and refuses those that do not fit each other before any face sees them. ``weighed``: the library's calls
+    run in place of kernels where they are predicted to be faster.
     """
 
-    def __init__(self, reference: Callable[P, T], *, check: Callable[..., object] | None = None) -> None:
+    def __init__(
+        self, reference: Callable[P, T], *, check: Callable[..., object] | None = None, weighed: bool = False
+    ) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
         self.check = check
+        self.weighed = weighed
         self._triton: Callable[..., Any] | None = None
         self._native: Callable[..., Any] | None = None
 
@@ -40,7 +45,7 @@ class Op(Generic[P, T]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         if self.check is not None:
             self.check(*args, **kwargs)
-        if self._triton is not None and wants_kernels(_first_tensor(args)):
+        if self._triton is not None and wants_kernels(_first_tensor(args)) and not self._library_wins(args, kwargs):
             result = self._triton(*args, **kwargs)
             if result is not NotImplemented:
                 return cast(T, result)
@@ -49,6 +54,12 @@ class Op(Generic[P, T]):
             if result is not NotImplemented:
                 return cast(T, result)
         return self.reference(*args, **kwargs)
+
+    def _library_wins(self, args: Any, kwargs: Any) -> bool:
+        if not self.weighed or self._triton is None or self._native is None:
+            return False
+        ways = {"kernels": self._triton, "library": self._native}
+        return fastest(self, ways, *args, **kwargs) == "library"
 
     def __repr__(self) -> str:
         return f"<op {self.__name__}>"  # type: ignore[attr-defined]

@@ -79,9 +79,8 @@ def launch_rows(
     """One pass of ``kernel`` over the pixels of ``over`` (N, C, H, W) as `row_tile` says; the rest as of `launch`."""
     rows, channels = pixels(over), over.shape[1]
     tile = row_tile(rows, channels, over.element_size(), vectors)
-    _launch(
-        kernel, tile, tile.blocks(rows, channels), over, arguments, reads, writes, flops, kind, partial, all_registers
-    )
+    blocks = tile.blocks(rows, channels)
+    _launch(kernel, tile, blocks, over, arguments, reads, writes, flops, kind, partial, (), all_registers)
 
 
 def launch_reduction(
@@ -93,7 +92,10 @@ def launch_reduction(
     tile = reduction_tile(rows, channels)
     parts, per_part = tile.parts(rows, channels)
     arguments = {**arguments, "rows_per_part": per_part}
-    _launch(kernel, tile, parts * tile.pieces(channels), over, arguments, reads, writes, flops, kind, None, False)
+    steps = (per_part // tile.block_rows,)
+    _launch(
+        kernel, tile, parts * tile.pieces(channels), over, arguments, reads, writes, flops, kind, None, steps, False
+    )
 
 
 def reduction_parts(over: Tensor) -> int:
@@ -104,7 +106,8 @@ def reduction_parts(over: Tensor) -> int:
 
 def _launch(
     kernel: Any, tile: RowTile, blocks: int, over: Tensor, arguments: dict[str, Any], reads: Sequence[str],
-    writes: Sequence[str], flops: int, kind: str, partial: dict[str, int] | None, all_registers: bool,
+    writes: Sequence[str], flops: int, kind: str, partial: dict[str, int] | None, steps: Sequence[int],
+    all_registers: bool,
 ) -> None:  # fmt: skip
     pitches = [value for name, value in arguments.items() if name.endswith("_row")]
     shape = {
@@ -113,7 +116,7 @@ def _launch(
     }  # fmt: skip
     launch(
         kernel, (blocks,), {**arguments, **shape}, reads=reads, writes=writes, partial=partial, flops=flops,
-        kind=kind, **tile.options, all_registers=all_registers,
+        kind=kind, steps=steps, **tile.options, all_registers=all_registers,
     )  # fmt: skip
 
 

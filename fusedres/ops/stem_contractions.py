@@ -8,7 +8,7 @@ from fusedres.ops.conv_weight_grad import Pooled, conv_weight_grad, summed_weigh
 from fusedres.ops.moments_backward import (
     MomentsGrad,
     frozen_weight_grad,
-    launch_moments_weight_grad,
+    launch_moments_centre,
     moments_contraction,
     moments_weight_grad,
 )
@@ -133,8 +133,8 @@ def _early_weight_grad_triton(
 ) -> MomentsGrad:  # fmt: skip
     if not storable(d, weight):
         return NotImplemented
-    small, _ = launch_moments_weight_grad(
-        _rows(d), sum_g, count, None if mean is None else _rows(mean[None])[0], None,
+    small, _ = launch_moments_centre(
+        _rows(d).view(1, -1), sum_g.view(1, -1), count, None if mean is None else _rows(mean[None])[0],
         None if product is None else _rows(product), _rows(channels_last(weight)), norm,
     )  # fmt: skip
     return small._replace(dweight=_windows(small.dweight, (d.shape[2], d.shape[3])))

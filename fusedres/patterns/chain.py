@@ -1,8 +1,6 @@
 """Chains conv-BN-act-...-conv-BN with a shortcut: which rung of the ladder they run on, in training and inference."""
 
-import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +10,15 @@ from fusedres.activation import IDENTITY, RELU, Activation
 from fusedres.autograd import ConvChain
 from fusedres.autograd.shortcut import NO_SHORTCUT, Projection, Residual, Shortcut
 from fusedres.autograd.spec import ChainSpec, LayerSpec
-from fusedres.operands import ConvInput, Geometry, Layer, Norm
+from fusedres.operands import Layer, Norm
 from fusedres.ops.bn_act import check_act
 from fusedres.ops.checks import check_activation
-from fusedres.ops.contractions import touched
+from fusedres.ops.contractions import conv_input
 from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.rows import channels_last
-from fusedres.patterns import inference
-from fusedres.patterns.choose import AUTO, Choice, announce, chain_schedule, choose, use_moments
-from fusedres.patterns.cost import ChainShape, LayerShape
+from fusedres.patterns import eager, inference
+from fusedres.patterns.choose import AUTO, chain_schedule, use_moments
 from fusedres.patterns.door import Size, check_joins, checked_size, enter, with_rounded_weights
-from fusedres.plan.gpus import Gpu
 from fusedres.runtime.call import Call
 
 
@@ -86,6 +82,13 @@ class _Chain:
         for layer in self.every:
             yield from layer.tensors
 
+    @property
+    def shape(self) -> Hashable:
+        return shapes_of(self.every), len(self.layers), self.shortcut.without_tensors(), self.act, self.hands_over
+
+    def plain(self, call: Call) -> Tensor:
+        return eager.chain(self.x, self.layers, self.shortcut, self.act, call.dtype)
+
     def check(self, call: Call) -> None:
         check_act(self.act)
         size = checked_size("x", self.x, self.layers[0], tuple(self.x.shape), call)
@@ -99,17 +102,11 @@ class _Chain:
     def infer(self, call: Call) -> Tensor:
         layers, residual = inference.evaluated(self.every, call), self.residual
         count, shortcut = len(self.layers), self.shortcut.without_tensors()
-        operands = (self.x, residual, layers[:count], layers[count:], shortcut, self.act, call.dtype)
+        operands = (self.x, residual, layers[:count], layers[count:], shortcut, self.act, call.dtype, call.kernels)
         return inference.run(call, _inferred, *operands)
 
     def train(self, call: Call) -> Tensor:
         schedule = self.schedule
-        if schedule == AUTO and call.gpu is not None:
-            windows = tuple([(layer.weight.shape, layer.geometry) for layer in self.every])
-            kind = self.shortcut.without_tensors()
-            choice = _choice(self.x.shape, windows, len(self.layers), kind, call.dtype, call.gpu, call.tf32)
-            announce(choice)
-            schedule = choice.schedule.name
         last = len(self.layers) - 1
         every = [
             layer._replace(moments=True) if i >= last and use_moments(schedule, layer, call) else layer
@@ -125,6 +122,11 @@ class _Chain:
         return z
 
 
+def shapes_of(layers: Sequence[Layer]) -> Hashable:
+    """Of each layer, what time depends on."""
+    return tuple([(layer.weight.shape, layer.geometry, layer.norm.numbers.batch_stats, layer.act) for layer in layers])
+
+
 def check_shortcut(x: Tensor, shortcut: Shortcut, size: Size, call: Call) -> None:
     """Refuse what does not join an output of ``size``."""
     if isinstance(shortcut, Projection):
@@ -137,42 +139,13 @@ def check_shortcut(x: Tensor, shortcut: Shortcut, size: Size, call: Call) -> Non
 
 def _inferred(
     x: Tensor, residual: Tensor | None, layers: tuple[Layer, ...], projection: tuple[Layer, ...], shortcut: Shortcut,
-    act: Activation, dtype: torch.dtype,
+    act: Activation, dtype: torch.dtype, kernels: bool,
 ) -> Tensor:  # fmt: skip
-    x = channels_last(x)
-    source = ConvInput(x.to(dtype))
+    packs = kernels and not projection and type(shortcut) in (Shortcut, Residual)
+    x = x if packs else channels_last(x)
+    source = conv_input(x, dtype, layers[0], pack=packs)
     *inner, last = layers
     main = inference.contraction(inference.through(source, inner), last)
     second = inference.contraction(source, projection[0]) if projection else None
     joining = shortcut.operand(x, last.weight.shape[0]) if residual is None else residual
     return conv_bn_act(main, residual=joining, second=second, act=act)[0]
-
-
-Window = tuple[Size, Geometry]  # shape of the weight, and how it moves
-
-
-@functools.lru_cache(maxsize=4096)
-def _choice(
-    size: Size, windows: tuple[Window, ...], depth: int, shortcut: Shortcut, dtype: torch.dtype, gpu: Gpu, tf32: bool
-) -> Choice:
-    """The choice for a chain of ``depth`` layers; a projection's window comes behind theirs."""
-    shapes, inner = [], size
-    for window in windows[:depth]:
-        shape, inner = conv_shape(inner, window)
-        shapes.append(shape)
-    if len(windows) > depth:
-        shortcut = Projection(conv_shape(size, windows[depth])[0])
-    return choose(ChainShape(tuple(shapes), shortcut), dtype, gpu, tf32=tf32)
-
-
-def conv_shape(size: Size, window: Window) -> tuple[LayerShape, Size]:
-    """What the choice depends on, and the (N, K, P, Q) of the output."""
-    weight, geometry = window
-    n, c, h, w = size
-    k, _, *kernel = weight
-    p, q = geometry.output_size(h, w, (kernel[0], kernel[1]))
-    read = n
-    for side, windows, taps, *step in zip((h, w), (p, q), kernel, *geometry[:3], strict=True):
-        read *= touched(side, windows, taps, *step)
-    padded, area = geometry.padding != (0, 0), (kernel[0], kernel[1])
-    return LayerShape(read, n * math.prod((h, w)), n * p * q, c, k, geometry.groups, area, padded), (n, k, p, q)

@@ -1,10 +1,11 @@
 """The dense blocks, each layer fed with everything before it, in training and inference."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedres.activation import RELU, Activation
@@ -15,8 +16,9 @@ from fusedres.operands import Layer, Norm
 from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.features import put_features
 from fusedres.ops.rows import empty_rows
-from fusedres.patterns import inference
-from fusedres.patterns.choose import AUTO, fused_schedule
+from fusedres.patterns import eager, inference
+from fusedres.patterns.chain import shapes_of
+from fusedres.patterns.choose import AUTO, chain_schedule
 from fusedres.patterns.door import (
     Size,
     check_joins,
@@ -87,6 +89,17 @@ class _Dense:
             for conv in convs:
                 yield from conv.tensors
 
+    @property
+    def shape(self) -> Hashable:
+        return tuple([(shapes_of(layer.convs), layer.act) for layer in self.layers])
+
+    def plain(self, call: Call) -> Tensor:
+        features = [self.x]
+        for norm, (*inner, last), act in self.layers:
+            u = act.value(eager.normalised(torch.cat(features, 1), norm))
+            features.append(eager.convolved(eager.through(u, tuple(inner), call.dtype), last, call.dtype))
+        return torch.cat(features, 1)
+
     def check(self, call: Call) -> None:
         n, channels, h, w = self.x.shape
         for i, layer in enumerate(self.layers, start=1):
@@ -112,7 +125,7 @@ class _Dense:
             for norm, own, act in self.layers
         )
         partials = partials_of(self.x, self.layers[0].norm if self.layers else None)
-        spec = DenseSpec(call, fused_schedule(self.schedule, call), layers, partials)
+        spec = DenseSpec(call, chain_schedule(self.schedule, kernels=call.kernels), layers, partials)
         return leave_statistics(*Dense.apply(self.x, None, spec, *self.tensors))
 
 

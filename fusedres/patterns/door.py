@@ -1,8 +1,7 @@
 """The door of every fused pattern: tensors are checked, and training or inference runs."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,34 +10,11 @@ from fusedres.autograd.handover import statistics
 from fusedres.operands import Layer, Norm, NormNumbers, Partials
 from fusedres.ops.bn_finalize import check_norm
 from fusedres.ops.checks import check_activation, check_conv_shapes
+from fusedres.patterns.choose import CHOSEN, EAGER, Pattern, announce, choose
 from fusedres.runtime.call import Call
 from fusedres.runtime.weights import rounded
 
 Size = tuple[int, ...]
-
-
-class Pattern(Protocol):
-    """One call of a pattern."""
-
-    x: Tensor
-    """(N, C, H, W)."""
-
-    @property
-    def norms(self) -> Iterable[Norm]:
-        """Every batch norm."""
-
-    @property
-    def tensors(self) -> Iterable[Tensor | None]:
-        """Everything but x that autograd may ask a gradient of."""
-
-    def check(self, call: Call) -> None:
-        """Refuse what eager PyTorch would refuse."""
-
-    def infer(self, call: Call) -> Tensor:
-        """The pass from running statistics, of which nothing is kept."""
-
-    def train(self, call: Call) -> Tensor:
-        """The pass that autograd may follow."""
 
 
 def enter(pattern: Pattern) -> Tensor:
@@ -52,7 +28,14 @@ def enter(pattern: Pattern) -> Tensor:
     pattern.x = pattern.x.resolve_neg()
     call = Call.on(pattern.x, pattern.tensors)
     pattern.check(call)
-    if call.differentiated or any(norm.numbers.batch_stats for norm in pattern.norms):
+    training = call.differentiated or any(norm.numbers.batch_stats for norm in pattern.norms)
+    if pattern.schedule in CHOSEN and call.gpu is not None:
+        choice = choose(pattern, call, call.gpu, training=training)
+        announce(choice)
+        if choice.schedule is EAGER:
+            return pattern.plain(call)
+        pattern.schedule = choice.schedule.name
+    if training:
         return pattern.train(call)
     with call.without_autocast():
         return pattern.infer(call)

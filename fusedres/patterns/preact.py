@@ -1,6 +1,6 @@
 """The pre-activation chains [BN-act] conv-BN-act-...-conv with a shortcut, in training and inference."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,9 +13,9 @@ from fusedres.autograd.spec import LayerSpec
 from fusedres.operands import ConvInput, Layer, Norm
 from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.rows import channels_last
-from fusedres.patterns import inference
-from fusedres.patterns.chain import check_shortcut
-from fusedres.patterns.choose import AUTO, fused_schedule
+from fusedres.patterns import eager, inference
+from fusedres.patterns.chain import check_shortcut, shapes_of
+from fusedres.patterns.choose import AUTO, chain_schedule
 from fusedres.patterns.door import (
     Size,
     check_norm_of,
@@ -87,6 +87,14 @@ class _PreAct:
         for layer in self.every:
             yield from layer.tensors
 
+    @property
+    def shape(self) -> Hashable:
+        joins = self.shortcut.without_tensors()
+        return self.norm is None, shapes_of(self.every), len(self.layers), joins, self.act, self.measured
+
+    def plain(self, call: Call) -> Tensor:
+        return eager.preact(self.x, self.norm, self.layers, self.shortcut, self.act, call.dtype)
+
     def check(self, call: Call) -> None:
         size: Size = tuple(self.x.shape)
         if self.norm is not None:
@@ -104,7 +112,7 @@ class _PreAct:
     def train(self, call: Call) -> Tensor:
         every = with_rounded_weights(self.every, call.dtype)
         specs, count = tuple([LayerSpec.of(layer) for layer in every]), len(self.layers)
-        schedule = fused_schedule(self.schedule, call)
+        schedule = chain_schedule(self.schedule, kernels=call.kernels)
         measures = any(norm.numbers.batch_stats for norm in self.norms)
         spec = PreActSpec(
             call,

@@ -1,7 +1,6 @@
 """The stem, conv-BN-act-max-pool: which rung of the ladder it runs on, in training and inference."""
 
-import functools
-import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +13,17 @@ from fusedres.autograd.spec import LayerSpec, StemSpec
 from fusedres.autograd.stem import takes_stem
 from fusedres.operands import ConvInput, Layer, Norm, PoolGeometry
 from fusedres.ops.act_mask import activated
+from fusedres.ops.contractions import conv_input
 from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.conv_forward import conv_forward
-from fusedres.ops.rows import channels_last
 from fusedres.ops.stem_pool import stem_pool
-from fusedres.patterns import inference
-from fusedres.patterns.chain import Window, conv_shape, run_chain
-from fusedres.patterns.choose import AUTO, Choice, announce, chain_schedule, choose
-from fusedres.patterns.cost import StemShape
-from fusedres.patterns.door import Size, checked_size, enter, with_rounded_weights
-from fusedres.plan.gpus import Gpu
+from fusedres.patterns import eager, inference
+from fusedres.patterns.chain import run_chain, shapes_of
+from fusedres.patterns.choose import AUTO, chain_schedule
+from fusedres.patterns.door import checked_size, enter, with_rounded_weights
 from fusedres.runtime.call import Call
 from fusedres.runtime.replay import replayed
-from fusedres.runtime.weights import rounded
+from fusedres.traffic.weigh import fastest
 
 
 def run_stem(x: Tensor, layer: Layer, pool: PoolGeometry, *, schedule: str = AUTO) -> Tensor:
@@ -66,28 +63,32 @@ class _Stem:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.layer.tensors
 
+    @property
+    def shape(self) -> Hashable:
+        return shapes_of([self.layer]), self.pool
+
+    def plain(self, call: Call) -> Tensor:
+        return max_pool2d(eager.through(self.x, (self.layer,), call.dtype), *self.pool)
+
     def check(self, call: Call) -> None:
         _, _, height, width = checked_size("x", self.x, self.layer, tuple(self.x.shape), call)
         if min(self.pool.output_size(height, width)) < 1:
             raise ValueError(f"pool: {height} x {width} pixels are too few for {self.pool}")
 
     def infer(self, call: Call) -> Tensor:
-        (x,) = rounded([self.x], call.dtype)
         (layer,) = inference.evaluated([self.layer], call)
         if call.kernels and layer.norm.running_mean is not None:
-            return replayed(_inferred_by_kernels, x, layer, self.pool)
+            operands = (self.x, layer, self.pool, call.dtype)
+            way = fastest("stem", {"packed": _inferred_packed, "library": _inferred_as_it_is}, *operands)
+            return replayed(_inferred_packed if way == "packed" else _inferred_as_it_is, *operands)
         # The activation never falls, so it may follow the maximum, over a fraction of the pixels.
-        z, *_ = conv_bn_act(inference.contraction(ConvInput(channels_last(x)), layer), act=IDENTITY)
+        u = conv_input(self.x, call.dtype, layer, pack=call.kernels)
+        z, *_ = conv_bn_act(inference.contraction(u, layer), act=IDENTITY)
         v = max_pool2d(z, *self.pool)
         return activated(v, layer.act, v.dtype, bit_mask=False, scratch=True)[0]
 
     def train(self, call: Call) -> Tensor:
         schedule, images_grad = self.schedule, self.x.requires_grad
-        if schedule == AUTO and call.gpu is not None:
-            window = (self.layer.weight.shape, self.layer.geometry)
-            choice = _choice(self.x.shape, window, self.pool, images_grad, call.dtype, call.gpu, call.tf32)
-            announce(choice)
-            schedule = choice.schedule.name
         (layer,) = with_rounded_weights([self.layer], call.dtype)
         chosen = chain_schedule(schedule, kernels=call.kernels)
         spec = StemSpec(call, chosen, LayerSpec.of(layer), self.pool, images_grad)
@@ -95,14 +96,14 @@ class _Stem:
         return z
 
 
-def _inferred_by_kernels(x: Tensor, layer: Layer, pool: PoolGeometry) -> Tensor:
-    y, _ = conv_forward(ConvInput(channels_last(x)), layer.weight, layer.geometry)
+def _inferred_packed(x: Tensor, layer: Layer, pool: PoolGeometry, dtype: torch.dtype) -> Tensor:
+    return _pooled(conv_input(x, dtype, layer, pack=True), layer, pool)
+
+
+def _inferred_as_it_is(x: Tensor, layer: Layer, pool: PoolGeometry, dtype: torch.dtype) -> Tensor:
+    return _pooled(conv_input(x, dtype, layer, pack=False), layer, pool)
+
+
+def _pooled(u: ConvInput, layer: Layer, pool: PoolGeometry) -> Tensor:
+    y, _ = conv_forward(u, layer.weight, layer.geometry)
     return stem_pool(y, None, None, pool, indices=False, running=layer.norm, act=layer.act)[0]
-
-
-@functools.lru_cache(maxsize=256)
-def _choice(
-    size: Size, window: Window, pool: PoolGeometry, images_grad: bool, dtype: torch.dtype, gpu: Gpu, tf32: bool
-) -> Choice:
-    shape, (n, _, p, q) = conv_shape(size, window)
-    return choose(StemShape(shape, n * math.prod(pool.output_size(p, q)), images_grad), dtype, gpu, tf32=tf32)

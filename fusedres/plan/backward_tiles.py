@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fusedres.compiler.targets import Target
-from fusedres.plan.conv_tiles import ENOUGH_TILES, PARTIAL_ELEMENTS
+from fusedres.plan.conv_tiles import MOST_WAVES
 from fusedres.plan.gpus import target_gpu
-from fusedres.plan.shapes import NARROWEST, ConvVariant, InParts, Pipelined, power_above, tensor_memory, wide
+from fusedres.plan.shapes import NARROWEST, OUTSIDE, ConvVariant, InParts, Pipelined, power_above, tensor_memory, wide
 
 # A program keeps its sums of the weight's gradient, one for each tap, in the registers of eight warps.
 MOST_SUMS = 1 << 14
@@ -48,7 +48,9 @@ class BackwardTile(InParts, Pipelined):
         return -(-conv.c // self.block_c)
 
 
-def backward_tile(conv: ConvVariant, target: Target, *, bits: bool = False) -> BackwardTile | None:
+def backward_tile(
+    conv: ConvVariant, target: Target, *, bits: bool = False, weighed: bool = True
+) -> BackwardTile | None:
     """The tile of `conv_backward` for a convolution of stride 1; None where two launches are faster or nothing fits.
 
     Args:
@@ -56,6 +58,7 @@ def backward_tile(conv: ConvVariant, target: Target, *, bits: bool = False) -> B
         target: that it runs on.
         bits: whether bit masks are unpacked in registers: dy's, or that of what is added beside a producer's sums or as
             a pooled gradient.
+        weighed: whether `one_pass_pays` is asked; else it is for whoever asks to say.
     """
     # AMD's compilers keep the masks of unrolled taps in scalar registers, and spill hundreds.
     if target.backend != "cuda" or conv.itemsize != 2 or conv.groups > 1 or conv.pixels == 0:
@@ -67,28 +70,55 @@ def backward_tile(conv: ConvVariant, target: Target, *, bits: bool = False) -> B
     sums = taps * block_k * block_c
     # Compilers from sm_100 on have no registers for the bits of nine taps, and that for sm_100 for half of the sums.
     too_many = taps > 1 and ((bits and int(target.arch) >= 100) or (tensor_memory(target) and sums > MOST_SUMS // 2))
-    if too_many or sums > MOST_SUMS or block_k > 256 or not one_pass_pays(conv, target):
+    if too_many or sums > MOST_SUMS or block_k > 256:
+        return None
+    if weighed and not one_pass_pays(conv, target, -(-conv.c // block_c)):
         return None
     # The taps of a window are unrolled, and their operands together exceed shared memory's room for two steps.
     short = taps > 1 or bits or block_k > (64 if target.arch == 120 else 128)
     tile = BackwardTile(16 if short else 32, block_k, block_c, 8, 2 if taps == 1 else 1, 1)
-    programs = ENOUGH_TILES // tile.pieces(conv)
-    weights = taps * conv.c * conv.k
+    # Eight warps of a tile have a multiprocessor for themselves.
+    part = 2 * 4 * taps * conv.c * conv.k / target_gpu(target).bandwidth / max(_one_launch(conv, target), 1e-9)
+    pieces, wave = tile.pieces(conv), target.multiprocessors
     moved = conv.pixels * (conv.operands * conv.k + 2 * conv.c) * conv.itemsize
-    most = min(PARTIAL_ELEMENTS, moved // 16) // weights  # written and read, half of what the operands take
-    wanted = max(1, min(-(-conv.pixels // (4 * tile.block_pixels)), programs, most))
-    return replace(tile, parts=tile.filled_parts(conv.pixels, wanted))
+    most = min(
+        -(-conv.pixels // (OUTSIDE * tile.block_pixels)),
+        -(-MOST_WAVES * wave // pieces),
+        moved // (16 * taps * conv.c * conv.k),  # written and read, half of what the operands take
+    )
+    return replace(tile, parts=tile.whole_waves(conv.pixels, pieces, wave, most, part))
 
 
-def one_pass_pays(conv: ConvVariant, target: Target) -> bool:
-    """Whether one launch takes no longer than two, as far as bytes and FLOPs tell."""
+def one_pass_pays(conv: ConvVariant, target: Target, pieces: int) -> bool:
+    """Whether one launch takes no longer than two, as far as bytes, FLOPs and the forming of dy tell.
+
+    Args:
+        conv: as in `backward_tile`.
+        target: that it runs on.
+        pieces: of the input's channels, for each of which the one launch forms dy again.
+    """
     gpu, pointwise = target_gpu(target), conv.taps == 1
     dy, x = conv.operands * conv.k * conv.itemsize, conv.c * conv.itemsize
-    flops = 2 * conv.taps * conv.c * conv.k
+    product = _product(conv, target) / TWO_LAUNCHES_REACHED[pointwise]
+    two_launches = 2 * conv.pixels * max((dy + x) / gpu.bandwidth, product)
+    return _one_launch(conv, target, pieces) - two_launches <= LAUNCH_SECONDS
+
+
+def _product(conv: ConvVariant, target: Target) -> float:
+    """Seconds of a pixel's share in one of the two products."""
+    gpu = target_gpu(target)
     rate = gpu.rate(torch.bfloat16) * (1 if gpu.matrix_tflops > FAST_MATRIX_TFLOPS else 2)
-    two_launches = 2 * max((dy + x) / gpu.bandwidth, flops / (TWO_LAUNCHES_REACHED[pointwise] * rate))
-    one_launch = max((dy + 2 * x) / gpu.bandwidth, 2 * flops / (ONE_LAUNCH_REACHED[pointwise] * rate))
-    return conv.pixels * (one_launch - two_launches) <= LAUNCH_SECONDS
+    return 2 * conv.taps * conv.c * conv.k / rate
+
+
+def _one_launch(conv: ConvVariant, target: Target, pieces: int = 1) -> float:
+    """Seconds of one launch for both gradients."""
+    gpu = target_gpu(target)
+    moving = (conv.operands * conv.k + 2 * conv.c) * conv.itemsize / gpu.bandwidth
+    # Of what two launches form too the share of the products' rate tells.
+    more = max(0, pieces - 2 * -(-conv.c // FORMED_FOR))
+    forming = FORM_INSTRUCTIONS * conv.operands * conv.k * conv.taps * more / (gpu.fp32_tflops * 1e12 / 2)
+    return conv.pixels * max(moving, 2 * _product(conv, target) / ONE_LAUNCH_REACHED[conv.taps == 1] + forming)
 
 
 def writing_pays(conv: ConvVariant, target: Target) -> bool:

@@ -6,10 +6,23 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+import torch
+
 from fusedres.compiler.targets import Target
 from fusedres.context import context, here
 from fusedres.plan import spills
-from fusedres.plan.shapes import NARROWEST, ConvVariant, InParts, Pipelined, halves, power_above, wide
+from fusedres.plan.gpus import target_gpu
+from fusedres.plan.shapes import (
+    NARROWEST,
+    OUTSIDE,
+    WARPS_OF_ALL_REGISTERS,
+    ConvVariant,
+    InParts,
+    Pipelined,
+    halves,
+    power_above,
+    wide,
+)
 from fusedres.plan.tiles import chosen
 
 # Below this many tiles a GPU has multiprocessors without one, and smaller tiles are worth their extra loads.
@@ -22,12 +35,12 @@ HEIGHTS = {"cuda": (128, 64), "hip": (64, 32)}
 OF_FOUR_WARPS = 128 * 128 - 1
 # Channels of groups that are contracted together, at least.
 LEAST_TOGETHER = 32
-# Elements of a weight gradient's tiles, all parts together: each is written and read once more, which at 16 MB was a
-# tenth of what ResNet-50's step moves. Of the widest tile it is one for every multiprocessor.
-PARTIAL_ELEMENTS = 1 << 21
-# Programs of a weight gradient, one for every multiprocessor of large GPUs; up to `ENOUGH_TILES` of them while their
-# parts, written and read once more, are less than half of what the contraction reads.
-FILLING = 128
+# Of long products' rate, what a weight gradient's reaches.
+WEIGHT_GRAD_REACHED = 0.4
+# More of them leave no multiprocessor idle that fewer would.
+MOST_WAVES = 4
+# Parts that are no matter, however large.
+FEW_PARTS = 4
 # Where tuning has a choice, in 16 bits: on these every tile that is listed has been compiled without a spill.
 TUNED = (80, 90)
 
@@ -59,6 +72,14 @@ class ConvTile(Pipelined):
     def tiles(self, conv: ConvVariant) -> int:
         """Tiles along the pixels."""
         return -(-conv.pixels // self.block_pixels)
+
+    def steps(self, conv: ConvVariant) -> int:
+        """Of a program's loop."""
+        return conv.taps * self.depth_steps(min(self.groups_per_tile, conv.groups) * conv.c)
+
+    def depth_steps(self, channels: int) -> int:
+        """Of a loop over channels."""
+        return -(-channels // self.block_c)
 
     def stage_bytes(self, conv: ConvVariant) -> int:
         """Shared memory of one step's operands."""
@@ -98,8 +119,6 @@ def _fitting(conv: ConvVariant, target: Target) -> tuple[tuple[ConvTile, ...], t
 
 def _step(conv: ConvVariant, together: int) -> int:
     """The longest step, a line of the cache deep: half of it where that divides the depth and the whole does not."""
-    if conv.flat:
-        return 32
     depth = together * conv.c
     block_c = max(NARROWEST, min(power_above(depth), 128 // conv.itemsize))
     halved = depth % block_c and depth % (block_c // 2) == 0 and block_c > 2 * NARROWEST
@@ -109,7 +128,7 @@ def _step(conv: ConvVariant, together: int) -> int:
 def _held(size: tuple[int, int], block_c: int, together: int, conv: ConvVariant, target: Target) -> list[ConvTile]:
     """The tile of a size with the fewest warps, the longest step and the deepest pipeline that is held, or none."""
     # Eight warps would stand 2 x 4 and form an operand four times over.
-    formed = (conv.prologue or conv.flat) and not wide(target)
+    formed = conv.prologue and not wide(target)
     for num_warps, step in itertools.product((4, 8), halves(block_c)):
         tile = ConvTile(*size, step, num_warps, 1, together)
         if num_warps == 4 and tile.outputs > OF_FOUR_WARPS and not formed:
@@ -132,9 +151,18 @@ def _depths(tile: ConvTile, conv: ConvVariant, target: Target) -> Iterator[int]:
     return iter(range(stages, min(stages, 2) - 1, -1))
 
 
+def packs_pixels(conv: ConvVariant, target: Target) -> bool:
+    """Whether kernels run a convolution of few channels, ``conv`` over its packed pixels; else the library does.
+
+    Up to half of its products are with zeros, which tensor cores make while they wait for memory anyway.
+    """
+    return conv.itemsize == 2 or target.backend == "cuda"
+
+
 @dataclass(frozen=True)
 class WeightGradTile(InParts, Pipelined):
-    """``block_k`` x ``block_c`` weights a program, ``block_pixels`` at a time, of one of ``parts`` of the pixels."""
+    """``block_k`` x ``block_c`` weights of so many ``taps`` a program, ``block_pixels`` at a time, of one of ``parts``
+    of the pixels."""
 
     block_pixels: int
     block_k: int
@@ -143,15 +171,35 @@ class WeightGradTile(InParts, Pipelined):
     num_stages: int
     parts: int
     groups_per_tile: int = 1
+    taps: int = 1
 
     def pieces(self, conv: ConvVariant) -> int:
         """Tiles side by side that cover the weight."""
-        columns = (1 if conv.flat else conv.taps) * -(-self.width(conv) // self.block_c)
+        columns = conv.taps // self.taps * -(-self.width(conv) // self.block_c)
         return columns * -(-conv.groups * conv.k // self.block_k)
 
     def width(self, conv: ConvVariant) -> int:
-        """Columns that the tiles of a tap, or of the whole window, cover."""
-        return conv.taps * conv.c if conv.flat else self.groups_per_tile * conv.c
+        """Columns that the tiles of a tap cover."""
+        return self.groups_per_tile * conv.c
+
+    def side_by_side(self, conv: ConvVariant, target: Target) -> int:
+        """Programs that a multiprocessor has room for."""
+        loaded = conv.operands * self.block_k + self.block_c + (self.taps - 1) * max(self.block_k, self.block_c)
+        stage = loaded * self.block_pixels * conv.itemsize
+        by_registers = max(1, WARPS_OF_ALL_REGISTERS // self.num_warps)
+        return max(1, min(by_registers, target.shared_bytes // (self.num_stages * stage)))
+
+    def rows_at_once(self, columns: int, conv: ConvVariant, target: Target) -> int:
+        """Pixels of so many columns that all threads hold, if each has 16 bytes; AMD's have no registers for sums of
+        each."""
+        if target.backend != "cuda":
+            return 1
+        return max(1, min(self.block_pixels, self.num_warps * target.warp_size * 16 // conv.itemsize // columns))
+
+    def turned(self, conv: ConvVariant, target: Target) -> bool:
+        """Whether u is the left operand and dy, which is formed, the right one: wgmma takes a left operand that was
+        formed from registers, which it would have to be transposed in."""
+        return target.arch == 90 and conv.itemsize == 2 and conv.operands > 1
 
     def whole_columns(self, conv: ConvVariant) -> bool:
         """Whether every tile's columns exist."""
@@ -161,35 +209,66 @@ class WeightGradTile(InParts, Pipelined):
 def weight_grad_tiles(conv: ConvVariant, target: Target) -> tuple[WeightGradTile, ...]:
     """Tiles for the gradient of a weight, the default first; empty where groups do not fit into tiles.
 
-    The pixels are cut into as many parts as keep a large GPU busy, each of several steps, but into few where the
-    weight is large beside the activations.
+    The pixels are cut into parts so that the device's multiprocessors are busy in whole waves.
     """
+    tiles = _fitting_weights(conv._replace(pixels=0), target)
+    return tuple(replace(tile, parts=_parts(tile, conv, target)) for tile in tiles)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(tile: WeightGradTile, conv: ConvVariant, target: Target) -> int:
+    gpu, pieces = target_gpu(target), tile.pieces(conv)
+    weights = conv.groups * conv.k * conv.taps * conv.c
     read = conv.pixels * conv.groups * (conv.operands * conv.k + conv.c) * conv.itemsize
-    part = 2 * 4 * conv.groups * conv.k * conv.taps * conv.c  # fp32, written and read
-    tiles = []
-    for tile in _fitting_weights(conv._replace(pixels=0), target):
-        pieces = tile.pieces(conv)
-        most = PARTIAL_ELEMENTS // (tile.block_k * tile.block_c)
-        programs = min(ENOUGH_TILES, most, max(FILLING, pieces * read // (2 * part)))
-        wanted = max(1, min(-(-conv.pixels // (4 * tile.block_pixels)), programs // pieces))
-        tiles.append(replace(tile, parts=max(1, tile.filled_parts(conv.pixels, wanted))))
-    return tuple(tiles)
+    dtype = torch.bfloat16 if conv.itemsize == 2 else torch.float32
+    product = 2 * conv.pixels * weights / (WEIGHT_GRAD_REACHED * gpu.rate(dtype, tf32=True))
+    # Parts are fp32, written and read.
+    part = 2 * 4 * weights / gpu.bandwidth / max(product, read / gpu.bandwidth, 1e-9)
+    wave = target.multiprocessors * tile.side_by_side(conv, target)
+    most = min(
+        -(-conv.pixels // (OUTSIDE * tile.block_pixels)),
+        -(-MOST_WAVES * wave // pieces),
+        # Beyond those that give every multiprocessor one, written and read, half of what the contraction reads.
+        max(FEW_PARTS, target.multiprocessors // pieces, read // (16 * max(1, weights))),
+    )
+    return tile.whole_waves(conv.pixels, pieces, wave, most, part)
 
 
 @functools.lru_cache(maxsize=4096)
 def _fitting_weights(conv: ConvVariant, target: Target) -> tuple[WeightGradTile, ...]:
     """The tiles to choose from whatever the pixels, of one part."""
-    widest = 128 if conv.k >= 128 and conv.c >= 128 else 64
-    for block_k in halves(max(NARROWEST, min(power_above(conv.k * conv.groups), widest))):
+    for taps in (_shared_taps(conv, target), 1):
+        tiles = _fitting_taps(conv, target, taps)
+        if tiles:
+            return tiles
+    return ()
+
+
+def _shared_taps(conv: ConvVariant, target: Target) -> int:
+    """Taps of a program that form an operand once, or read it once, for all of them: a row of the window."""
+    if target.backend != "cuda" or conv.itemsize != 2 or conv.groups > 1:
+        return 1
+    if conv.s == 1:  # of packed pixels, whose rows are one tap
+        most = 4 if wide(target) else 2
+        return next(taps for taps in (4, 3, 2, 1) if taps <= most and conv.r % taps == 0)
+    # Elsewhere their sums leave no registers for what is formed, and where dy is formed it is the left operand of each
+    # product, which goes from registers to wgmma three times.
+    return conv.s if target.arch == 90 and conv.operands == 1 and conv.s <= 3 else 1
+
+
+def _fitting_taps(conv: ConvVariant, target: Target, taps: int) -> tuple[WeightGradTile, ...]:
+    # What the taps share may be twice as wide as what each has.
+    widest_k = 128 if conv.k >= 128 and (conv.c >= 128 if taps == 1 else taps < 4 and not conv.copied) else 64
+    widest_c = 128 if conv.c >= 128 and (conv.k >= 128 if taps == 1 else taps < 4 and conv.copied) else 64
+    for block_k in halves(max(NARROWEST, min(power_above(conv.k * conv.groups), widest_k))):
         if conv.groups > 1 and conv.k % block_k and block_k % conv.k:
             continue
         together = max(1, block_k // conv.k) if conv.groups > 1 else 1
-        tile = WeightGradTile(NARROWEST, block_k, NARROWEST, 4, 2, 1, together)
-        # A whole window of few channels, so that dy is read, or formed, once.
-        columns = max(NARROWEST, min(power_above(tile.width(conv)), 256 if conv.flat else widest))
+        tile = WeightGradTile(NARROWEST, block_k, NARROWEST, 4, 2, 1, together, taps)
+        columns = max(NARROWEST, min(power_above(tile.width(conv)), widest_c))
         for block_c, step, num_warps in itertools.product(halves(columns), (64, 32, 16), (4, 8)):
             tile = replace(tile, block_c=block_c, block_pixels=step, num_warps=num_warps)
-            if num_warps == 4 and block_k * block_c > OF_FOUR_WARPS:
+            if num_warps == 4 and taps * block_k * block_c > OF_FOUR_WARPS:
                 continue
             if not any(row.excludes(conv, target, tile) for row in spills.WEIGHT_GRAD_SPILLS):
                 shorter = step == 64 and target.arch in TUNED and conv.itemsize == 2

@@ -7,6 +7,10 @@ from fusedres.compiler.targets import Target
 
 # The narrowest side of a tile that tensor cores multiply on every target.
 NARROWEST = 16
+# Steps that what a program does outside of its loop over pixels takes as long as.
+OUTSIDE = 4
+# Warps whose registers, 255 to a thread, fill a multiprocessor.
+WARPS_OF_ALL_REGISTERS = 8
 
 
 class ConvVariant(NamedTuple):
@@ -18,11 +22,12 @@ class ConvVariant(NamedTuple):
         groups: how many.
         r, s: the window.
         itemsize: bytes of an element.
-        flat: depth runs along the rows of the window.
         prologue: the left operand is formed on load.
         second: a projection is contracted after the convolution, whose outputs wait in registers.
         epilogue_bytes: of a value that joins the outputs (of a shortcut, a mask, features' gradient); 0 for none.
         operands: how many tensors the left operand is formed of.
+        copied: of a weight's gradient: dy is nothing that is formed, at the pixels of the input, so that the taps of a
+            window can share what is formed of the input; else they share dy.
         gradient: of the input; ``c`` are the channels of the convolution's output and ``k`` those of its input then.
     """
 
@@ -33,11 +38,11 @@ class ConvVariant(NamedTuple):
     r: int
     s: int
     itemsize: int
-    flat: bool = False
     prologue: bool = False
     second: bool = False
     epilogue_bytes: int = 0
     operands: int = 1
+    copied: bool = False
     gradient: bool = False
 
     @property
@@ -76,6 +81,28 @@ class InParts:
     def per_part(self, pixels: int) -> int:
         """Pixels of a part, a multiple of ``block_pixels``."""
         return self._multiple(pixels, self.parts)
+
+    def steps(self, pixels: int) -> int:
+        """Through a part."""
+        return self.per_part(pixels) // self.block_pixels
+
+    def whole_waves(self, pixels: int, pieces: int, wave: int, most: int, part: float) -> int:
+        """Into how many parts the pixels are cut so that all programs are done soonest.
+
+        Args:
+            pixels: of all parts.
+            pieces: programs that share a part.
+            wave: programs that run at once.
+            most: parts.
+            part: what it takes to write and add one of them, in units of what all programs take in whole waves.
+        """
+        steps = -(-pixels // self.block_pixels)
+
+        def taken(parts: int) -> float:
+            waves, steps_of_part = -(-parts * pieces // wave), self._multiple(pixels, parts) // self.block_pixels
+            return waves * (steps_of_part + OUTSIDE) * wave / (pieces * max(1, steps)) + parts * part
+
+        return min({self.filled_parts(pixels, wanted) for wanted in range(1, max(1, most) + 1)}, key=taken)
 
     def filled_parts(self, pixels: int, wanted: int) -> int:
         """Into how many parts, at most ``wanted``, the pixels are cut so that none is empty."""

@@ -87,7 +87,6 @@ def _four_warps_of_128_rows(tile: Sized) -> bool:
 
 
 CONV_SPILLS = (
-    Spill("masks for the elements of a flat operand", NVIDIA, lambda conv: conv.flat, _four_warps_of_128_rows, 452),
     Spill("two contractions by four warps", NVIDIA, lambda conv: conv.second, _four_warps_of_128_rows, 204),
     Spill(
         "an operand formed in registers by four warps",
@@ -140,7 +139,7 @@ CONV_SPILLS = (
         BY_REGISTERS,
         lambda conv: conv.gradient,
         lambda tile: tile.block_k > 64,
-        136,
+        None,
     ),
     Spill(
         "outputs that wait beside fp32 operands",
@@ -152,7 +151,7 @@ CONV_SPILLS = (
     Spill(
         "masks for the rows of an operand",
         AMD,
-        lambda conv: conv.prologue or conv.second or conv.flat,
+        lambda conv: conv.prologue or conv.second,
         lambda tile: tile.block_pixels > 32,
         SCALAR,
     ),
@@ -232,10 +231,7 @@ WEIGHT_GRAD_SPILLS = (
         lambda tile: tile.num_warps == 4 and tile.block_k * tile.block_c > 64 * 64,
         20,
     ),
-    Spill("TF32 of 128 x 128", NVIDIA, lambda conv: _fp32(conv) and not conv.flat, lambda tile: tile.block_c > 64, 156),
-    Spill(
-        "TF32 of a whole window", NVIDIA, lambda conv: _fp32(conv) and conv.flat, lambda tile: tile.block_c > 128, 208
-    ),
+    Spill("TF32 of 128 x 128", NVIDIA, _fp32, lambda tile: tile.block_c > 64, 156),
     Spill(
         "unrolled products of fp32",
         NARROW_WAVES,
@@ -243,9 +239,14 @@ WEIGHT_GRAD_SPILLS = (
         lambda tile: tile.block_k > 32 or tile.block_pixels > 16,
         752,
     ),
+    Spill(
+        "addresses of packed pixels, or a mask's bits and sums",
+        NARROW_WAVES,
+        lambda conv: conv.s == 1,
+        lambda tile: tile.block_pixels > 32,
+        636,
+    ),
     Spill("fp32 in long steps", AMD, _fp32, lambda tile: tile.block_pixels > 32, SCALAR),
-    # Where every element of such a tile has a mask in scalar registers.
-    Spill("masks for the columns of a window", AMD, lambda conv: conv.flat, lambda tile: tile.block_c > 64, None),
     Spill(
         "128 x 128 by waves of 32 threads",
         NARROW_WAVES,
@@ -253,17 +254,9 @@ WEIGHT_GRAD_SPILLS = (
         lambda tile: tile.block_k > 64 or tile.block_c > 64,
         32,
     ),
-    Spill("a whole window by four warps", (*NVIDIA, *AMD), lambda conv: conv.flat, lambda tile: tile.num_warps == 4, 8),
-    Spill(
-        "masks for the elements of a window in long steps",
-        (*NVIDIA, *AMD),
-        lambda conv: conv.flat,
-        lambda tile: tile.block_pixels > 16,
-        352,
-    ),
     Spill(
         "an output's gradient formed in long steps",
-        (*NVIDIA, *AMD),
+        (*(name for name in NVIDIA if name != "sm_90"), *AMD),
         lambda conv: conv.operands > 1,
         lambda tile: tile.block_pixels > 32,
         44,

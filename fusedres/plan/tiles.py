@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
+
 from fusedres.compiler.targets import Target
 from fusedres.context import context, here
-from fusedres.plan.shapes import Compiled, InParts, Pipelined, power_above
+from fusedres.plan.shapes import NARROWEST, Compiled, InParts, Pipelined, narrow_waves, power_above
 
 AnyTile = TypeVar("AnyTile")
 
@@ -18,8 +20,8 @@ PIECES = (128, 64)
 WIDEST_ROW = 2048
 # Programs that share a reduction: several for every multiprocessor of the largest GPUs, few enough partial sums.
 PROGRAMS = 512
-# Partial sums that one program adds up; more of them (a convolution has thousands of tiles) are combined first.
-MOST_PARTS = 2048
+# Of more partial sums, and a convolution has thousands of tiles, a program takes eight channels (a sector) at a time.
+FEW_PARTS = 512
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class PartialTile(Compiled):
     num_warps: int = 4
 
 
+def partial_tile(parts: int) -> PartialTile:
+    """The tile for so many partial sums: the loads of a step are under way together, and few steps follow another."""
+    return PartialTile() if parts <= FEW_PARTS else PartialTile(1024, 8, num_warps=8)
+
+
+@dataclass(frozen=True)
+class AddedTile(Compiled):
+    """``block`` neighbouring values of partial results that are added up, ``block_parts`` at a time."""
+
+    block_parts: int = 16
+    block: int = 256
+    num_warps: int = 4
+
+
 @dataclass(frozen=True)
 class MomentsTile(InParts, Pipelined):
     """A ``block_c`` x ``block_c`` piece of a Gram matrix, ``block_pixels`` rows at a time; ``parts`` of the pixels."""
@@ -80,23 +96,82 @@ def moments_tile(pixels: int, channels: int, itemsize: int, target: Target) -> M
     return replace(tile, parts=tile.filled_parts(pixels, wanted))
 
 
+# Where there are no matrix units for fp32, products are unrolled.
+UNROLLED = "ieee"
+# Loads of a program that adds partial matrices, all under way at once.
+ADDED_ELEMENTS = 4096
+
+
 @dataclass(frozen=True)
-class MatrixTile(Compiled):
-    """``block_k`` x ``block_c`` of a product of small fp32 matrices; ``precision`` of `tl.dot`."""
+class GramTile(Compiled):
+    """``block_c`` x ``block_c`` of a Gram matrix, added up from ``block_parts`` parts at a time, for ``block_k``
+    outputs of each of ``k_pieces`` at a time."""
+
+    block_c: int
+    block_parts: int
+    block_k: int
+    k_pieces: int
+    num_warps: int = 4
+
+    def steps(self, outputs: int) -> int:
+        """Through the outputs of a piece."""
+        return -(-outputs // (self.k_pieces * self.block_k))
+
+
+def gram_tile(pairs: int, side: int, parts: int, outputs: int, precision: str | None) -> GramTile:
+    """How ``pairs`` tiles of ``side`` channels in ``parts`` are added up, and multiplied with weights of ``outputs``
+    in a ``precision`` of `fp32_dot`, if with any."""
+    block_c, block_k = side, 32 if precision == UNROLLED else 64
+    while pairs * (side // block_c) ** 2 < PROGRAMS // 4 and block_c > NARROWEST:
+        block_c //= 2
+    k_pieces = max(1, min(-(-outputs // block_k), PROGRAMS // (pairs * (side // block_c) ** 2)))
+    return GramTile(block_c, max(1, min(ADDED_ELEMENTS // block_c**2, power_above(parts))), block_k, k_pieces)
+
+
+@dataclass(frozen=True)
+class WeightRowsTile(Compiled):
+    """``block_k`` whole rows of ``block_c`` values of a weight's gradient, from ``block_parts`` parts at a time."""
 
     block_k: int
     block_c: int
+    block_parts: int
+    num_warps: int = 4
+
+
+def weight_rows_tile(parts: int, outputs: int, row: int) -> WeightRowsTile:
+    """How (outputs, row) weight gradients in ``parts`` are added up where sums along whole rows are wanted."""
+    block_c = power_above(row)
+    block_k = max(1, min(ADDED_ELEMENTS // 4 // block_c, power_above(outputs) * 2 // PROGRAMS))
+    return WeightRowsTile(block_k, block_c, max(1, min(ADDED_ELEMENTS // (block_k * block_c), power_above(parts))))
+
+
+@dataclass(frozen=True)
+class MatrixTile(Compiled):
+    """``block_k`` x ``block_c`` of a product of small matrices, ``depth`` at a time; ``precision`` of `fp32_dot`."""
+
+    block_k: int
+    block_c: int
+    depth: int
     precision: str
-    num_warps: int = 8
+    num_warps: int = 4
 
 
-def matrix_tile(target: Target) -> MatrixTile:
-    """The tile of the moments form's small matrices; three TF32 products are fp32's digits on tensor cores."""
-    precision = "tf32x3" if target.backend == "cuda" else "ieee"
-    # Compilers from sm_100 on leave 128 registers to a thread, and spill where a tile is higher or warps are many.
-    if target.backend == "cuda" and int(target.arch) >= 100:
-        return MatrixTile(16, 32, precision, num_warps=4)
-    return MatrixTile(32, 32, precision)
+def weight_precision(target: Target, dtype: torch.dtype) -> str:
+    """How weights of ``dtype`` meet fp32 numbers in `fp32_dot`, which keeps the digits of both."""
+    if dtype == torch.bfloat16:
+        return "bf16x3"
+    if target.backend != "cuda":
+        return UNROLLED
+    return "tf32x2" if dtype == torch.float16 else "tf32x3"
+
+
+def matrix_tile(target: Target, dtype: torch.dtype) -> MatrixTile:
+    """The tile of the moments form's small matrices, for weights of ``dtype``."""
+    precision = weight_precision(target, dtype)
+    # Larger tiles spill, sums of three products sooner.
+    if precision == UNROLLED or narrow_waves(target):
+        return MatrixTile(32, 32, 16, precision)
+    return MatrixTile(64, 64, 16 if precision == "tf32x3" else 32, precision)
 
 
 def row_tiles(rows: int, channels: int, itemsize: int, vectors: int = 4) -> tuple[RowTile, ...]:

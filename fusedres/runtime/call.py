@@ -16,6 +16,11 @@ from fusedres.runtime.autocast import contraction_dtype, no_autocast
 from fusedres.runtime.launch import multiplies_in_tf32, target_of, wants_kernels
 
 
+def gpu_of(x: Tensor) -> Gpu:
+    """The GPU that kernels launched on ``x`` run on, or are thought to."""
+    return device_gpu(x.get_device()) if x.is_cuda else assumed_gpu() or target_gpu(target_of(x))
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a fused pattern, forward and backward.
@@ -55,9 +60,7 @@ class Call:
         decided = (backends.current(), device, autocast.enabled(device), differentiated)
         if dtype == torch.float64 or not wants_kernels(x):
             return cls(dtype, False, *decided)
-        target = target_of(x)
-        gpu = device_gpu(x.get_device()) if x.is_cuda else assumed_gpu() or target_gpu(target)
-        return cls(dtype, True, *decided, multiplies_in_tf32(x), target, gpu)
+        return cls(dtype, True, *decided, multiplies_in_tf32(x), target_of(x), gpu_of(x))
 
     def without_autocast(self) -> AbstractContextManager[object]:
         """Autocast off, where it is on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fusedres.compiler.binary import Binary, Specialisation, compile_options, specialise
+from fusedres.compiler.binary import Binary, Specialisation, compile_options, scratch_bytes, specialise
+from fusedres.compiler.known import register_limit
 from fusedres.compiler.targets import TARGETS, Target, target_named, triton, why_no_kernels
 from fusedres.context import accounts, context, here, on_all_threads
 from fusedres.runtime import backends, switches
 
 if TYPE_CHECKING:
+    from fusedres.plan.gpus import Gpu
     from fusedres.vgpu import Counters
 
 DRY_RUN_TARGET = "sm_90"
@@ -36,6 +39,7 @@ class Launch:
         num_warps, num_stages, all_registers: of the binary.
         read, written: declared bytes by argument, each byte counted once.
         flops: declared floating-point operations (a multiplication and an addition are two).
+        steps: how often each loop of a block runs on average, an inner one in all, in the order in which they begin.
         kind: of work, one of `traffic.aten.KINDS`.
         counters: what the launch really did, where it was executed on the CPU.
     """
@@ -50,6 +54,7 @@ class Launch:
     written: Mapping[str, int]
     flops: int
     kind: str
+    steps: tuple[float, ...] = ()
     counters: Counters | None = None
 
     @property
@@ -113,7 +118,12 @@ def record(target: str = DRY_RUN_TARGET) -> Iterator[Trace]:
 
 def is_recorded() -> bool:
     """Whether somebody keeps account of launches."""
-    return bool(accounts())
+    return bool(_traces())
+
+
+def _traces() -> tuple[Trace, ...]:
+    own: Trace | None = here().account
+    return accounts() if own is None else (own,)
 
 
 class Follower(Protocol):
@@ -156,7 +166,7 @@ def target_of(tensor: Tensor) -> Target:
     if tensor.is_cuda:
         return _device_target(tensor.get_device())
     if tensor.is_meta and is_recorded():
-        return TARGETS[here().dry_target or accounts()[-1].target]
+        return _assumed(here().dry_target or _traces()[-1].target, here().gpu)
     return TARGETS[backends.vgpu_target() or DRY_RUN_TARGET]
 
 
@@ -174,15 +184,23 @@ def tf32_allowed() -> bool:
 
 
 @functools.cache
+def _assumed(name: str, gpu: Gpu | None) -> Target:
+    """A target, with the multiprocessors of the GPU that is assumed."""
+    target = TARGETS[name]
+    return target if gpu is None or gpu.target != name else target._replace(multiprocessors=gpu.multiprocessors)
+
+
+@functools.cache
 def _device_target(index: int) -> Target:
     # Versions of torch differ in which of these their type stubs name.
     properties: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         shared = int(properties.shared_memory_per_block)
-        return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, shared)
+        arch = properties.gcnArchName.split(":")[0]
+        return Target("hip", arch, properties.warp_size, shared, properties.multi_processor_count)
     # More than a block gets unless it asks.
     shared = int(properties.shared_memory_per_block_optin)
-    return Target("cuda", 10 * properties.major + properties.minor, 32, shared)
+    return Target("cuda", 10 * properties.major + properties.minor, 32, shared, properties.multi_processor_count)
 
 
 def launch(
@@ -194,6 +212,7 @@ def launch(
     writes: Sequence[str],
     partial: Mapping[str, int] | None = None,
     flops: int = 0,
+    steps: Sequence[float] = (),
     kind: str = "other",
     num_warps: int = 4,
     num_stages: int = 3,
@@ -212,6 +231,7 @@ def launch(
             once, ...
         partial: ... unless it moves fewer: bytes by name.
         flops: floating-point operations.
+        steps: how often each loop of a block runs on average, an inner one in all, in the order in which they begin.
         kind: of work, one of `traffic.aten.KINDS`.
         num_warps, num_stages, all_registers: of the binary (`compiler.compile_options`).
 
@@ -230,11 +250,19 @@ def launch(
     counters = None
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
-            options = compile_options(target_of(tensor).backend, num_warps, num_stages, all_registers=all_registers)
-            binary = _started(kernel, tensor.device, lambda: kernel[tuple(grid)](**arguments, **options))
+            target = target_of(tensor)
+            registers = 0
+            if all_registers and target.backend == "cuda":
+                registers = _register_limit(kernel, arguments, num_warps, num_stages, f"sm_{target.arch}")
+            options = compile_options(target.backend, num_warps, num_stages, registers=registers)
+            first = with_scratch(kernel[tuple(grid)])
+            with nullcontext() if follower is None else follower.apart():
+                binary = _started(kernel, tensor.device, lambda: first(**arguments, **options))
         if follower is not None:
             # A binary takes a kernel's arguments by position, and does not look at them again.
             start = binary[(*grid, 1, 1)[:3]]
+            if scratch_bytes(binary):
+                start = with_scratch(start)
             follower.launched(start, [arguments[name] for name in kernel.arg_names], on_gpu=True)
     elif not tensor.is_meta:
         fresh = [name for name in writes if name not in reads]
@@ -247,7 +275,7 @@ def launch(
                 _execute(kernel, grid, dict(zip(names, values, strict=True)), fresh, options)
 
             follower.launched(start, list(arguments.values()), on_gpu=False)
-    traces: tuple[Trace, ...] = accounts()
+    traces = _traces()
     if traces:
         read, written = (
             {name: moved.get(name, nbytes(arguments[name])) for name in names if arguments[name] is not None}
@@ -255,10 +283,51 @@ def launch(
         )
         entry = Launch(
             kernel, tuple(grid), specialise(kernel, arguments), num_warps, num_stages, all_registers, read, written,
-            flops, kind, counters,
+            flops, kind, tuple(steps), counters,
         )  # fmt: skip
         for trace in traces:
             trace.launches.append(entry)
+
+
+def with_scratch(start: Callable[..., Any]) -> Callable[..., Any]:
+    """``start``, which launches on the current device, with memory for what compilers keep there (tensor maps).
+
+    Triton asks the allocator of the calling context for it, of which each thread has one: autograd's have none. What
+    the program has set there for kernels of its own stays as it is.
+    """
+
+    def started(*arguments: Any, **keywords: Any) -> Any:
+        return contextvars.copy_context().run(in_copy, arguments, keywords)
+
+    def in_copy(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        triton.set_allocator(_scratch)
+        return start(*arguments, **keywords)
+
+    return started
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """PyTorch's allocator aligns by 512, and gives memory away again in the order of the current stream."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+_limits: dict[tuple[Any, ...], int] = {}
+
+
+def _register_limit(kernel: Any, arguments: Mapping[str, Any], num_warps: int, num_stages: int, target: str) -> int:
+    """`known.register_limit` of what is launched, kept by what tells its binaries apart."""
+    told = [_kind(parameter, arguments[parameter.name]) for parameter in kernel.params]
+    key = (kernel, num_warps, num_stages, target, *told)
+    if key not in _limits:
+        binary = Binary(kernel, specialise(kernel, arguments), num_warps, num_stages, all_registers=True)
+        _limits[key] = register_limit(binary, target)
+    return _limits[key]
+
+
+def _kind(parameter: Any, value: Any) -> Any:
+    if parameter.is_constexpr or value is None:
+        return value
+    return value.dtype if isinstance(value, Tensor) else value == 1
 
 
 class LaunchFailed(RuntimeError):

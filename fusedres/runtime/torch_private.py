@@ -7,6 +7,7 @@ names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "thread_dispatch",
     "tree_leaves",
     "tree_map_only",
+    "unseen_by_modes",
     "version",
 ]
 
@@ -122,6 +124,10 @@ negated or conjugated lazily, wrappers."""
 
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many `DispatchMode` see the calls of this thread."""
+
+
+unseen_by_modes: Callable[[], AbstractContextManager[Any]] = _disable_current_modes
+"""No `DispatchMode` sees the calls inside of the ``with`` block."""
 
 
 def thread_dispatch() -> tuple[int, int]:

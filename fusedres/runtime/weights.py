@@ -33,10 +33,10 @@ _current = _Pass()
 
 @contextmanager
 def of_network(x: Tensor, dtype: torch.dtype, weights: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
-    """Round the input and the weights of a network together; `rounded` gives their copies inside the ``with`` block.
+    """Round the weights of a network together; `rounded` gives their copies inside the ``with`` block.
 
     Args:
-        x: its input, left out where a backward pass may follow, which keeps a copy of its own.
+        x: its input.
         dtype: of the contractions.
         weights: gives (K, C, R, S) tensors, on the device of x; asked for only where something has to be rounded.
     """
@@ -45,8 +45,6 @@ def of_network(x: Tensor, dtype: torch.dtype, weights: Callable[[], Sequence[Ten
         yield
         return
     chosen = [weight for weight in weights() if _fits(weight, x, dtype)]
-    if not torch.is_grad_enabled() and x.dim() == 4:
-        chosen.append(x)
     copies = _copies(chosen, dtype)
     _current.dtype = dtype
     _current.known = {id(one): (one, _state(one), copy) for one, copy in zip(chosen, copies, strict=True)}

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fusedres.nn.network import Bystander
 from fusedres.runtime.launch import Launch, record
-from fusedres.runtime.torch_private import DispatchMode, current_node, in_backward, tree_map_only
-from fusedres.traffic.aten import KINDS, Cost, costs
+from fusedres.runtime.torch_private import DispatchMode, current_node, in_backward
+from fusedres.traffic.aten import KINDS, Call, Cost, costs, laid_out
+from fusedres.traffic.bystander import Bystander
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Entry:
         reread: as in `aten.Cost`.
         layer: the module that it belongs to.
         backward: whether the backward pass made it.
-        ours: whether it is a kernel of ours.
+        work: the launch or call, for a prediction of its time.
     """
 
     name: str
@@ -39,7 +38,12 @@ class Entry:
     reread: int
     layer: str
     backward: bool
-    ours: bool
+    work: Launch | Call = field(repr=False)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a kernel of ours."""
+        return isinstance(self.work, Launch)
 
     @property
     def bytes(self) -> int:
@@ -87,14 +91,15 @@ class Account(DispatchMode):
         self.running.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _laid_out(func, args, func(*args, **(kwargs or {})))
+        out = laid_out(func, args, func(*args, **(kwargs or {})))
         for cost in costs(func, args, kwargs or {}, out, grad_twice=self.grad_twice):
-            self._add(cost, ours=False)
+            self._add(cost, Call.of(cost, args))
         return out
 
     def launched(self, launch: Launch) -> None:
         """Take down a launch of ours."""
-        self._add(Cost(launch.name, launch.kind, launch.bytes_read, launch.bytes_written, launch.flops), ours=True)
+        cost = Cost(launch.name, launch.kind, launch.bytes_read, launch.bytes_written, launch.flops)
+        self._add(cost, launch)
 
     def layer(self) -> str:
         """The layer that is running now."""
@@ -106,8 +111,8 @@ class Account(DispatchMode):
     def _here(self) -> str:
         return self.running[-1] if self.running else self.rest[self._behind]
 
-    def _add(self, cost: Cost, *, ours: bool) -> None:
-        self.entries.append(Entry(*cost, layer=self.layer(), backward=in_backward(), ours=ours))
+    def _add(self, cost: Cost, work: Launch | Call) -> None:
+        self.entries.append(Entry(*cost, layer=self.layer(), backward=in_backward(), work=work))
 
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -133,24 +138,6 @@ class Account(DispatchMode):
             if node is not None and node not in self._owner:
                 self._owner[node] = name
                 pending.extend(edge for edge, _ in node.next_functions)
-
-
-def _laid_out(func: Any, args: Any, out: Any) -> Any:
-    """What a convolution returns, in the memory format that it has on a GPU: on meta it forgets channels_last."""
-    if func not in _CONVOLUTIONS or not any(
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        for tensor in args[:3]
-        if tensor is not None
-    ):
-        return out
-    return tree_map_only(
-        Tensor,
-        lambda tensor: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor,
-        out,
-    )
-
-
-_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 class _Listening(list[Launch]):

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from fusedres.runtime.launch import nbytes
-from fusedres.runtime.torch_private import arguments_of, storage_id, tree_leaves
+from fusedres.runtime.launch import nbytes, tf32_allowed
+from fusedres.runtime.torch_private import arguments_of, storage_id, tree_leaves, tree_map_only
 
 
 class Cost(NamedTuple):
@@ -29,6 +30,26 @@ class Cost(NamedTuple):
     written: int
     flops: int = 0
     reread: int = 0
+
+
+class Call(NamedTuple):
+    """One kernel of a library's, and what says how fast it multiplies.
+
+    Attributes:
+        cost: what it moves and computes.
+        dtype: of what it multiplies.
+        tf32: whether it may round fp32 factors to TF32.
+    """
+
+    cost: Cost
+    dtype: torch.dtype
+    tf32: bool
+
+    @classmethod
+    def of(cls, cost: Cost, args: Sequence[Any]) -> Call:
+        """A kernel of the call that was given ``args``."""
+        dtype = next((tensor.dtype for tensor in _tensors(args)), torch.float32)
+        return cls(cost, dtype, tf32_allowed())
 
 
 KINDS = (
@@ -184,3 +205,21 @@ _SPECIAL = {
     "convolution": _convolution,
     "max_pool2d_with_indices_backward": _max_pool_backward,
 }
+
+
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+def laid_out(func: Any, args: Any, out: Any) -> Any:
+    """What a convolution returns, in the memory format that it has on a GPU: on meta it forgets channels_last."""
+    if func not in _CONVOLUTIONS or not any(
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        for tensor in args[:3]
+        if tensor is not None
+    ):
+        return out
+    return tree_map_only(
+        Tensor,
+        lambda tensor: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor,
+        out,
+    )

@@ -50,7 +50,14 @@ def saved_bytes(
     Storages are told apart by their StorageImpl, since data_ptr is 0 for every meta tensor, and all of them
     stay referenced until the sum is taken, so that none is freed and its address given to another.
     """
-    owned = {storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return saved_by((*model.parameters(), *model.buffers()), lambda: make_loss(model))
+
+
+def saved_by(
+    owned: Iterable[torch.Tensor], forward: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
+) -> SavedBytes:
+    """The same of any ``forward``; what is ``owned`` does not count."""
+    seen = {storage_id(tensor) for tensor in owned}
     saved: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,11 +65,10 @@ def saved_bytes(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = make_loss(model)
+        loss = forward()
     saved.extend(_kept_on_contexts(tensors_in(loss)))
 
     by_dtype: dict[torch.dtype, float] = {}
-    seen = set(owned)
     for tensor in saved:
         if storage_id(tensor) not in seen:
             seen.add(storage_id(tensor))

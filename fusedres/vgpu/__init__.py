@@ -1,6 +1,7 @@
 """Compiled Triton kernels executed on the CPU: what the compiler of a GPU made, thread by thread."""
 
 from fusedres.vgpu.errors import (
+    Deadlock,
     Divergence,
     Misaligned,
     NeverWritten,
@@ -8,6 +9,7 @@ from fusedres.vgpu.errors import (
     OutOfBounds,
     OutOfResources,
     Race,
+    Refused,
     Unavailable,
     VgpuError,
 )
@@ -18,6 +20,7 @@ __all__ = [
     "TARGETS",
     "ArgumentTraffic",
     "Counters",
+    "Deadlock",
     "Divergence",
     "Misaligned",
     "NeverWritten",
@@ -25,6 +28,7 @@ __all__ = [
     "OutOfBounds",
     "OutOfResources",
     "Race",
+    "Refused",
     "Unavailable",
     "VgpuError",
     "compare_orders",

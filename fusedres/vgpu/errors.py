@@ -40,3 +40,11 @@ class Race(VgpuError):
 
 class Divergence(VgpuError):
     """Threads that must wait for each other took different ways."""
+
+
+class Deadlock(VgpuError):
+    """A warp that waits for what no other warp will do."""
+
+
+class Refused(VgpuError):
+    """An mbarrier or a tensor map, or a use of one, that the hardware does not take."""

@@ -23,7 +23,7 @@ except ImportError:
     llvm = None
 
 HERE = Path(__file__).parent
-SOURCES = ("runtime.c", "warp.c")
+SOURCES = ("runtime.c", "warp.c", "bulk.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-Wall")
 COMPILERS = ("cc", "gcc", "clang")
 

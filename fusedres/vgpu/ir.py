@@ -455,6 +455,7 @@ def _number(match: re.Match[str]) -> str:
 def _host_syntax(line: str) -> str:
     """One line as the host's LLVM reads it: no GPU attributes, one address space, older spelling of numbers."""
     line = _no_space(_no_attributes(line))
+    line = line.replace(" addrspacecast ptr ", " bitcast ptr ")
     line = re.sub(r"\b(?:ptx_kernel|amdgpu_kernel|inreg|tail|musttail|noalias) (?=\S)", "", line)
     return _NUMBER.sub(_number, line)
 

@@ -1,10 +1,11 @@
 """NVIDIA's intrinsics and PTX statements, as calls into the runtime."""
 
 import re
-from typing import NamedTuple
 
+from fusedres.vgpu import bulk
 from fusedres.vgpu.errors import NotExecutable
 from fusedres.vgpu.ir import AsmCall, Body, Dialect, IntrinsicRule, members_of, size_of
+from fusedres.vgpu.ptx import Address, Registers, Statement, parse_ptx
 from fusedres.vgpu.rules import arithmetic, axis, block_barrier, meeting, nothing, runtime
 
 INTRINSICS: list[tuple[str, IntrinsicRule]] = [
@@ -14,7 +15,11 @@ INTRINSICS: list[tuple[str, IntrinsicRule]] = [
     (r"read\.ptx\.sreg\.nctaid\.([xyz])", axis("vgpu_blocks")),
     (r"barrier\.cta\.sync\.aligned\.all|barrier0", block_barrier),
     (r"bar\.warp\.sync", meeting("vgpu_warp_barrier")),
-    (r"fence\.proxy\.async(\.shared_cta)?|wgmma\.fence\.sync\.aligned", nothing),
+    (r"wgmma\.fence\.sync\.aligned", nothing),
+    (r"fence\.proxy\.async(\.shared_cta)?", meeting("vgpu_fence_async")),
+    (r"elect\.sync", meeting("vgpu_elect")),
+    (r"cp\.async\.bulk\.commit\.group", bulk.commit),
+    (r"cp\.async\.bulk\.wait\.group(\.read)?", bulk.wait),
     (r"shfl\.sync\.(bfly|idx|up|down)\.(?:i32|f32)", meeting(r"vgpu_shuffle_\1")),
     (r"vote\.ballot\.sync", meeting("vgpu_ballot")),
     (r"redux\.sync\.(add|and|or|xor|min|max|umin|umax)", meeting(r"vgpu_redux_\1")),
@@ -38,47 +43,6 @@ INTRINSICS: list[tuple[str, IntrinsicRule]] = [
 ]
 
 
-class Address(NamedTuple):
-    register: str
-    offset: int
-
-
-Operand = str | Address | list[str]
-
-
-class Statement(NamedTuple):
-    """One PTX instruction: ``@predicate opcode operands``."""
-
-    predicate: str | None
-    opcode: str
-    operands: list[Operand]
-
-
-def parse_ptx(template: str) -> list[Statement]:
-    """The instructions of an inline assembly text."""
-    statements = []
-    for text in re.sub(r"//[^\n]*", "", template).split(";"):
-        match = re.fullmatch(r"\s*(?:@(\$\d+)\s+)?([\w.:]+)\s*(.*?)\s*", text, re.S)
-        if match is not None:
-            statements.append(Statement(match[1], match[2], _operands(match[3])))
-        elif text.strip():
-            raise NotExecutable(f"the PTX statement {text.strip()!r}")
-    return statements
-
-
-def _operands(text: str) -> list[Operand]:
-    operands: list[Operand] = []
-    for piece in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text):
-        address = re.fullmatch(r"\[\s*(\$\d+)\s*(?:\+\s*(\d+)\s*)?\]", piece)
-        if address is not None:
-            operands.append(Address(address[1], int(address[2] or 0)))
-        elif piece.startswith("{"):
-            operands.append([register.strip() for register in piece.strip("{}").split(",")])
-        else:
-            operands.append(piece)
-    return operands
-
-
 _HINTS = r"(?:\.(?:ca|cg|cs|cv|wb|wt|nc|L1::\w+|L2::\w+))*"
 _ACCESS = re.compile(rf"(ld|st)(?:\.volatile)?\.(global|shared)(?:::cta)?{_HINTS}(?:\.v([248]))?\.b(8|16|32|64)")
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)*")
@@ -88,34 +52,16 @@ _BITWISE = {"and.b32": "and", "or.b32": "or", "xor.b32": "xor", "shl.b32": "shl"
 _TYPES = {"bf16": 0, "f16": 1, "tf32": 2}
 
 
-class _Registers:
-    """Names of PTX operands as values of the function under construction."""
-
-    def __init__(self, call: AsmCall) -> None:
-        self._call = call
-
-    def is_output(self, operand: str) -> bool:
-        return operand.startswith("$") and int(operand[1:]) < self._call.outputs
-
-    def index(self, operand: str) -> int:
-        return int(operand.removeprefix("$")) - self._call.outputs
-
-    def value(self, operand: str) -> str:
-        if not operand.startswith("$"):
-            return str(int(operand, 0))
-        return f"%p{self.index(operand)}"
-
-    def type(self, operand: str) -> str:
-        return self._call.parameters[self.index(operand)]
-
-    def typed(self, operand: str) -> tuple[str, str]:
-        return self.type(operand), self.value(operand)
-
-
 def statement(body: Body, call: AsmCall) -> None:
     """The body of an inline assembly statement."""
+    registers = Registers(call)
+    if phase := bulk.PHASE_WAIT.fullmatch(call.template):
+        bulk.wait_for_phase(body, phase, registers)
+        return
     statements = parse_ptx(call.template)
-    registers = _Registers(call)
+    if bulk.knows(statements):
+        bulk.emit(body, statements, registers)
+        return
     *moves, last = statements
     access, wgmma, mma = _ACCESS.fullmatch(last.opcode), _WGMMA.fullmatch(last.opcode), _MMA.fullmatch(last.opcode)
     if all(each.opcode in _BITWISE and each.predicate is None for each in statements):
@@ -145,12 +91,12 @@ def statement(body: Body, call: AsmCall) -> None:
     elif last.opcode.startswith("createpolicy."):
         body.give("0")
     elif last.opcode == "fence.proxy.async.shared::cta":
-        body.give()
+        body.meet("vgpu_fence_async")
     else:
         raise NotExecutable(f"the PTX statement {call.template!r}")
 
 
-def _branch(body: Body, predicate: str | None, registers: _Registers) -> None:
+def _branch(body: Body, predicate: str | None, registers: Registers) -> None:
     condition = "true" if predicate is None else registers.value(predicate)
     body.line(f"br i1 {condition}, label %on, label %off")
     body.line("on:")
@@ -169,7 +115,7 @@ def _site(body: Body) -> tuple[str, str]:
     return "i32", f"%p{len(body.parameters) - 1}"
 
 
-def _load(body: Body, load: Statement, access: re.Match[str], registers: _Registers, defaults: dict[str, str]) -> None:
+def _load(body: Body, load: Statement, access: re.Match[str], registers: Registers, defaults: dict[str, str]) -> None:
     target, address = load.operands[:2]
     if not isinstance(address, Address):
         raise NotExecutable(f"the PTX statement {load}")
@@ -195,9 +141,9 @@ def _load(body: Body, load: Statement, access: re.Match[str], registers: _Regist
     body.give_members(values)
 
 
-def _store(body: Body, store: Statement, access: re.Match[str], registers: _Registers) -> None:
+def _store(body: Body, store: Statement, access: re.Match[str], registers: Registers) -> None:
     address, source = store.operands[:2]
-    if not isinstance(address, Address) or isinstance(source, Address):
+    if not isinstance(address, Address) or not isinstance(source, str | list):
         raise NotExecutable(f"the PTX statement {store}")
     sources = source if isinstance(source, list) else [source]
     bits = int(access[4])
@@ -223,7 +169,7 @@ def _store(body: Body, store: Statement, access: re.Match[str], registers: _Regi
     body.give()
 
 
-def _copy(body: Body, copy: Statement, registers: _Registers) -> None:
+def _copy(body: Body, copy: Statement, registers: Registers) -> None:
     destination, source, size, *filled = copy.operands
     if not isinstance(destination, Address) or not isinstance(source, Address):
         raise NotExecutable(f"the PTX statement {copy}")
@@ -237,7 +183,7 @@ def _copy(body: Body, copy: Statement, registers: _Registers) -> None:
     body.give()
 
 
-def _wgmma(body: Body, wgmma: Statement, columns: int, type_: int, registers: _Registers) -> None:
+def _wgmma(body: Body, wgmma: Statement, columns: int, type_: int, registers: Registers) -> None:
     _, a, b, *flags = wgmma.operands
     accumulate, scale_a, scale_b, *transposed = (str(flag) for flag in flags)
     if (scale_a, scale_b) != ("1", "1"):
@@ -276,12 +222,12 @@ def _wait(body: Body, call: AsmCall, outstanding: str) -> None:
     body.give_members(values)
 
 
-def _move(body: Body, move: Statement, registers: _Registers) -> None:
+def _move(body: Body, move: Statement, registers: Registers) -> None:
     type_, value = registers.typed(str(move.operands[1]))
     body.give(value if type_ == body.returns else body.value(f"bitcast {type_} {value} to {body.returns}"))
 
 
-def _bitwise(body: Body, call: AsmCall, statements: list[Statement], registers: _Registers) -> None:
+def _bitwise(body: Body, call: AsmCall, statements: list[Statement], registers: Registers) -> None:
     """Statements that each make one output of 32 bits from inputs and numbers, no output from another."""
     types, results = members_of(body.returns), {}
     for each in statements:
@@ -299,7 +245,7 @@ def _bitwise(body: Body, call: AsmCall, statements: list[Statement], registers: 
     ])  # fmt: skip
 
 
-def _bits(body: Body, operand: str, registers: _Registers) -> str:
+def _bits(body: Body, operand: str, registers: Registers) -> str:
     """A number, or 32 bits of a register whatever their type."""
     if not operand.startswith("$"):
         return registers.value(operand)
@@ -307,7 +253,7 @@ def _bits(body: Body, operand: str, registers: _Registers) -> str:
     return value if type_ == "i32" else body.value(f"bitcast {type_} {value} to i32")
 
 
-def _round_to_tf32(body: Body, convert: Statement, registers: _Registers) -> None:
+def _round_to_tf32(body: Body, convert: Statement, registers: Registers) -> None:
     """To the nearest, away from zero where two are; 13 bits of the fraction become zero, infinity and NaN remain."""
     type_, value = registers.typed(str(convert.operands[1]))
     bits = value if type_ == "i32" else body.value(f"bitcast {type_} {value} to i32")

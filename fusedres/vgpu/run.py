@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fusedres.compiler.binary import Specialisation, compile_for, specialise
+from fusedres.compiler.binary import Specialisation, compile_for, scratch_bytes, specialise
 from fusedres.compiler.targets import target_named, triton
 from fusedres.vgpu import errors, host
 from fusedres.vgpu.amd import AMD
@@ -23,6 +24,8 @@ from fusedres.vgpu.nvidia import NVIDIA
 
 DIALECTS = {"sm_80": NVIDIA, "sm_90": NVIDIA, "gfx1100": AMD}
 TARGETS = tuple(DIALECTS)
+# Where the compiler keeps what a launch needs but nobody passes, such as tensor maps, for each block.
+SCRATCH, SCRATCH_ALIGN = "scratch memory of the compiler", 128
 MAX_THREADS = 1024  # of a block, on every target; the runtime has room for no more
 
 
@@ -147,9 +150,9 @@ def run(
     Raises:
         Unavailable: this machine lacks a compiler, llvmlite or a known Triton.
         ValueError, TypeError: the target is not executed here, or the arguments are not the kernel's.
-        VgpuError: what the kernel did wrong: `OutOfBounds`, `Misaligned`, `NeverWritten`, `Race`, `Divergence`;
-            `OutOfResources` if the target can not hold a block, `NotExecutable` if the kernel uses an operation that is
-            not known here. The tensors are then as they were before.
+        VgpuError: what the kernel did wrong: `OutOfBounds`, `Misaligned`, `NeverWritten`, `Race`, `Divergence`,
+            `Deadlock`, `Refused`; `OutOfResources` if the target can not hold a block, `NotExecutable` if the kernel
+            uses an operation that is not known here. The tensors are then as they were before.
     """
     if target not in DIALECTS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -163,8 +166,14 @@ def run(
     specialisation = specialise(kernel, arguments)
     executable = _executable(kernel, specialisation, target, num_warps, num_stages)
     passed = [name for name, type_ in specialisation.signature if type_ != "constexpr"]
-    with _Memory({name: arguments[name] for name in passed}, uninitialised, count) as memory:
-        values = [memory.address(name) if isinstance(arguments[name], Tensor) else arguments[name] for name in passed]
+    present = {name: arguments[name] for name in passed}
+    if executable.scratch_bytes:
+        present[SCRATCH] = torch.empty(math.prod(grid) * executable.scratch_bytes + SCRATCH_ALIGN, dtype=torch.uint8)
+        uninitialised = [*uninitialised, SCRATCH]
+    with _Memory(present, uninitialised, count) as memory:
+        values = [memory.address(name) if isinstance(value, Tensor) else value for name, value in present.items()]
+        if executable.scratch_bytes:
+            values[-1] += -values[-1] % SCRATCH_ALIGN
         launch, keep = executable.launch(grid, values, num_warps, warp_order, workers or os.cpu_count() or 1)
         launch.regions, launch.region_count, launch.counted = memory.table, len(memory.regions), int(count)
         traffic = (_Traffic * (len(memory.regions) + 1))()
@@ -208,12 +217,13 @@ class _Executable(NamedTuple):
     code: host.HostKernel
     shared_bytes: int
     warp_size: int
+    scratch_bytes: int  # of global memory, per block
 
     def launch(
         self, grid: tuple[int, int, int], values: Sequence[Any], num_warps: int, order: int, workers: int
     ) -> tuple[_Launch, Any]:
         types = self.code.module.parameters
-        # The compiler adds pointers to scratch memory that these kernels do not use.
+        # The compiler adds pointers to its scratch memory, of which these kernels use at most the first.
         padded = [*values, 0, 0, 0][: len(types)]
         block = ctypes.create_string_buffer(b"".join(map(_slot, types, padded)))
         launch = _Launch(
@@ -243,13 +253,13 @@ def _executable(
         raise errors.OutOfResources(
             f"{name}: {shared_bytes} bytes of shared memory, and {target} has {spec.shared_bytes}"
         )
-    return executable_from(compiled.asm["llir"], name, target, shared_bytes)
+    return executable_from(compiled.asm["llir"], name, target, shared_bytes, scratch_bytes(compiled))
 
 
-def executable_from(llir: str, name: str, target: str, shared_bytes: int) -> _Executable:
+def executable_from(llir: str, name: str, target: str, shared_bytes: int, scratch_bytes: int = 0) -> _Executable:
     """The host's version of a module of ``target``."""
     module = Rewriter(DIALECTS[target]).rewrite(llir, name)
-    return _Executable(host.HostKernel(module), shared_bytes, target_named(target).warp_size)
+    return _Executable(host.HostKernel(module), shared_bytes, target_named(target).warp_size, scratch_bytes)
 
 
 class _Span(NamedTuple):
@@ -348,6 +358,8 @@ def _merged(tensors: dict[str, Tensor]) -> list[_Span]:
 def _counters(launch: _Launch, memory: _Memory, traffic: Any) -> Counters:
     arguments = {}
     for index, (span, (readers, writers)) in enumerate(zip(memory.spans, memory.shadows, strict=True)):
+        if SCRATCH in span.names:
+            continue
         arguments["/".join(span.names)] = ArgumentTraffic(
             int(numpy.count_nonzero(readers)),
             int(numpy.count_nonzero(writers)),
@@ -367,11 +379,15 @@ _KINDS: dict[int, tuple[type[errors.VgpuError], str]] = {
     5: (errors.Race, "warp {warp} and {other_warp} touch the same byte of shared memory without a barrier between"),
     6: (errors.NeverWritten, "uses shared memory that an asynchronous copy has not filled yet"),
     7: (errors.Divergence, "threads of warp {other} do not arrive where the others wait"),
-    8: (errors.Race, "shared memory was overwritten while an asynchronous multiplication read it"),
+    8: (errors.Race, "shared memory was overwritten while an asynchronous {text} read it"),
     9: (errors.Misaligned, "an address that is not a multiple of {size}: {place}"),
     10: (errors.NotExecutable, "{text}"),
     11: (errors.NeverWritten, "reads shared memory that nothing had been written to"),
-    12: (errors.NeverWritten, "ends without having waited for an asynchronous multiplication"),
+    12: (errors.NeverWritten, "ends without having waited for an asynchronous {text}"),
+    13: (errors.NeverWritten, "an asynchronous operation finds shared memory stored to with no fence after it"),
+    14: (errors.Deadlock, "waits for ever for {text}"),
+    15: (errors.Refused, "{text}"),
+    16: (errors.NeverWritten, "uses a tensor map that no fence has acquired"),
 }
 
 

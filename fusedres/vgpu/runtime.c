@@ -14,7 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { STACK_BYTES = 256 << 10, SHARED_BYTES = 256 << 10, MAX_LANES = 1024, MAX_WARP = 64 };
+enum { STACK_BYTES = 256 << 10 };
 
 // ---------------------------------------------------------------------------------------------------- what is counted
 
@@ -40,11 +40,6 @@ typedef struct {
   int64_t address;
   char text[160];
 } failure;
-
-enum {
-  OUT_OF_BOUNDS = 1, NEVER_WRITTEN, BLOCK_RACE, SHARED_OUT_OF_BOUNDS, SHARED_RACE, IN_FLIGHT, DIVERGENT, OVERWRITTEN,
-  MISALIGNED, UNSUPPORTED, SHARED_NEVER_WRITTEN, NOT_WAITED_FOR,
-};
 
 typedef struct {
   void (*kernel)(void *);
@@ -75,7 +70,8 @@ typedef struct {
   int32_t bytes, filled, group;
 } copy;
 
-typedef enum { RUNNING, MEETING, WAITING, DONE } lane_state;
+// BLOCKED: the warp's lanes have met for an operation that must wait for what other warps do.
+typedef enum { RUNNING, MEETING, BLOCKED, WAITING, DONE } lane_state;
 
 typedef struct {
   void *stack_pointer;
@@ -100,15 +96,14 @@ typedef struct {
 typedef struct {
   pending_mma *pending;
   int count, room, group;
+  uint32_t fenced, before;  // when it last put a fence between proxies, and at the last barrier before that
 } warp;
 
 // Marks of shared memory, per byte: epoch << 8 | warp + 1 of the last writer and reader. Barriers part epochs, and each
-// block begins a new one. A reader's SEVERAL stands for several warps. FLYING is later than every epoch.
-enum { SEVERAL = 0xff };
+// block begins a new one. A reader's SEVERAL stands for several warps, a writer's BULK for a copy that is not a warp's.
+// FLYING is later than every epoch.
+enum { BULK = 0xfe, SEVERAL = 0xff };
 static const uint32_t FLYING = 0xffffffff;
-
-// How bytes come to shared memory: at once, as a copy under way, as a copy that was waited for.
-enum { ARRIVED, TAKING_OFF, LANDING };
 
 typedef struct worker {
   launch *launch;
@@ -119,6 +114,12 @@ typedef struct worker {
   char *shared;
   uint32_t *writers, *readers;  // the marks of shared memory
   uint32_t epoch, born;         // now, and when the block began
+  // Stores reach what is read and written asynchronously (the other proxy) only through a fence. Per byte: when it was
+  // last stored to, of a clock that goes on at fences and barriers; 0 if it was not by a store.
+  uint32_t *stored, clock, barrier;  // `barrier`: the clock at the last one
+  uint32_t covered, covering;        // stores before this are seen by all; and will be after the next barrier
+  int not_yet, hopeless;
+  bulk *bulk;
   traffic *traffic;
   counters counters;
 } worker;
@@ -152,18 +153,17 @@ static __attribute__((noinline)) void record(int kind, int site, const void *add
 }
 
 // Gives the block up: its fibers are never resumed.
-static __attribute__((noinline, noreturn)) void fail(int kind, int site, const void *address, int other) {
+static __attribute__((noinline, noreturn)) void give_up(int kind, int site, const void *address, int other,
+                                                        const char *text) {
   void *abandoned;
-  record(kind, site, address, other, 0);
+  record(kind, site, address, other, text);
   vgpu_switch(&abandoned, me->host);
   __builtin_unreachable();
 }
 
-void vgpu_refuse(const char *what) {
-  void *abandoned;
-  record(UNSUPPORTED, -1, 0, 0, what);
-  vgpu_switch(&abandoned, me->host);
-}
+void vgpu_fail(int kind, int site, const void *address, int other) { give_up(kind, site, address, other, 0); }
+void vgpu_fail_saying(int kind, int site, const char *text) { give_up(kind, site, 0, 0, text); }
+void vgpu_refuse(const char *what) { give_up(UNSUPPORTED, -1, 0, 0, what); }
 
 static void flush_log(int w);
 
@@ -178,22 +178,29 @@ static int settle(lane *last) {
       record(DIVERGENT, lanes[i].state == WAITING ? lanes[i].barrier_site : -1, 0, w, 0);
       return 0;
     }
-  if (lanes[0].state == DONE && me->warps[w].count) record(NOT_WAITED_FOR, -1, 0, w, 0);
-  if (lanes[0].state != MEETING) return 0;
+  if (lanes[0].state == DONE && me->warps[w].count) record(NOT_WAITED_FOR, -1, 0, w, "multiplication");
+  if (lanes[0].state != MEETING && lanes[0].state != BLOCKED) return 0;
   call *calls[MAX_WARP];
-  for (int i = 0; i < size; i++) calls[i] = &lanes[i].call, lanes[i].state = RUNNING;
+  for (int i = 0; i < size; i++) calls[i] = &lanes[i].call;
+  me->not_yet = 0;
   lanes[0].op(calls, size);
-  return 1;
+  for (int i = 0; i < size; i++) lanes[i].state = me->not_yet ? BLOCKED : RUNNING;
+  return !me->not_yet;
 }
+
+// The operation that a warp has met for can not be done yet: it is tried again when other warps have gone on.
+void vgpu_not_yet(void) { me->not_yet = 1; }
 
 // The current lane waits or has ended: the next lane of its warp runs, or all of them once they have met.
 static void give_way(void) {
   lane *self = me->current, *first = &me->lanes[warp_of(self) * me->launch->warp_size];
   lane *next = self + 1;
   if (next == first + me->launch->warp_size) {
-    if (!settle(self)) {
+    while (!settle(self)) {
+      int blocked = self->state == BLOCKED;
       vgpu_switch(&self->stack_pointer, me->host);
-      return;
+      if (!blocked) return;
+      if (me->hopeless) vgpu_bulk_deadlock(self->call.in);
     }
     next = first;
   }
@@ -220,6 +227,7 @@ static void lane_main(void) {
 }
 
 int vgpu_thread(void) { return index_of(me->current); }
+bulk **vgpu_bulk(void) { return &me->bulk; }
 int vgpu_block(int axis) { return me->block[axis]; }
 int vgpu_blocks(int axis) { return me->launch->grid[axis]; }
 // AMD passes the numbers of blocks along each axis, and other things that no kernel of Triton's asks for, in memory.
@@ -254,8 +262,8 @@ static int region_of(const char *address, int bytes) {
 
 static region *checked(const char *address, int bytes, int align, int site) {
   int r = region_of(address, bytes);
-  if (r < 0) fail(OUT_OF_BOUNDS, site, address, bytes);
-  if ((uintptr_t)address & (align - 1)) fail(MISALIGNED, site, address, align);
+  if (r < 0) vgpu_fail(OUT_OF_BOUNDS, site, address, bytes);
+  if ((uintptr_t)address & (align - 1)) vgpu_fail(MISALIGNED, site, address, align);
   return &me->launch->regions[r];
 }
 
@@ -282,8 +290,8 @@ static void touch_read(const char *address, int bytes, int align, int site) {
   for (int i = 0; i < bytes; i++) odd |= writers[i] != self && (writers[i] || fresh);
   if (!odd) return;
   for (int i = 0; i < bytes; i++) {
-    if (writers[i] && writers[i] != self) fail(BLOCK_RACE, site, address + i, (int)writers[i] - 1);
-    if (!writers[i] && fresh) fail(NEVER_WRITTEN, site, address + i, 0);
+    if (writers[i] && writers[i] != self) vgpu_fail(BLOCK_RACE, site, address + i, (int)writers[i] - 1);
+    if (!writers[i] && fresh) vgpu_fail(NEVER_WRITTEN, site, address + i, 0);
   }
 }
 
@@ -297,13 +305,13 @@ static void touch_written(const char *address, int bytes, int align, int site) {
   if (unmarked)
     for (int i = 0; i < bytes; i++) {
       uint32_t before = atomic_exchange((_Atomic uint32_t *)&writers[i], self);
-      if (before && before != self) fail(BLOCK_RACE, site, address + i, (int)before - 1);
+      if (before && before != self) vgpu_fail(BLOCK_RACE, site, address + i, (int)before - 1);
     }
   for (int i = 0; i < bytes; i++) odd |= readers[i] && readers[i] != self;
   if (!odd) return;
   for (int i = 0; i < bytes; i++)
     if (readers[i] && readers[i] != self)
-      fail(BLOCK_RACE, site, address + i, readers[i] == MANY ? -1 : (int)readers[i] - 1);
+      vgpu_fail(BLOCK_RACE, site, address + i, readers[i] == MANY ? -1 : (int)readers[i] - 1);
 }
 
 void vgpu_global_read(const char *address, int bytes, int align, int site) {
@@ -329,7 +337,7 @@ const char *vgpu_make_buffer(const char *base, int stride, int64_t bytes) {
 const char *vgpu_in_buffer(const char *base, uint32_t offset, uint32_t scalar_offset, int bytes, int site) {
   uint64_t at = (uint64_t)offset + scalar_offset;
   if (at + bytes <= BUFFER_BYTES) return base + at;
-  if (offset != MASKED_OFF) fail(OUT_OF_BOUNDS, site, base + (int32_t)(offset + scalar_offset), bytes);
+  if (offset != MASKED_OFF) vgpu_fail(OUT_OF_BOUNDS, site, base + (int32_t)(offset + scalar_offset), bytes);
   return 0;
 }
 
@@ -340,12 +348,18 @@ void vgpu_idle(int site) { log_access(0, 0, site, 0); }
 
 static int64_t shared_place(const char *address, int bytes, int align, int site) {
   if (address < me->shared || address + bytes > me->shared + me->launch->shared_bytes)
-    fail(SHARED_OUT_OF_BOUNDS, site, address, bytes);
-  if ((uintptr_t)address & (align - 1)) fail(MISALIGNED, site, address, align);
+    vgpu_fail(SHARED_OUT_OF_BOUNDS, site, address, bytes);
+  if ((uintptr_t)address & (align - 1)) vgpu_fail(MISALIGNED, site, address, align);
   return address - me->shared;
 }
 
 static int warp_there(uint32_t mark) { return (mark & 0xff) == SEVERAL ? -1 : (int)(mark & 0xff) - 1; }
+
+// A bulk copy has arrived for the warps that have waited for it, and after the next barrier for all.
+static int is_in_flight(uint32_t mark, const char *address) {
+  return mark == FLYING ||
+         (mark == (me->epoch << 8 | BULK) && !vgpu_bulk_delivered_to(address, warp_of(me->current)));
+}
 
 // The loops without a way out are for the vector units; only if one of their bytes is odd is it looked for.
 static void shared_reading(const char *address, int bytes, int align, int site) {
@@ -360,9 +374,9 @@ static void shared_reading(const char *address, int bytes, int align, int site) 
   if (!odd) return;
   for (int i = 0; i < bytes; i++) {
     if (writers[i] == self) continue;
-    if (writers[i] == FLYING) fail(IN_FLIGHT, site, address + i, 0);
-    if (writers[i] < born) fail(SHARED_NEVER_WRITTEN, site, address + i, 0);
-    if (writers[i] >= now) fail(SHARED_RACE, site, address + i, warp_there(writers[i]));
+    if (is_in_flight(writers[i], address + i)) vgpu_fail(IN_FLIGHT, site, address + i, 0);
+    if (writers[i] < born) vgpu_fail(SHARED_NEVER_WRITTEN, site, address + i, 0);
+    if (writers[i] >= now && writers[i] != (now | BULK)) vgpu_fail(SHARED_RACE, site, address + i, warp_there(writers[i]));
   }
 }
 
@@ -370,20 +384,22 @@ static void shared_reading(const char *address, int bytes, int align, int site) 
 static void shared_writing(const char *address, const char *source, int bytes, int align, int site, int how) {
   int64_t place = shared_place(address, bytes, align, site);
   uint32_t *writers = me->writers + place, *readers = me->readers + place, now = me->epoch << 8;
-  uint32_t self = now | (uint32_t)(warp_of(me->current) + 1), left = how == TAKING_OFF ? FLYING : self;
-  int odd = 0;
+  uint32_t self = now | (uint32_t)(warp_of(me->current) + 1);
+  uint32_t left = how == TAKING_OFF ? FLYING : how == DELIVERED ? now | BULK : self;
+  uint32_t *stored = me->stored + place, when = how == STORED ? me->clock : 0;
+  int odd = 0, lands = how == LANDING || how == DELIVERED;
   for (int i = 0; i < bytes; i++) {
-    odd |= (writers[i] != self) & (writers[i] >= now) & (how != LANDING);
+    odd |= (writers[i] != self) & (writers[i] >= now) & !lands;
     odd |= (readers[i] != self) & (readers[i] >= now);
   }
   for (int i = 0; odd && i < bytes; i++) {
-    if (how != LANDING && writers[i] == FLYING) fail(IN_FLIGHT, site, address + i, 0);
+    if (!lands && is_in_flight(writers[i], address + i)) vgpu_fail(IN_FLIGHT, site, address + i, 0);
     if (source && source[i] == address[i]) continue;
-    if (how != LANDING && writers[i] != self && writers[i] >= now)
-      fail(SHARED_RACE, site, address + i, warp_there(writers[i]));
-    if (readers[i] != self && readers[i] >= now) fail(SHARED_RACE, site, address + i, warp_there(readers[i]));
+    if (!lands && writers[i] != self && writers[i] >= now && writers[i] != (now | BULK))
+      vgpu_fail(SHARED_RACE, site, address + i, warp_there(writers[i]));
+    if (readers[i] != self && readers[i] >= now) vgpu_fail(SHARED_RACE, site, address + i, warp_there(readers[i]));
   }
-  for (int i = 0; i < bytes; i++) writers[i] = left;
+  for (int i = 0; i < bytes; i++) writers[i] = left, stored[i] = when;
 }
 
 void vgpu_shared_read(const char *address, int bytes, int align, int site) {
@@ -392,7 +408,7 @@ void vgpu_shared_read(const char *address, int bytes, int align, int site) {
 }
 
 void vgpu_shared_write(char *address, const char *source, int bytes, int align, int site) {
-  shared_writing(address, source, bytes, align, site, ARRIVED);
+  shared_writing(address, source, bytes, align, site, STORED);
   log_access(address, bytes, site, 1);
   memcpy(address, source, bytes);
 }
@@ -438,6 +454,50 @@ void vgpu_copy_wait_all(void) {
   vgpu_copy_wait(0);
 }
 
+// --------------------------------------------------------------------------------------------------------------- proxies
+
+// Lanes meet at it, so that it comes after what any of them has stored.
+void vgpu_fence_async(call **lanes, int size) {
+  (void)lanes, (void)size;
+  warp *w = &me->warps[warp_of(me->current)];
+  w->fenced = ++me->clock, w->before = me->covering = me->barrier;
+}
+
+// What is read or overwritten asynchronously must have been stored before a fence, of the warp that stored it or of one
+// that a barrier had shown it to.
+void vgpu_async_touches(const char *address, int bytes, int site) {
+  int64_t place = shared_place(address, bytes, 1, site);
+  const uint32_t *stored = me->stored + place, *writers = me->writers + place;
+  uint32_t before = me->warps[warp_of(me->current)].before, odd = 0;
+  if (before < me->covered) before = me->covered;
+  for (int i = 0; i < bytes; i++) odd |= stored[i] >= before;
+  for (int i = 0; odd && i < bytes; i++)
+    if (stored[i] >= before && me->warps[(writers[i] & 0xff) - 1].fenced <= stored[i])
+      vgpu_fail(UNFENCED, site, address + i, 0);
+}
+
+// For copies of boxes (bulk.c).
+
+void vgpu_global_run(const char *address, int64_t bytes, int written, int site) {
+  (written ? touch_written : touch_read)(address, (int)bytes, 1, site);
+  if (!me->launch->counted) return;
+  traffic *t = &me->traffic[region_of(address, (int)bytes)];
+  t->sectors += ((intptr_t)address + bytes - 1) / 32 - (intptr_t)address / 32 + 1;
+  t->ideal_sectors += (bytes + 31) / 32;
+}
+
+void vgpu_shared_looked_at(const char *address, int bytes, int align, int site) {
+  shared_reading(address, bytes, align, site);
+}
+
+void vgpu_shared_becomes(char *address, int bytes, int align, int site, int how) {
+  shared_writing(address, 0, bytes, align, site, how);
+}
+
+void vgpu_shared_forgotten(const char *address, int bytes) {
+  memset(&me->writers[address - me->shared], 0, bytes * sizeof *me->writers);
+}
+
 // ----------------------------------------------------------------------------------------------------- multiplications
 
 void vgpu_matrix_read(const char *address, int bytes) { shared_reading(address, bytes, 1, -1); }
@@ -462,7 +522,7 @@ void vgpu_rows_read(const char *const *rows, int count, int bytes) {
 
 void vgpu_rows_write(char *const *rows, const char (*data)[16], int count) {
   for (int i = 0; i < count; i++) {
-    shared_writing(rows[i], data[i], 16, 16, -1, ARRIVED);
+    shared_writing(rows[i], data[i], 16, 16, -1, STORED);
     memcpy(rows[i], data[i], 16);
   }
   count_rows((const char *const *)rows, count, 16);
@@ -494,7 +554,7 @@ void vgpu_pending_wait(int outstanding) {
       w->pending[kept++] = p;
     // Until here it may have been reading: as reads of now they are seen by whoever writes before the next barrier.
     else if (vgpu_operands_digest(p.has_a ? &p.a : 0, &p.b) != p.seen)
-      fail(OVERWRITTEN, -1, 0, 0);
+      vgpu_fail_saying(OVERWRITTEN, -1, "multiplication");
   }
   w->count = kept;
 }
@@ -597,7 +657,7 @@ static void forget_copies(void) {
   for (int i = 0; i < me->launch->threads; i++) {
     lane *l = &me->lanes[i];
     for (int c = 0; c < l->copying; c++)
-      memset(&me->writers[l->copies[c].destination - me->shared], 0, l->copies[c].bytes * sizeof *me->writers);
+      vgpu_shared_forgotten(l->copies[c].destination, l->copies[c].bytes);
     l->copying = 0;
   }
 }
@@ -615,6 +675,27 @@ static void order_warps(int *order, int warps, int round) {
   }
 }
 
+// Every warp runs until it waits at a barrier or has ended. False if something failed.
+static int run_warps(const int *order, int warps) {
+  int size = me->launch->warp_size, blocked, went_on;
+  me->hopeless = 0;
+  do {
+    blocked = went_on = 0;
+    for (int i = 0; i < warps; i++) {
+      lane *first = &me->lanes[order[i] * size];
+      lane_state before = first->state;
+      if (before != RUNNING && before != BLOCKED) continue;
+      me->current = before == BLOCKED ? first + size - 1 : first;
+      vgpu_switch(&me->host, me->current->stack_pointer);
+      if (atomic_load(&me->launch->stopped)) return 0;
+      blocked += first->state == BLOCKED;
+      went_on += before == RUNNING || first->state != BLOCKED;
+    }
+    me->hopeless = !went_on;
+  } while (blocked);
+  return 1;
+}
+
 static void run_block(void) {
   launch *run = me->launch;
   int warps = run->threads / run->warp_size;
@@ -623,17 +704,17 @@ static void run_block(void) {
   memset(me->shared, 0xff, run->shared_bytes);
   for (int i = 0; i < run->threads; i++) prepare_lane(&me->lanes[i]);
   for (int w = 0; w < warps; w++) me->warps[w].count = me->warps[w].group = 0;
+  vgpu_bulk_begin();
+  me->covered = me->covering = me->barrier = ++me->clock;
   for (int round = 0;; round++) {
     int order[MAX_LANES / 32], waiting = 0;
     order_warps(order, warps, round);
-    for (int i = 0; i < warps; i++) {
-      int w = order[i];
-      me->current = &me->lanes[w * run->warp_size];
-      vgpu_switch(&me->host, me->current->stack_pointer);
-      if (atomic_load(&run->stopped)) return;
-      waiting += me->lanes[w * run->warp_size].state == WAITING;
+    if (!run_warps(order, warps)) return;
+    for (int w = 0; w < warps; w++) waiting += me->lanes[w * run->warp_size].state == WAITING;
+    if (!waiting) {
+      if (vgpu_bulk_under_way()) record(NOT_WAITED_FOR, -1, 0, 0, "copy");
+      return;
     }
-    if (!waiting) return;
     me->counters.barriers++;
     for (int w = 0; w < warps; w++) {
       lane *l = &me->lanes[w * run->warp_size];
@@ -645,6 +726,8 @@ static void run_block(void) {
     }
     for (int i = 0; i < run->threads; i++) me->lanes[i].state = RUNNING;
     next_epoch();
+    vgpu_bulk_barrier();
+    me->covered = me->covering, me->barrier = ++me->clock;
   }
 }
 
@@ -660,6 +743,7 @@ static worker *new_worker(void) {
   w->shared = (char *)(((uintptr_t)low + SHARED_BYTES - 1) & ~(uintptr_t)(SHARED_BYTES - 1));
   w->writers = calloc(SHARED_BYTES, sizeof *w->writers);
   w->readers = calloc(SHARED_BYTES, sizeof *w->readers);
+  w->stored = calloc(SHARED_BYTES, sizeof *w->stored);
   return w;
 }
 

@@ -103,6 +103,15 @@ REDUX(max, int32_t, a > b ? a : b)
 REDUX(umin, u32, a < b ? a : b)
 REDUX(umax, u32, a > b ? a : b)
 
+typedef struct {
+  u32 leader;
+  uint8_t leads;
+} election;
+
+void vgpu_elect(call **lanes, int size) {
+  for (int l = 0; l < size; l++) *(election *)lanes[l]->out = (election){0, l == 0};
+}
+
 void vgpu_first_lane(call **lanes, int size) {
   u32 value = *(const u32 *)lanes[0]->in;
   for (int l = 0; l < size; l++) *(u32 *)lanes[l]->out = value;
@@ -308,7 +317,7 @@ static const char *piece_address(uint64_t descriptor, int transposed, int major,
 }
 
 // Reads an operand into rows of its contiguous dimension: [rows][depth], or [depth][rows] when transposed.
-static uint64_t gather(const operand *o, char *to) {
+static uint64_t gather(const operand *o, char *to, int issued) {
   int lines = o->transposed ? o->depth : o->rows, bytes = (o->transposed ? o->rows : o->depth) * o->bytes;
   int first_line = o->transposed ? 0 : o->first_row, first_piece = o->transposed ? o->first_row * o->bytes / 16 : 0;
   uint64_t digest = 0xcbf29ce484222325u;
@@ -316,6 +325,7 @@ static uint64_t gather(const operand *o, char *to) {
     for (int piece = 0; piece < bytes / 16; piece++) {
       const char *from = piece_address(o->descriptor, o->transposed, first_line + line, first_piece + piece);
       vgpu_matrix_read(from, 16);
+      if (issued) vgpu_async_touches(from, 16, -1);
       uint64_t words[2];
       memcpy(words, from, 16);
       memcpy(to + line * bytes + piece * 16, words, 16);
@@ -326,7 +336,7 @@ static uint64_t gather(const operand *o, char *to) {
 
 uint64_t vgpu_operands_digest(const operand *a, const operand *b) {
   char scratch[256 * 16 * 2];
-  return (a ? gather(a, scratch) : 0) * 31 + gather(b, scratch);
+  return (a ? gather(a, scratch, 0) : 0) * 31 + gather(b, scratch, 0);
 }
 
 enum { BF16, F16, TF32 };
@@ -365,12 +375,12 @@ void vgpu_wgmma(call **lanes, int size) {
           for (int h = 0; h < 2; h++) a[row * 16 + 2 * (l & 3) + h + 8 * (i >> 1)] = element(word, h, w->type);
       }
   } else {
-    seen = gather(&left, raw);
+    seen = gather(&left, raw, 1);
     for (int r = 0; r < 16; r++)
       for (int k = 0; k < depth; k++)
         a[r * depth + k] = element(raw, w->a_transposed ? k * 16 + r : r * depth + k, w->type);
   }
-  seen = seen * 31 + gather(&right, raw);
+  seen = seen * 31 + gather(&right, raw, 1);
   for (int k = 0; k < depth; k++)
     for (int c = 0; c < n; c++) b[k * n + c] = element(raw, w->b_transposed ? k * n + c : c * depth + k, w->type);
   for (int l = 0; l < 32; l++)

@@ -32,7 +32,7 @@ def test_kernels_are_declared_at_full_size(name):
     setting = Setting("op", "bf16", case.batch, case.px, CPU)
     counted = declared(case, setting, CONTENDERS["fused"])
     assert counted.launches >= 1
-    assert counted.whole or name.startswith("conv3x3_input_grad")
+    assert counted.whole or counted.library_calls  # predicted to be faster there
     if counted.whole:
         # An op reads or writes the values of its largest tensor, or a mask of them; and not six times.
         operands = case.operands(1, case.px, torch.bfloat16, torch.Generator())

@@ -123,9 +123,13 @@ def test_versions_are_held_against_the_oldest_of_pyproject(monkeypatch):
 def two_gpus(monkeypatch):
     """A T4 and an H100, as PyTorch tells of them."""
     found = [
-        SimpleNamespace(name="Tesla T4", major=7, minor=5, shared_memory_per_block_optin=65536),
-        SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, shared_memory_per_block_optin=232448),
-    ]
+        SimpleNamespace(
+            name=name, major=major, minor=minor, shared_memory_per_block_optin=shared, multi_processor_count=count
+        )
+        for name, major, minor, shared, count in (
+            ("Tesla T4", 7, 5, 65536, 40), ("NVIDIA H100 80GB HBM3", 9, 0, 232448, 132),
+        )
+    ]  # fmt: skip
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -140,7 +140,8 @@ def test_compile_records_what_each_launches(name, named, capsys, monkeypatch):
     monkeypatch.setattr(binaries, "TRAINING_BATCH", 16)
     assert main(["compile", "--models", named(name), "--targets", "sm_90", "--dtypes", "bf16"]) == 0
     assert f"recorded from {named(name)} in bf16" in capsys.readouterr().out
-    assert {"conv_forward_kernel", "bn_finalize_kernel"} <= {binary.name for binary, _ in tasks}
+    launched = {binary.name for binary, _ in tasks}
+    assert "bn_finalize_kernel" in launched and any(kernel.startswith("conv_") for kernel in launched)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fusedres.compiler import targets
-from fusedres.compiler.binary import Binary, compile_binary, compile_for, compile_options, specialise
+from fusedres.compiler.binary import Binary, compile_for, compile_options, specialise
+from fusedres.compiler.known import compile_binary
 from fusedres.compiler.targets import TARGETS, Unavailable
 from fusedres.kernels.act_mask import act_backward_kernel
 from fusedres.kernels.activation import named
@@ -98,9 +99,9 @@ class Driver:
 def launched(monkeypatch):
     """Compiles as a launch on the GPU would."""
 
-    def compiled_by_launcher(kernel, target, given, *, all_registers=False):
+    def compiled_by_launcher(kernel, target, given, *, registers=0):
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target))
-        options = compile_options(TARGETS[target].backend, 4, 3, all_registers=all_registers)
+        options = compile_options(TARGETS[target].backend, 4, 3, registers=registers)
         return kernel.run(**given, **options, grid=(1,), warmup=True)
 
     return compiled_by_launcher
@@ -162,7 +163,7 @@ def test_a_launch_finds_in_the_cache_what_was_compiled_without_its_gpu(kernel, g
 def test_all_registers_are_another_binary_on_nvidia(target, launched):
     given = arguments(x_ptr=X, y_ptr=X)
     few, all_ = (Binary(copy_kernel, specialise(copy_kernel, given), 4, 3, registers) for registers in (False, True))
-    assert compile_binary(all_, target).hash == launched(copy_kernel, target, given, all_registers=True).hash
+    assert compile_binary(all_, target).hash == launched(copy_kernel, target, given, registers=255).hash
     assert (compile_binary(all_, target).hash == compile_binary(few, target).hash) == (target == "gfx942")
     assert compile_binary(all_, target).metadata._asdict().get("maxnreg") == (255 if target == "sm_90" else None)
 

@@ -7,9 +7,10 @@ import subprocess
 import pytest
 import torch
 
-from fusedres.compiler.binary import Binary, Specialisation, compile_binary
+from fusedres.compiler.binary import Binary, Specialisation
 from fusedres.compiler.budgets import owes_wide_access, violations
 from fusedres.compiler.figures import Figures, _disassembled, main_loops, read_figures
+from fusedres.compiler.known import compile_binary
 from fusedres.compiler.targets import TARGETS, Unavailable
 from tests.budgets import held_to
 from tests.small_kernels import copy, copy_kernel, hoard, matmul
@@ -99,7 +100,7 @@ def test_a_small_kernel_and_a_contraction_on_every_target(target):
     assert violations(binary, target, moved) == []
     assert dataclasses.replace(moved, registers=0, scalar_registers=None, spilled_registers=None) == Figures(
         registers=0, scalar_registers=None, spilled_registers=None, spill_stores=0, spill_loads=0, stack=0, shared=0,
-        tensor_core=0, async_copies=0, access=16, contracts=False, issue=None,
+        tensor_core=0, async_copies=0, access=16, contracts=False, issue=None, code=moved.code,
     )  # fmt: skip
     assert 4 <= moved.registers <= 64
     assert (moved.scalar_registers is None) == target.startswith("sm")
@@ -247,6 +248,7 @@ CLEAN = Figures(
         ("sm_80", {"tensor_core": 0}, "multiplies matrices without tensor-core instructions"),
         ("sm_80", {"access": 8}, "widest global access is 8 B where alignment allows 16 B"),
         ("sm_80", {"access": None}, "widest global access is 0 B where alignment allows 16 B"),
+        ("sm_90", {"serialised": ("C7514",)}, "wgmma waits for its products one by one (C7514)"),
     ],
 )
 def test_planted_violations(target, fault, message):

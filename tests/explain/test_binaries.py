@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from fusedres.compiler.binary import compile_binary, compile_for
+from fusedres.compiler.binary import compile_for
 from fusedres.compiler.figures import read_figures
+from fusedres.compiler.known import compile_binary
 from fusedres.compiler.targets import TARGETS, Unavailable
+from fusedres.context import here
 from fusedres.explain import binaries
-from fusedres.explain.binaries import Outcome, compile_all, recorded_binaries
+from fusedres.explain.binaries import Outcome, Recorded, compile_all, recorded_binaries
 from fusedres.explain.compile_report import CompileOptions, run, table, write_csv
 from fusedres.models.sources import Source
 from fusedres.ops.bn_finalize import bn_finalize
-from fusedres.ops.input_moments import moments_finalize
+from fusedres.ops.input_moments import measured_input
 from fusedres.runtime.launch import launch, target_of
 from tests.small_kernels import copy, copy_kernel, hoard, hoard_kernel, matmul
 
@@ -60,7 +62,7 @@ def test_recording_gives_each_binary_once_with_its_models(models):
     users = recorded_binaries(["copies", "twin", "silent"], ["bf16", "fp32"], ["sm_80"])
     # Per dtype: the rows of a batch, and those of one image, which are a constant 1.
     assert len(users) == 4
-    assert list(users.values()) == [["copies", "twin"]] * 4
+    assert [(one.models, one.blocks) for one in users.values()] == [(["copies", "twin"], 1)] * 4
     assert {(binary.kernel, target) for binary, target in users} == {(copy_kernel, "sm_80")}
     types = [dict(binary.specialisation.signature) for binary, _ in users]
     assert {(type_["x_ptr"], type_["rows"]) for type_ in types} == {
@@ -75,6 +77,8 @@ def test_listed_models_launch_on_every_schedule(name, norms, monkeypatch):
     """One launch is planted for each batch norm of the blocks and of torchvision's stems."""
 
     def planted(*_, **__):
+        if here().account is not None:  # weighed on paper
+            return NotImplemented
         x = torch.empty(2, 64, device="meta")
         arguments = {"x_ptr": x, "y_ptr": x, "rows": len(planted_in), "C": 64, "BLOCK_ROWS": 32, "BLOCK_C": 64}
         launch(copy_kernel, (1,), arguments, reads=["x_ptr"], writes=["y_ptr"])
@@ -83,13 +87,14 @@ def test_listed_models_launch_on_every_schedule(name, norms, monkeypatch):
 
     planted_in = []
     monkeypatch.setattr(bn_finalize, "_triton", planted)
-    monkeypatch.setattr(moments_finalize, "_triton", None)  # which ends in the other then
+    monkeypatch.setattr(measured_input, "_triton", None)  # which ends in the other then
     monkeypatch.setattr(binaries, "TRAINING_BATCH", 16)
     users = recorded_binaries([name], ["bf16"], ["sm_90"])
-    assert len(planted_in) == norms * 5
+    # Under auto a small network may run eager.
+    assert len(planted_in) in (norms * 4, norms * 5)
     kinds = [task for task in users if task[0].kernel is copy_kernel]
     assert len(kinds) == 3  # a row count of 1, one that 16 divides, any other
-    assert all(users[task] == [name] for task in kinds)
+    assert all(users[task].models == [name] for task in kinds)
 
 
 def test_a_binary_is_recorded_only_for_the_targets_that_launch_it(models):
@@ -102,7 +107,7 @@ def test_a_binary_is_recorded_only_for_the_targets_that_launch_it(models):
 def test_every_tile_is_recorded_if_that_is_asked_for():
     default = recorded_binaries(["cifar_resnet20"], ["bf16"], ["sm_90"])
     every = recorded_binaries(["cifar_resnet20"], ["bf16"], ["sm_90"], every_tile=True)
-    assert default.items() < every.items()
+    assert default.keys() < every.keys()
     tile = {"BLOCK_ROWS", "BLOCK_C", "BLOCK_PIXELS", "BLOCK_K"}
 
     def tiles(users, name):
@@ -204,7 +209,7 @@ def test_missing_disassembler_ends_the_report(tmp_path, monkeypatch):
 def test_table_has_a_dash_where_a_target_does_not_say():
     binaries = [copy(), hoard(), matmul()]
     outcomes = list(compile_all([(binary, target) for binary in binaries for target in ("sm_80", "gfx942")]))
-    cells = [list(column.cells) for column in table(outcomes).columns]
+    cells = [list(column.cells) for column in table(outcomes, {(matmul(), "sm_80"): Recorded(["m"], 432)}).columns]
     rows = list(zip(*cells, strict=True))
     assert [row[0] for row in rows] == ["copy_kernel", "", "hoard_kernel", "", "matmul_kernel", ""]
     assert rows[0][1] == "bf16 BLOCK_ROWS=32 BLOCK_C=64 warps=4 stages=3"
@@ -212,13 +217,21 @@ def test_table_has_a_dash_where_a_target_does_not_say():
     assert rows[0][4:6] == ("-", "-")
     assert rows[1][4] != "-"
     assert rows[1][5:7] == ("0", "0/0")
-    assert [row[-2] for row in rows] == ["-", "-", "-", "-", f"{outcomes[4].figures.issue:.2f}", "-"]
+    assert [row[12] for row in rows] == ["-", "-", "-", "-", f"{outcomes[4].figures.issue:.2f}", "-"]
+    narrow, wgmma, outside, blocks, waves, _ = rows[4][13:]
+    assert (narrow, wgmma, outside) == ("0.00", "", str(outcomes[4].figures.code.straight.instructions))
+    together = int(blocks.split()[0])
+    assert waves == f"{432 / (108 * together):.2f}"
+    assert rows[0][-2] == "-"
     assert [row[-1] for row in rows] == ["kept", "kept", "BROKEN", "kept", "kept", "kept"]
 
 
 def test_csv_has_every_figure(tmp_path):
     outcomes = [*compile_all([(copy(), "sm_80")]), Outcome(copy(), "sm_90", None, "does not compile: because")]
-    users = {(copy(), "sm_80"): ["resnet18", "resnet50"], (copy(), "sm_90"): ["resnet18"]}
+    users = {
+        (copy(), "sm_80"): Recorded(["resnet18", "resnet50"], 216),
+        (copy(), "sm_90"): Recorded(["resnet18"], 1),
+    }
     write_csv(tmp_path / "report.csv", outcomes, users)
     with (tmp_path / "report.csv").open() as file:
         first, second = csv.DictReader(file)
@@ -227,7 +240,10 @@ def test_csv_has_every_figure(tmp_path):
     assert first["target"] == "sm_80"
     assert first["access"] == "16"
     assert first["scalar_registers"] == first["issue"] == ""
-    assert first["faults"] == ""
+    assert (first["faults"], first["serialised"]) == ("", "()")
+    assert first["blocks"].split()[1] in ("registers", "warps")
+    assert float(first["waves"]) == pytest.approx(216 / (108 * int(first["blocks"].split()[0])), abs=0.0051)
+    assert int(first["outside"]) > 20
     assert second["models"] == "resnet18"
     assert second["registers"] == ""
     assert second["faults"] == "does not compile: because"

@@ -87,8 +87,8 @@ NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d", "densenet121", "cifar_res
 
 
 def as_tf32(tensor: Tensor) -> Tensor:
-    """What tensor cores look at of an fp32 number: 10 bits after the leading one."""
-    return (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    """The nearest number that tensor cores take for an fp32 one: 10 bits after the leading one."""
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def one_by_one(terms: int) -> float:

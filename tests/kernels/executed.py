@@ -197,6 +197,8 @@ def sector_allowance(launch: Launch) -> float:
     aligned = "C" in launch.specialisation.aligned
     constants = dict(launch.specialisation.constants)
     multiple = constants.get("C_MULTIPLE", 16 if aligned else 1)
+    if launch.name == "space_to_depth_kernel":
+        return 3.0  # neighbours in a block are of different rows and channels; the cache has the rest of their sectors
     if launch.name.startswith("moments_"):
         return 2.5  # fp32 beside 16-bit weights, in pieces of 16 bytes of the latter; small matrices from the cache
     if launch.name.startswith(("conv_", "input_moments_kernel")):
@@ -215,12 +217,11 @@ def contraction_allowance(name: str, constants: dict[str, Any]) -> float:
 
     Elsewhere pixels, and the taps of a weight, begin inside of sectors, and those of odd sizes are read by the value.
     """
-    multiple, flat = min(constants["C_MULTIPLE"], constants.get("K_MULTIPLE", 16)), constants.get("FLAT")
+    # Descriptors take rows of whole 16 bytes alone.
+    multiple = min(constants.get("C_MULTIPLE", 8), constants.get("K_MULTIPLE", 16))
     wide = constants["BLOCK_C"] >= 32 and constants.get("GROUPS_PER_TILE", 1) == 1
     if name in ("conv_input_grad_kernel", "conv_weight_grad_kernel", "conv_backward_kernel"):
-        return 1.05 if multiple == 16 and wide and not flat else 8.0
-    if flat:
-        return 2.0
+        return 1.05 if multiple == 16 and wide else 8.0
     if multiple == 16:
         return 1.05
     return 1.4 if multiple == 8 and wide else 8.0

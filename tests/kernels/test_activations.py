@@ -20,6 +20,7 @@ from fusedres.ops.input_moments import input_moments
 from fusedres.ops.op import Op
 from fusedres.ops.stem_pool import poolable, stem_pool
 from fusedres.ops.zero_pad_shortcut import ZeroPaddedGrad
+from tests.comparison import relative_error
 from tests.kernels.convolutions import Conv, assert_as_accurate
 from tests.kernels.executed import activation, covering, executed
 from tests.kernels.on_device import mapped
@@ -50,11 +51,14 @@ def check(target: str, kernel: str, op: Op[..., Any], terms: int, *operands: Any
 
     eager = op.reference(*operands, **keywords)
     exact = op.reference(*mapped(operands, exactly), **mapped(keywords, exactly))
+    # Sums of what was rounded to 16 bits are as exact as half a unit of these, whatever luck eager's had.
+    stored = [leaf.dtype for leaf in leaves(result) if leaf.is_floating_point() and leaf.dtype != torch.float32]
+    rounding = 0.5 * torch.finfo(stored[0]).eps if stored else 0.0
     for ours, theirs, truth in zip(*map(leaves, (result, eager, exact)), strict=True):
-        if ours.is_floating_point():
-            assert_as_accurate(ours, theirs, truth, None, terms)
-        else:
+        if not ours.is_floating_point():
             assert (ours != theirs).float().mean() < 0.01, "bits differ where rounding does alone"
+        elif not (ours.dtype == torch.float32 and relative_error(ours, truth) <= rounding):
+            assert_as_accurate(ours, theirs, truth, None, terms)
     return result
 
 

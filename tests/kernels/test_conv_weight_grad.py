@@ -1,5 +1,6 @@
 """fusedres.kernels.conv_weight_grad, compiled and executed: both operands given, or formed on load."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -9,11 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fusedres
+from fusedres.compiler.targets import Target
 from fusedres.operands import ConvInput, Geometry, OutputGrad
 from fusedres.ops.act_mask import is_bits, pack_relu_mask
 from fusedres.ops.bn_backward import bn_backward_apply
 from fusedres.ops.conv_forward import conv_operand
-from fusedres.ops.conv_weight_grad import conv_weight_grad, weight_grad
+from fusedres.ops.conv_weight_grad import conv_weight_grad, summed_weight_grad, weight_grad
+from fusedres.plan.conv_tiles import WeightGradTile, weight_grad_tiles
+from fusedres.plan.shapes import ConvVariant
+from fusedres.plan.tiles import listed
 from tests.comparison import LOW, assert_close
 from tests.kernels import random_convolutions
 from tests.kernels.convolutions import NETWORKS, Conv, as_tf32, assert_as_accurate, convolutions_of
@@ -121,8 +126,60 @@ def test_every_shape_of_every_network(network: str, target: str) -> None:
 def test_several_parts(case: str, target: str, dtype: torch.dtype) -> None:
     conv = CASES[case]
     conv = conv._replace(size=(3, *conv.size[1:]))
-    with patch.multiple("fusedres.plan.conv_tiles", ENOUGH_TILES=10**6, PARTIAL_ELEMENTS=10**9):
+
+    def in_parts(shape: ConvVariant, on: Target) -> tuple[WeightGradTile, ...]:
+        tiles = weight_grad_tiles(shape, on)
+        return tuple(replace(tile, parts=tile.filled_parts(shape.pixels, 4)) for tile in tiles)
+
+    with patch("fusedres.ops.conv_weight_grad.weight_grad_tiles", in_parts):
         check(target, conv, dtype, "dy and u")
+
+
+SHARING = {
+    "3x3": "u formed",
+    "strided 3x3, tails of pixels, K and C": "u formed",
+    "odd channels": "dy and u",
+    "dilated": "u formed",
+    "no padding": "masked g",
+    "the stem": "output, dy formed",
+}
+
+
+@pytest.mark.parametrize("target", TESTED)
+@pytest.mark.parametrize("case", SHARING)
+def test_taps_share_what_is_formed_once(case: str, target: str) -> None:
+    conv, together = CASES[case], 2 if case == "the stem" else 3
+
+    def shared(shape: ConvVariant, on: Target) -> tuple[WeightGradTile, ...]:
+        tile = weight_grad_tiles(shape, on)[0]
+        narrow = replace(tile, block_k=16, block_c=16, block_pixels=16, num_warps=4, taps=together)
+        return (narrow, replace(narrow, parts=narrow.filled_parts(shape.pixels, 3)))
+
+    with patch("fusedres.ops.conv_weight_grad.weight_grad_tiles", shared):
+        for place in (0, 1):
+            with listed(place):
+                check(target, conv, LOW[place], SHARING[case])
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("form", ["dy and u", "u formed", "bits, dy and u formed"])
+@pytest.mark.parametrize("case", ["3x3", "strided 3x3, tails of pixels, K and C", "odd channels", "wide 3x3"])
+def test_the_taps_of_a_row_on_hopper(case: str, form: str, dtype: torch.dtype) -> None:
+    conv = {**CASES, "wide 3x3": Conv((1, 136, 9, 8), 72, (3, 3), Geometry(padding=(1, 1)))}[case]
+    check("sm_90", conv, dtype, form)
+
+
+@pytest.mark.parametrize("target", TESTED)
+@pytest.mark.parametrize("case", ["1x1", "3x3", "the stem"])
+def test_sums_of_operands_that_nothing_is_formed_of(case: str, target: str) -> None:
+    """What is both summed and multiplied is not overwritten in shared memory before both are done."""
+    conv = CASES[case]._replace(size=(2, *CASES[case].size[1:]))
+    dy, u = operands(conv, LOW[0], "dy and u")
+    sums, _ = executed(target, lambda: summed_weight_grad(dy, u, conv.window, conv.geometry, sum_dy=True, sum_u=True))
+    assert_close(sums.sum_dy, dy.g.double().sum((0, 2, 3)), 1e-5)
+    ones = torch.ones_like(dy.g[:, :1]).double()
+    assert_close(sums.sum_u, weight_grad(ones, u.tensor.double(), conv.window, conv.geometry)[0], 1e-5)
+    assert_close(sums.dw, weight_grad(dy.g.double(), u.tensor.double(), conv.window, conv.geometry), 1e-5)
 
 
 @emulated_only

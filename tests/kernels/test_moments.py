@@ -4,20 +4,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.operands import ConvInput, Geometry, Norm, Normaliser, OutputGrad, Producer
+from fusedres.operands import ConvInput, Geometry, Moments, Norm, Normaliser, NormNumbers, OutputGrad, Producer
 from fusedres.ops.act_mask import pack_relu_mask, unpack_relu_mask
 from fusedres.ops.conv_input_grad import input_grad
 from fusedres.ops.conv_weight_grad import weight_grad
-from fusedres.ops.input_moments import input_moments, moments_finalize
+from fusedres.ops.input_moments import measured_input, moments_statistics
 from fusedres.ops.moments_backward import (
+    InputGradMatrices,
+    MomentsGrad,
     moments_backward,
-    moments_contraction,
     moments_input_grad,
     moments_producer_grad,
 )
-from tests.comparison import assert_close, relative_error
+from tests.comparison import LOW, assert_close, relative_error
 from tests.kernels.convolutions import as_tf32
-from tests.kernels.executed import activation, covering, executed
+from tests.kernels.executed import TESTED, activation, covering, executed
 
 # (N, C, H, W), K, stride
 CASES = {
@@ -52,15 +53,14 @@ class Setting:
     def step(self) -> tuple[Tensor, ...]:
         """By the ops of whichever backend is chosen: dW, dgamma, dbeta, du and the producer's two sums."""
         u = ConvInput(self.y, self.below.scale, self.below.shift)
-        moments = None if self.form == "frozen" else input_moments(u, self.geometry.stride)
-        if moments is None:
-            scale = self.gamma * (self.running[1] + 1e-5) ** -0.5
+        if self.form == "frozen":
             invstd = (self.running[1] + 1e-5) ** -0.5
-            norm = Normaliser(self.running[0], invstd, scale, self.beta - self.running[0] * scale)
+            scale = self.gamma * invstd
+            moments, norm = None, Normaliser(self.running[0], invstd, scale, self.beta - self.running[0] * scale)
         else:
-            norm = moments_finalize(moments, self.weight, Norm(self.gamma, self.beta, counted=self.counted))
-        d, sum_g = moments_contraction(self.g, u, (1, 1), self.geometry)
-        small, matrices = moments_backward(d, sum_g, moments, self.weight, norm)
+            norm = Norm(self.gamma, self.beta, counted=self.counted)
+            moments, norm = measured_input(u, self.weight, norm, self.geometry.stride)
+        small, matrices = moments_backward(self.g, u, moments, self.weight, norm, self.geometry)
         if self.form.startswith("producer"):
             producer = Producer(self.y, self.below)
             du, sums = moments_producer_grad(self.g, matrices, self.geometry, producer, add=self.add)
@@ -112,8 +112,9 @@ def check(target: str, case: str, dtype: torch.dtype, form: str) -> None:
     setting = Setting(case, dtype, form)
     ours, trace = executed(target, setting.step, [setting.counted])
     assert setting.counted.item() == 3 + (form != "frozen")
-    assert trace.by_kernel()["conv_input_grad_kernel"] == trace.by_kernel()["moments_weight_grad_kernel"] == 1
-    assert trace.by_kernel()["moments_quadratic_kernel"] == (form != "frozen")
+    assert trace.by_kernel()["conv_input_grad_kernel"] == trace.by_kernel()["moments_centre_kernel"] == 1
+    assert trace.by_kernel()["moments_matrices_kernel"] == (form != "frozen")
+    assert "sum_parts_kernel" not in trace.by_kernel()
     eager, exact = setting.autograd(dtype), setting.autograd(torch.float64)
     if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and target.startswith("sm"):
         eager = setting.autograd(torch.float64, tf32=True)
@@ -142,6 +143,35 @@ def test_agrees(case: str, target: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("form", "target", "dtype"), covering(FORMS, offset=4, contraction=True))
 def test_every_form(form: str, target: str, dtype: torch.dtype) -> None:
     check(target, "strided" if form == "compact" else "tails of pixels, K and C", dtype, form)
+
+
+@pytest.mark.parametrize("target", TESTED)
+@pytest.mark.parametrize("dtype", LOW)
+def test_weights_of_16_bits_meet_all_digits_of_fp32(dtype: torch.dtype, target: str) -> None:
+    """Statistics and small matrices against fp64: nothing but the stored Q is rounded, in two terms."""
+    u = ConvInput(activation((1, 96, 9, 9), dtype, mean=1.0))
+    weight = (torch.randn(136, 96, 1, 1) / 10).to(dtype)
+    z = torch.relu(activation((1, 136, 9, 9), dtype))
+    g = OutputGrad(activation((1, 136, 9, 9), dtype), pack_relu_mask(z))
+
+    def ours() -> tuple[Moments, Normaliser, MomentsGrad, InputGradMatrices]:
+        moments, norm = measured_input(u, weight, Norm(numbers=NormNumbers(0.0)))
+        return moments, norm, *moments_backward(g, u, moments, weight, norm, Geometry())
+
+    (moments, norm, small, matrices), _ = executed(target, ours)
+    exactly = [tuple(part.double() for part in given) for given in (moments[1:], norm)]
+    statistics = moments_statistics(Moments(81, *exactly[0]), weight.double())
+    assert_close(norm.mean, statistics.mean[0], 1e-6)
+    assert_close(norm.invstd, (statistics.m2[0] / 81).rsqrt(), 1e-6)
+    wide = OutputGrad((g.g * (z > 0)).double()), ConvInput(u.tensor.double()), Moments(81, *exactly[0]), weight.double()
+    exact, of_input = moments_backward.reference(*wide, Normaliser(*exactly[1]), Geometry())
+    assert_close(small.dweight, exact.dweight, 1e-6)
+    assert_close(small.dgamma, exact.dgamma, 1e-6)
+    digits = max(torch.finfo(dtype).eps ** 2, 2e-6)
+    quadratic = matrices.quadratic.double().sum(1)
+    assert_close(quadratic, of_input.quadratic[:, 0], digits)
+    assert_close(matrices.constants.sum(0), of_input.constants[0], 2 * digits)
+    assert relative_error(quadratic, quadratic.T) <= 1e-9
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_on_kernels(block, schedule, activation, monkeypatch):
     for name, grad in right.grads.items():
         scale = max(float(grad.norm()), 0.1 * largest)
         error, eager = (relative_error(of.grads[name], grad, scale) for of in (ours, theirs))
-        assert error <= max(1.5 * eager, 4 * torch.finfo(torch.float32).eps), name
+        assert error <= max(1.5 * eager, 5 * torch.finfo(torch.float32).eps), name
     with torch.no_grad():
         assert_as_accurate_as_eager(evaluated, plain.eval()(x), exact.eval()(x.double()))
 

@@ -80,8 +80,7 @@ class Setting:
         return torch.autograd.grad(z, (weight, gamma, beta, u), self.behind.to(dtype))
 
     def ours(self, add=None):
-        d, sum_g = moments_contraction(self.g, self.u, (1, 1), self.geometry)
-        small, matrices = moments_backward(d, sum_g, self.moments, self.weight, self.norm)
+        small, matrices = moments_backward(self.g, self.u, self.moments, self.weight, self.norm, self.geometry)
         du = moments_input_grad(self.g, matrices, self.u, self.geometry, add=add)
         return small.dweight.view(self.weight.shape), small.dgamma, small.dbeta, du
 

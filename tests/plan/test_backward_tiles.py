@@ -72,9 +72,27 @@ def test_bits_need_registers_that_new_compilers_do_not_leave():
 
 def test_few_pixels_pay_by_the_launch_that_is_not_made():
     many, few = shape(802816, 64, 64, 3), shape(1024, 64, 64, 3)
-    assert not one_pass_pays(many, H100)
-    assert one_pass_pays(few, H100)
-    assert one_pass_pays(few, A100)
+    assert not one_pass_pays(many, H100, 4)
+    assert one_pass_pays(few, H100, 4)
+    assert one_pass_pays(few, A100, 4)
+
+
+def test_tiles_that_form_the_same_gradient_do_not_pay():
+    """Behind a prologue an A100 has registers for 32 channels of the input at a time."""
+    conv = shape(200704, 512, 128)
+    assert not one_pass_pays(conv, A100, 16)
+    assert backward_tile(conv._replace(prologue=True), A100) is None
+    assert one_pass_pays(conv, H100, 4)
+
+
+@pytest.mark.parametrize("target", [H100, A100, A100._replace(multiprocessors=56)], ids=["H100", "A100", "A30"])
+def test_programs_of_one_launch_come_in_whole_waves(target):
+    for conv in NARROW:
+        tile = backward_tile(conv, target)
+        if tile is not None:
+            programs, wave = tile.parts * tile.pieces(conv), target.multiprocessors
+            # Of so few pixels more parts would be nothing but their sums.
+            assert programs >= 0.9 * -(-programs // wave) * wave or conv.pixels < 2**15
 
 
 WINDOWS = [shape(256 * side**2, c, c, 3) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))]

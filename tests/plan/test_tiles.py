@@ -1,16 +1,23 @@
 """fusedres.plan.tiles: how tensors are cut, and pinning a choice."""
 
 import pytest
+import torch
 
+from fusedres.compiler.targets import TARGETS
 from fusedres.plan.tiles import (
     PROGRAMS,
     RowTile,
     alignment,
+    gram_tile,
+    matrix_tile,
+    moments_tile,
     pinned,
     reduction_tile,
     reduction_tiles,
     row_tile,
     row_tiles,
+    weight_precision,
+    weight_rows_tile,
 )
 
 SHAPES = [(1, 1), (7, 3), (49, 2048), (392, 64), (1000, 96), (12544, 1000), (802816, 64), (3211264, 64), (98, 5000)]
@@ -66,3 +73,29 @@ def test_a_pinned_tile_is_what_runs_until_the_end_of_the_block():
         assert reduction_tile(100, 64) is tile
     assert row_tile(100, 64, 2) == row_tiles(100, 64, 2)[0]
     assert reduction_tile(100, 64) == reduction_tiles(100, 64)[0]
+
+
+@pytest.mark.parametrize("channels", [1, 17, 64, 96, 256, 512, 1024, 2048])
+@pytest.mark.parametrize("parts", [1, 7, 256])
+@pytest.mark.parametrize("outputs", [1, 40, 256, 2048])
+def test_tiles_of_small_matrices_cover_them(channels, parts, outputs):
+    for target in (TARGETS["sm_90"], TARGETS["gfx1100"]):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            gram, precision = moments_tile(50176, channels, dtype.itemsize, target), weight_precision(target, dtype)
+            tile = gram_tile(gram.pairs(channels), gram.block_c, parts, outputs, precision)
+            assert gram.block_c % tile.block_c == 0 and tile.block_c >= 16
+            assert tile.k_pieces * tile.steps(outputs) * tile.block_k >= outputs
+            assert tile.block_parts * tile.block_c**2 <= max(4096, tile.block_c**2)
+            rows = weight_rows_tile(parts, outputs, channels)
+            assert rows.block_c >= channels and rows.block_k * rows.block_c <= max(1024, rows.block_c)
+
+
+def test_small_matrices_of_wide_layers_fill_a_gpu():
+    """Those of ResNet-50's last block end: several programs for each multiprocessor, where rows of tiles were 64."""
+    target = TARGETS["sm_90"]
+    gram, tile = moments_tile(12544, 512, 2, target), matrix_tile(target, torch.bfloat16)
+    cut = gram_tile(gram.pairs(512), gram.block_c, gram.parts, 2048, tile.precision)
+    programs = gram.pairs(512) * (gram.block_c // cut.block_c) ** 2 * cut.k_pieces
+    assert programs >= 2 * target.multiprocessors
+    assert 2048 // tile.block_k * 512 // tile.block_c >= target.multiprocessors
+    assert 2048 // weight_rows_tile(4, 2048, 512).block_k >= 2 * target.multiprocessors

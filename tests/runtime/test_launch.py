@@ -1,6 +1,8 @@
 """fusedres.runtime.launch: what a launch records, what it refuses, and that nothing else starts a kernel."""
 
+import importlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,8 +10,19 @@ import torch
 import fusedres
 from fusedres.compiler.targets import TARGETS, Target
 from fusedres.context import context
-from fusedres.runtime.launch import MAX_GRID, Trace, launch, record, target_of, wants_kernels, why_not_on
-from tests.small_kernels import copy_kernel, fill_kernel, triton
+from fusedres.runtime.launch import (
+    MAX_GRID,
+    Trace,
+    launch,
+    record,
+    target_of,
+    wants_kernels,
+    why_not_on,
+    with_scratch,
+)
+from fusedres.runtime.replay import replayed
+from tests.gpu_support import needs_gpu
+from tests.small_kernels import copy_boxes_kernel, copy_kernel, fill_kernel, triton
 from tests.vgpu_support import needs_vgpu
 
 META = torch.device("meta")
@@ -281,12 +294,12 @@ class OnGpu:
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        (Target("cuda", 80, 32, 0), None),
-        (Target("cuda", 121, 32, 0), None),
-        (Target("cuda", 75, 32, 0), "tensor cores from sm_80 on, and this is sm_75"),
-        (Target("hip", "gfx942", 64, 0), None),
-        (Target("hip", "gfx1102", 32, 0), None),
-        (Target("hip", "gfx1030", 32, 0), "matrix units of gfx90a, gfx942, gfx950, gfx11, and this is gfx1030"),
+        (Target("cuda", 80, 32, 0, 1), None),
+        (Target("cuda", 121, 32, 0, 1), None),
+        (Target("cuda", 75, 32, 0, 1), "tensor cores from sm_80 on, and this is sm_75"),
+        (Target("hip", "gfx942", 64, 0, 1), None),
+        (Target("hip", "gfx1102", 32, 0, 1), None),
+        (Target("hip", "gfx1030", 32, 0, 1), "matrix units of gfx90a, gfx942, gfx950, gfx11, and this is gfx1030"),
     ],
 )
 def test_a_gpu_without_matrix_units_is_left_to_the_library(target, reason, monkeypatch):
@@ -329,3 +342,52 @@ def test_tensors_on_several_devices_are_refused_before_anything_starts():
     with record() as trace, pytest.raises(ValueError, match=message):
         start_copy(meta(6, 8), torch.empty(6, 8))
     assert not trace.launches
+
+
+def on_a_thread(function, *arguments):
+    """What a function gives or raises on a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def test_memory_for_compilers_is_there_on_every_thread_and_only_inside_a_launch():
+    current = importlib.import_module("triton.runtime._allocation")._allocator
+
+    def start(first, *, second):
+        return first, second, current.get()
+
+    for called in (with_scratch(start), lambda *a, **k: on_a_thread(lambda: with_scratch(start)(*a, **k))):
+        mine = object()
+        token = current.set(mine)
+        try:
+            first, second, allocator = called(1, second=2)
+            assert current.get() is mine
+        finally:
+            current.reset(token)
+        assert (first, second) == (1, 2)
+        assert callable(allocator) and allocator is not mine
+
+
+def copied_boxes(x):
+    rows, channels = x.shape
+    y = torch.empty_like(x)
+    arguments = {"x_ptr": x, "y_ptr": y, "rows": rows, "C": channels, "y_row": channels}
+    grid = (triton.cdiv(rows, 64), triton.cdiv(channels, 64))
+    launch(copy_boxes_kernel, grid, arguments | {"BLOCK_ROWS": 64, "BLOCK_C": 64}, reads=["x_ptr"], writes=["y_ptr"])
+    return y
+
+
+@needs_vgpu
+def test_descriptors_are_launched_on_the_vgpu():
+    x = torch.randn(130, 72).half()
+    with fusedres.backend("vgpu:sm_90"):
+        assert torch.equal(copied_boxes(x), x)
+
+
+@needs_gpu
+def test_descriptors_are_launched_and_replayed_on_a_gpu_on_every_thread():
+    for call in (replayed, on_a_thread):
+        for _ in range(4):
+            x = torch.randn(130, 72, device="cuda").half()
+            arguments = (copied_boxes, x) if call is replayed else (replayed, copied_boxes, x)
+            assert torch.equal(call(*arguments), x)

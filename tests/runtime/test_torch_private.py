@@ -213,6 +213,15 @@ def test_dispatch_modes():
     assert private.dispatch_modes() == 0
 
 
+def test_unseen_by_modes():
+    with Noting() as noting:
+        with private.unseen_by_modes():
+            torch.ones(2)
+        assert noting.names == []
+        torch.ones(2)
+    assert noting.names == ["ones"]
+
+
 def test_DispatchMode():
     x = torch.ones(2, 2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), Noting() as noting:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pytest
 
 from fusedres import vgpu
-from fusedres.compiler.binary import Specialisation, compile_for
+from fusedres.compiler.binary import Specialisation, compile_for, scratch_bytes
 
 # The package's function of that name hides the module.
 run_module = sys.modules["fusedres.vgpu.run"]
@@ -39,7 +39,8 @@ def planter(monkeypatch: pytest.MonkeyPatch) -> Plant:
             if after == before:
                 pytest.fail("nothing was planted")
             shared = metadata.shared if shared_bytes is None else shared_bytes
-            return run_module.executable_from(after, metadata.name, target, shared)
+            scratch = scratch_bytes(compiled)
+            return run_module.executable_from(after, metadata.name, target, shared, scratch)
 
         monkeypatch.setattr(run_module, "_executable", executable)
 

@@ -143,6 +143,13 @@ def test_each_wait_for_multiplications(num_stages: int, plant: Plant) -> None:
             run()
 
 
+def test_missing_fence_between_stores_and_multiplications(plant: Plant) -> None:
+    """What threads store to shared memory reaches the matrix units only behind it."""
+    plant(substituted(r"^ .*call void .*fence\.proxy\.async[^\n]*", ""))
+    with pytest.raises(NeverWritten, match="stored to with no fence after it"):
+        multiplied("sm_90")
+
+
 @each_target
 def test_shared_memory_never_written(target: str, plant: Plant) -> None:
     plant(substituted(SHARED_STORE, "", 0))
@@ -350,11 +357,6 @@ def registers_before_the_wait(target: str, plant: Plant) -> None:
 
 
 NOT_CAUGHT = {
-    "a missing proxy fence": Unseen(
-        "what threads wrote to shared memory reaches the matrix units at once here, on the GPU only behind a fence",
-        without(r"^ .*call void .*fence\.proxy\.async[^\n]*", multiplied),
-        ("sm_90",),
-    ),
     "a missing wgmma.fence": Unseen(
         "registers are read by an asynchronous multiplication when it is issued",
         without(r"^ .*call void @llvm\.nvvm\.wgmma\.fence[^\n]*", multiplied),

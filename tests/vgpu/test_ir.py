@@ -8,7 +8,8 @@ import pytest
 from fusedres.vgpu import NotExecutable
 from fusedres.vgpu.amd import AMD
 from fusedres.vgpu.ir import ENTRY, Body, Rewriter, _host_syntax, _split, members_of, size_of
-from fusedres.vgpu.nvidia import NVIDIA, Address, Statement, parse_ptx
+from fusedres.vgpu.nvidia import NVIDIA
+from fusedres.vgpu.ptx import Address, Statement, parse_ptx
 
 DIALECTS = {"nvidia": NVIDIA, "amd": AMD}
 each_dialect = pytest.mark.parametrize("dialect", DIALECTS)
