@@ -59,8 +59,10 @@ ARGS ?= --quick
 bench: $(STAMP)
 	$(BIN)/fusedres bench $(ARGS)
 
-# On a machine with a GPU: kernel tests, parity, benchmarks into bench/results/<gpu>, essential parts first. What has
-# passed is not run again: ESSENTIAL=1 stops after eight minutes, PARTS=headline,kernels chooses, FRESH=1 repeats.
+# On a machine with a GPU, into bench/results/<gpu>: every kernel checked, ResNet-50 tuned, its launches timed beside
+# their predictions (for fusedres calibrate), eager against torch.compile against tuned; then tests, parity, benchmarks.
+# What has passed is not run again: ESSENTIAL=1 stops after the first four, PARTS=headline,kernels chooses, FRESH=1
+# repeats.
 # DRY=1 goes through every step with tiny shapes on an emulated GPU.
 gpu: $(STAMP)
 	$(BIN)/python -m fusedres.bench.gpu $(if $(DRY),--dry) $(if $(ESSENTIAL),--essential) \

@@ -4,8 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fusedres import functional, models, nn
 from fusedres.runtime.backends import backend
+from fusedres.runtime.graphed import graphed
 from fusedres.runtime.launch import record
+from fusedres.runtime.ranges import profile
 from fusedres.swap import freeze, fuse, register, report, unfuse
+from fusedres.tuning import tune
 
 try:
     __version__ = version("fusedres")
@@ -18,10 +21,13 @@ __all__ = [
     "freeze",
     "functional",
     "fuse",
+    "graphed",
     "models",
     "nn",
+    "profile",
     "record",
     "register",
     "report",
+    "tune",
     "unfuse",
 ]

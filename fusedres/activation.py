@@ -199,6 +199,19 @@ def activation_named(act: str | Activation | None) -> Activation:
     return NAMED[act]
 
 
+def activation_told(name: str, numbers: tuple[float, ...] = ()) -> Activation:
+    """The activation of a name and its numbers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    made = _OF_NUMBERS.get(name)
+    return made(*numbers) if made is not None and numbers else activation_named(name)
+
+
+_OF_NUMBERS: dict[str, Callable[..., Activation]] = {"leaky_relu": leaky_relu, "elu": elu}
+
+
 def activation_of(module: nn.Module) -> Activation | None:
     """What a module computes, if it is one of PyTorch's own activations (a class derived from one may differ)."""
     read = _OF_MODULES.get(type(module))

@@ -32,7 +32,15 @@ class Context:
         listeners: are told of every choice of a rung.
         row_tile, conv_tile, pointwise_tile: in place of the plan's choice.
         place: of the tile to take in every list of the plan.
+        decisions: what was decided for the GPU at hand (`plan.decisions`).
+        plan: that a model was fused with (`runtime.plans`).
+        online: measures choices while a model trains (`patterns.online`).
+        profiled: the name of the pass under way where passes are named, empty outside of one (`runtime.ranges`).
+        witness: is told of every site where something is decided.
+        gathered: takes down every call of a pattern, which runs by eager PyTorch then.
         replays: whether passes are replayed from notes.
+        graphed: whether a compiler follows, in whose graph every fused pass is a node; None: PyTorch is asked.
+        absent: whether what is computed on stands for no samples (`runtime.collectives`).
     """
 
     backend: str = "auto"
@@ -46,7 +54,15 @@ class Context:
     conv_tile: Any = None
     pointwise_tile: Any = None
     place: int | None = None
+    decisions: Any = None
+    plan: Any = None
+    online: Any = None
+    profiled: str | None = None
+    witness: list[Any] | None = None
+    gathered: list[Any] | None = None
     replays: bool = True
+    graphed: bool | None = None
+    absent: bool = False
 
     @property
     def tiles_by_hand(self) -> bool:
@@ -95,11 +111,14 @@ def snapshot() -> Snapshot:
 
 
 def resume(forward: Snapshot) -> AbstractContextManager[None]:
-    """The backend of a forward pass, inside the ``with`` block; all that it ran in, on a thread that chose nothing."""
-    now = _thread.context
+    """The backend of a forward pass and its decisions, inside the ``with`` block; all that it ran in, on a thread that
+    chose nothing."""
+    now, then = _thread.context, forward.context
     if now is NOTHING_CHOSEN and forward.thread != threading.get_ident():
-        return entered(forward.context)
-    return nullcontext() if now.backend == forward.context.backend else context(backend=forward.context.backend)
+        return entered(then)
+    if now.backend == then.backend and now.decisions is then.decisions:
+        return nullcontext()
+    return context(backend=then.backend, decisions=then.decisions)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from fusedres.patterns.chain import run_chain
 from fusedres.patterns.choose import AUTO, check_schedule
 from fusedres.patterns.door import check_norm_numbers
 from fusedres.runtime.call import Call
+from fusedres.runtime.graphs import one_call, signed
 
 IntPair = int | tuple[int, int]
 
@@ -34,6 +35,7 @@ def _check_norm_tensors(tensors: Norm, channels: int, training: bool, device: to
     return training or tensors.running_mean is None
 
 
+@one_call
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -87,6 +89,7 @@ def conv_bn_act(
     return run_chain(x, [layer], shortcut=shortcut, act=activation_named(act), schedule=schedule)
 
 
+@one_call
 def bn_add_act(
     y: Tensor,
     gamma: Tensor | None,
@@ -141,6 +144,7 @@ def bn_add_act(
     return run_bn_act(y, main._replace(numbers=numbers), activation, residual=residual, residual_norm=other)
 
 
+@one_call
 def bn_prelu(
     x: Tensor,
     gamma: Tensor | None,
@@ -174,6 +178,7 @@ def bn_prelu(
     return run_bn_prelu(x, norm._replace(numbers=NormNumbers(eps, momentum, batch_stats)), slope)
 
 
+@one_call
 def add_act(x: Tensor, residual: Tensor, *, act: str | Activation | None = "relu") -> Tensor:
     """act(x + residual) in one pass; the backward pass keeps one bit per value.
 
@@ -193,5 +198,5 @@ def add_act(x: Tensor, residual: Tensor, *, act: str | Activation | None = "relu
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     spec = AddActSpec(Call.on(x, (residual,)), activation_named(act))
-    z: Tensor = AddAct.apply(x.resolve_neg(), residual.resolve_neg(), spec)
+    z: Tensor = AddAct.apply(signed(x), signed(residual), spec)
     return z

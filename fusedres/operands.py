@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,25 +139,53 @@ class Partials(NamedTuple):
     m2: Tensor
 
 
+class Shared(NamedTuple):
+    """That statistics are those of a group of processes.
+
+    ``pixels`` is (1,) in the statistics dtype, how many all have together; ``group`` the `ProcessGroup`; ``absent``:
+    this process had no samples, and what it computes on stands for none.
+    """
+
+    pixels: Tensor
+    group: Any
+    absent: bool
+
+
 class Normaliser(NamedTuple):
-    """Batch norm as numbers per channel, each (K,): y * scale + shift = gamma * (y - mean) * invstd + beta."""
+    """Batch norm as numbers per channel, each (K,): y * scale + shift = gamma * (y - mean) * invstd + beta.
+
+    ``shared``: mean and invstd are of several processes' pixels; None: of this one's, or frozen.
+    """
 
     mean: Tensor
     invstd: Tensor
     scale: Tensor
     shift: Tensor
+    shared: Shared | None = None
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The numbers by name."""
+        return {"mean": self.mean, "invstd": self.invstd, "scale": self.scale, "shift": self.shift}
 
 
 class NormNumbers(NamedTuple):
     """The numbers of one batch norm.
 
     ``eps`` is added to the variance; ``momentum`` is the weight of the new value in the running statistics;
-    ``batch_stats``: it normalises with this batch's statistics (training), not with the running ones.
+    ``batch_stats``: it normalises with this batch's statistics (training), not with the running ones. ``group`` is the
+    `torch.distributed.ProcessGroup` whose batches are one; None: this process has its own.
     """
 
     eps: float = 1e-5
     momentum: float = 0.1
     batch_stats: bool = True
+    group: Any = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it normalises with the statistics of several processes."""
+        return self.batch_stats and self.group is not None
 
 
 class Norm(NamedTuple):

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 # Nothing is forgiven in tests: the first replay of every note is held against the pass as it is written.
 os.environ["FUSEDRES_STRICT"] = "1"
@@ -9,7 +10,8 @@ os.environ["FUSEDRES_STRICT"] = "1"
 import pytest
 
 from fusedres.nn import size_rule
-from fusedres.runtime import replay
+from fusedres.plan import constants
+from fusedres.runtime import plans, replay
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +20,24 @@ def nothing_noted():
     replay._notes.clear()
     replay._seen.clear()
     replay._unchecked.clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_plans_of_this_machine(tmp_path_factory):
+    """What was measured here says nothing about what a test expects, and no test leaves a plan behind."""
+    folder = tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "folder", lambda: folder)
+        patch.setattr(constants, "folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_of_tests_are_found():
+    """Processes that compile import kernels by their module's name, from where this one looks for modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1])
+        yield
 
 
 LEAST_WORK = size_rule.LEAST_WORK_PER_THREAD

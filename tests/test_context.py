@@ -13,10 +13,11 @@ from fusedres.autograd.saved import keep, pack
 from fusedres.compiler.targets import TARGETS
 from fusedres.context import NOTHING_CHOSEN, Context, accounts, context, here, on_all_threads, resume, snapshot
 from fusedres.patterns.choose import announce, listening
-from fusedres.plan import conv_tiles, pointwise_tiles, tiles
+from fusedres.plan import conv_tiles, decisions, pointwise_tiles, tiles
 from fusedres.plan.gpus import GPUS, assume_gpu, assumed_gpu
-from fusedres.runtime import autocast, backends, launch, replay
+from fusedres.runtime import autocast, backends, graphs, launch, ranges, replay
 from fusedres.runtime.launch import record, target_of
+from fusedres.runtime.ranges import profile
 from tests.small_kernels import copy_kernel
 
 META = torch.empty(2, 4, device="meta")
@@ -81,6 +82,7 @@ def overlap(first, second, observe, observe_second=None):
 
 WIDE, NARROW = conv_tiles.ConvTile(128, 128, 64, 8, 3), conv_tiles.ConvTile(64, 64, 64, 4, 2)
 FEW, MANY = (pointwise_tiles.PointwiseTile(64, 64, 64, 8, 2, parts) for parts in (1, 9))
+ONE, TWO = decisions.Decisions(), decisions.Decisions()
 CHOICES = {
     "backend": (lambda: fusedres.backend("native"), lambda: fusedres.backend("reference"), backends.current,
                 "native", "reference", "auto"),
@@ -95,14 +97,21 @@ CHOICES = {
                   WIDE, NARROW, None),
     "pointwise_tile": (lambda: pointwise_tiles.pinned(FEW), lambda: pointwise_tiles.pinned(MANY),
                        lambda: here().pointwise_tile, FEW, MANY, None),
-    "place": (lambda: tiles.listed(1), lambda: tiles.listed(2), lambda: tiles.chosen("abcd"), "b", "c", "a"),
+    "place": (lambda: tiles.listed(1), lambda: tiles.listed(2), lambda: tiles.chosen("abcd", str, 0), "b", "c", "a"),
     "dry_target": (lambda: record("sm_80"), lambda: record("sm_100"), lambda: target_of(META),
                    TARGETS["sm_80"], TARGETS["sm_100"], TARGETS["sm_90"]),
     "account": (lambda: context(account="one"), lambda: context(account="two"), lambda: here().account,
                 "one", "two", None),
+    "decisions": (lambda: decisions.entered(ONE), lambda: decisions.entered(TWO), decisions.in_force, ONE, TWO, None),
+    "plan": (lambda: context(plan="one"), lambda: context(plan="two"), lambda: here().plan, "one", "two", None),
+    "online": (lambda: context(online="one"), lambda: context(online="two"), lambda: here().online, "one", "two", None),
+    "profiled": (profile, nullcontext, ranges.wanted, True, False, False),
+    "absent": (lambda: context(absent=True), nullcontext, lambda: here().absent, True, False, False),
     "replays": (replay.off, nullcontext, replay._possible, False, True, True),
+    "graphed": (lambda: context(graphed=True), lambda: context(graphed=False), graphs.is_compiled_now, True, False,
+                False),
 }  # fmt: skip
-TOLD = ("follower", "listeners")
+TOLD = ("follower", "listeners", "witness", "gathered")
 
 
 def test_every_field_is_tested():

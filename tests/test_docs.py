@@ -47,8 +47,8 @@ def test_what_is_named_exists(path):
 
 def test_a_planted_name_is_missed():
     assert missing_paths("`fusedres/launch.py`, `fusedres/runtime/launch.py`") == ["fusedres/launch.py"]
-    assert missing_names("fusedres.tune() and fusedres.fuse() of fusedres.runtime.nowhere") == [
-        "fusedres.tune", "fusedres.runtime.nowhere",
+    assert missing_names("fusedres.nothing() and fusedres.fuse() of fusedres.runtime.nowhere") == [
+        "fusedres.nothing", "fusedres.runtime.nowhere",
     ]  # fmt: skip
 
 

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "fusedres"
 # From the ground up; rooms on one floor know nothing of each other. "fusedres" itself is the public interface.
 FLOORS = (
     ("kernels",),
-    ("activation", "context"),
-    ("operands", "arguments", "compiler"),
+    ("activation", "cache", "context"),
+    ("operands", "arguments", "compiler", "measure"),
     ("plan", "vgpu"),
     ("runtime",),
     ("traffic",),
@@ -21,6 +21,7 @@ FLOORS = (
     ("nn",),
     ("models",),
     ("swap",),
+    ("tuning",),
     ("fusedres",),
     ("train", "explain"),
     ("studies", "bench"),

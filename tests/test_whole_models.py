@@ -277,6 +277,7 @@ def test_gradients_together_are_as_close_to_fp64_as_eagers_where_channels_are_op
     assert not too_large(ratios, "all gradients")
 
 
+@pytest.mark.slow
 def test_gradients_of_resnet50_together_are_as_close_to_fp64_as_eagers():
     """Some ReLUs flip in every seed, in eager as in fused: errors of 2e-2 either way, compared as RMS."""
     assert not too_large(ratios_to_eager("resnet50", [AUTO, "moments"], (0, 1, 2), as_it_comes), "all ")

@@ -8,15 +8,28 @@ from fusedres.activation import IDENTITY
 from fusedres.autograd import walk
 from fusedres.autograd.composed import Composed, joining, layered, through
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
-from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, contraction, measure, projection_grad
+from fusedres.autograd.graph import Norms
+from fusedres.autograd.layer import (
+    Below,
+    Branch,
+    LayerGrads,
+    Needs,
+    Summed,
+    contraction,
+    measure,
+    measured_together,
+    projection_grad,
+    share_one_group,
+    summed_together,
+)
 from fusedres.autograd.layouts import in_dtype
 from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.autograd.shortcut import Residual, Shortcut
-from fusedres.autograd.spec import ChainSpec, layers_of
+from fusedres.autograd.spec import ChainSpec, layers_of, norms_of
 from fusedres.operands import LAYER_TENSORS, ConvInput, Layer, OutputGrad, Producer
 from fusedres.ops.act_mask import is_bits
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.bn_backward import NormSums, masked_gradient
+from fusedres.ops.bn_backward import NormSums, masked_gradient, of_group
 from fusedres.ops.contractions import conv_input
 from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.conv_forward import conv_operand
@@ -55,7 +68,12 @@ class ConvChain(FusedFunction):
     None; tensors are the `Layer.tensors` of each layer, the projection's last.
     """
 
+    op = "conv_chain"
     follows = True
+
+    @staticmethod
+    def norms(spec: ChainSpec) -> Norms:
+        return norms_of(spec.every)
 
     @staticmethod
     def summands(x: Tensor, residual: Tensor | None, spec: ChainSpec) -> tuple[Tensor | None, ...]:
@@ -70,12 +88,16 @@ class ConvChain(FusedFunction):
         packs = spec.call.kernels and type(spec.shortcut) in (Shortcut, Residual) and not every[0].moments
         x = x if packs else channels_last(x)
         source = conv_input(x, spec.dtype, every[0], pack=packs)
-        u, steps = walk.forward(source, every[: count - 1], spec.schedule)
         last, projection = every[count - 1], every[count] if len(every) > count else None
+        first = beside = None
+        if projection is not None and share_one_group(every[0].norm.numbers, projection.norm.numbers):
+            first, beside = measured_together(source, (every[0], projection), spec.schedule)
+        u, steps = walk.forward(source, every[: count - 1], spec.schedule, first)
         shortcut = spec.shortcut.operand(x, last.weight.shape[0])
         if residual is not None:
             shortcut = channels_last(residual)
-        z, mask, main, beside = _ended(u, source, last, projection, shortcut, spec)
+        measured = first if count == 1 else None, beside
+        z, mask, main, beside = _ended(u, source, last, projection, shortcut, spec, measured)
         if not spec.call.differentiated:
             return Passed(z)
         if mask is None and not spec.act.is_identity:
@@ -84,7 +106,9 @@ class ConvChain(FusedFunction):
             under = None
         parameters = tuple(tensor for layer in every for tensor in layer.parameters)
         saved = pack(Kept((*steps, walk.Step(main)), beside, mask, parameters, under))
-        end = Producer(main.raw, main.numbers, mask=mask, act=spec.act) if _reducible(main, z, mask, spec) else None
+        # Whoever makes the sums there makes this process's: they are shared when they are used, on every rank then.
+        own = None if main.norm is None else main.norm._replace(shared=None)
+        end = Producer(main.raw, own, mask=mask, act=spec.act) if own and _reducible(main, z, mask, spec) else None
         return Passed(z, saved, end=end)
 
     @staticmethod
@@ -101,20 +125,30 @@ class ConvChain(FusedFunction):
         needs = walk.needs_of_layers(given.tensors[: LAYER_TENSORS * count], given.needed_x)
         at_input: Added | None = None
         beside: tuple[LayerGrads, ...] = ()
+        main = saved.steps[count - 1].branch
+        at_projection: Summed | None = None
+        at_main: Summed | None = None
         if saved.projection is not None:
             wanted = Needs.of(given.tensors[-LAYER_TENSORS:], given.needed_x)
             of_projection = LayerGrads()
+            one_group = share_one_group(every[-1].norm.numbers, every[count - 1].norm.numbers)
+            if one_group and wanted.any and needs[-1].any:
+                ends, branches = (every[-1], every[count - 1]), (saved.projection, main)
+                at_projection, at_main = summed_together(g, branches, ends, sums)
+                sums = None if sums is None else at_main.sums
             if wanted.any:
                 of_projection, at_input = projection_grad(
-                    g, saved.projection, every[-1], spec.schedule, wanted, given.size
+                    g, saved.projection, every[-1], spec.schedule, wanted, given.size, at_projection
                 )
             beside = (of_projection,)
         elif given.needed_x:
             at_input = spec.shortcut.input_grad(arriving, given.size)
 
         first = Below(at_input, _under(saved)) if given.needed_x else Below()
+        if sums is not None and at_main is None:
+            (sums,) = of_group([sums], [main.numbers])
         reached = g if sums is None else ProducerGrad(g.g, sums)
-        grads, du = walk.backward(reached, saved.steps, every[:count], spec.schedule, needs, first)
+        grads, du = walk.backward(reached, saved.steps, every[:count], spec.schedule, needs, first, at_main)
         dx = reduced = None
         if given.needed_x and du is not None:
             dx, reduced = (du.g, du.sums) if isinstance(du, ProducerGrad) else (du, None)
@@ -144,9 +178,9 @@ class ConvChain(FusedFunction):
 
 def _ended(
     u: ConvInput, source: ConvInput, last: Layer, projection: Layer | None, shortcut: Tensor | ZeroPadded | None,
-    spec: ChainSpec,
+    spec: ChainSpec, measured: tuple[Branch | None, Branch | None],
 ) -> Joined:  # fmt: skip
-    """The last layer and the sum."""
+    """The last layer and the sum; ``measured`` are that layer and the projection, if they are."""
     act, schedule = spec.act, spec.schedule
     # An activation whose slope neither bits nor its output tell has to leave its input, on whatever schedule.
     bit_mask = spec.call.differentiated and not act.is_identity and (schedule.bit_masks or act.needs_input)
@@ -157,8 +191,10 @@ def _ended(
             shortcut, _, beside = walk.normalised_by_one_op(source, projection, act=IDENTITY)
         z, mask, main = walk.normalised_by_one_op(u, last, residual=shortcut, act=act, bit_mask=bit_mask)
         return Joined(z, mask, main, beside)
-    beside = None if projection is None else measure(source, projection, schedule)
-    main = measure(u, last, schedule)
+    first, beside = measured
+    if projection is not None and beside is None:
+        beside = measure(source, projection, schedule)
+    main = measure(u, last, schedule) if first is None else first
     z, mask = _summed(main, beside, last, projection, shortcut, {"act": act, "bit_mask": bit_mask})
     return Joined(z, mask, main, beside)
 

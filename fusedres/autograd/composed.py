@@ -89,8 +89,8 @@ def normalised(y: Tensor, norm: Norm, numbers: Normaliser | None) -> Tensor:
     """gamma * (y - mean) * invstd + beta in the statistics dtype; ``numbers`` are the forward pass's."""
     y = y.to(statistics_dtype(y.dtype))
     if norm.numbers.batch_stats:
-        y = y - per_channel(y.mean((0, 2, 3)))
-        invstd = torch.rsqrt(y.square().mean((0, 2, 3)) + norm.numbers.eps)
+        y = y - per_channel(_mean(y, numbers))
+        invstd = torch.rsqrt(_mean(y.square(), numbers) + norm.numbers.eps)
     else:
         assert numbers is not None
         mean, invstd = numbers.mean, numbers.invstd
@@ -101,6 +101,18 @@ def normalised(y: Tensor, norm: Norm, numbers: Normaliser | None) -> Tensor:
         y = y - per_channel(mean)
     y = y * per_channel(invstd if norm.gamma is None else invstd * norm.gamma.to(y.dtype))
     return y if norm.beta is None else y + per_channel(norm.beta.to(y.dtype))
+
+
+def _mean(values: Tensor, numbers: Normaliser | None) -> Tensor:
+    """Of each channel; of all processes' pixels, where these share their statistics, differentiable there too."""
+    shared = None if numbers is None else numbers.shared
+    if shared is None:
+        return values.mean((0, 2, 3))
+    from torch.distributed.nn.functional import all_reduce  # some builds of PyTorch have none
+
+    own = values.sum((0, 2, 3)) * (not shared.absent)
+    total: Tensor = all_reduce(own, group=shared.group)
+    return total / shared.pixels
 
 
 def convolved(u: Tensor, layer: Layer) -> Tensor:

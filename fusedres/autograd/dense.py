@@ -28,9 +28,10 @@ from fusedres.activation import RELU, Activation
 from fusedres.autograd import walk
 from fusedres.autograd.composed import Composed, convolved, normalised, through
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
+from fusedres.autograd.graph import Norms
 from fusedres.autograd.layer import Below, Branch, LayerGrads, normaliser_of
 from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
-from fusedres.autograd.spec import LayerSpec, PatternSpec, layers_of
+from fusedres.autograd.spec import LayerSpec, PatternSpec, layers_of, norms_of
 from fusedres.operands import (
     LAYER_TENSORS,
     NORM_TENSORS,
@@ -52,6 +53,7 @@ from fusedres.ops.features import FeatureGrads, put_features
 from fusedres.ops.rows import channels_last, empty_rows
 from fusedres.plan.schedule import Schedule
 from fusedres.runtime.holding import HELD, Holding
+from fusedres.runtime.text import known
 
 ELSEWHERE: Any = None
 """Stands for a tensor that is kept under another name."""
@@ -97,6 +99,9 @@ class DenseSpec(PatternSpec):
         return [layer.whole(own) for layer, own in zip(self.layers, self.apart(tensors), strict=True)]
 
 
+known(DenseSpec, DenseLayerSpec)
+
+
 class DenseLayer(NamedTuple):
     """A layer of a dense block."""
 
@@ -137,7 +142,16 @@ class Dense(FusedFunction):
     its convolutions. Returns (z, counts, mean, m2), the latter the `Partials` of z or None each.
     """
 
+    op = "dense"
     measured = True
+
+    @staticmethod
+    def norms(spec: DenseSpec) -> Norms:
+        found, at = [], 0
+        for layer in spec.layers:
+            found += [(at, layer.norm), *norms_of(layer.layers, at + NORM_TENSORS)]
+            at += layer.tensors
+        return found
 
     @staticmethod
     def run(x: Tensor, residual: None, spec: DenseSpec, tensors: tuple[Tensor | None, ...], under: None) -> Passed:
@@ -197,7 +211,7 @@ class Dense(FusedFunction):
                 ):
                     head[j] = grad.to(parameter.dtype) if asked[i][j] and parameter is not None else None
                 if layer.norm.numbers.batch_stats:
-                    corrections.add(sums_)
+                    corrections.add(sums_, saved.layers[i].numbers)
             grads.append([*head, *(grad for conv in convs for grad in conv)])
             end = first
         dx = corrections.applied(sent, 0, given.size[1], corrected=sent is into) if given.needed_x else None

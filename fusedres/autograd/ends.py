@@ -9,18 +9,28 @@ from torch.nn.functional import prelu
 from fusedres.activation import RELU, Activation
 from fusedres.autograd.composed import Composed, joining, normalised
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
-from fusedres.autograd.layer import normaliser_of
+from fusedres.autograd.graph import Norms
+from fusedres.autograd.layer import normaliser_of, share_one_group
 from fusedres.autograd.layouts import in_dtype
 from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
 from fusedres.operands import NORM_TENSORS, Norm, Normaliser, NormNumbers, OutputGrad, Partials
 from fusedres.ops.add_act import add_act
 from fusedres.ops.bn_act import bn_act
-from fusedres.ops.bn_backward import bn_backward, masked_gradient
+from fusedres.ops.bn_backward import (
+    bn_backward,
+    bn_backward_apply,
+    bn_backward_reduce,
+    masked_gradient,
+    of_group,
+    output_grad,
+)
+from fusedres.ops.bn_finalize import finalized_together
 from fusedres.ops.bn_prelu import bn_prelu, bn_prelu_backward
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.rows import channels_last
 from fusedres.runtime.call import Call
 from fusedres.runtime.holding import HELD, Holding
+from fusedres.runtime.text import known
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,12 @@ class AddAct(FusedFunction):
 
     ``apply(x, residual, spec)``: x and residual (N, C, H, W). Only the activation's mask is kept.
     """
+
+    op = "add_act"
+
+    @staticmethod
+    def norms(spec: AddActSpec) -> Norms:
+        return ()
 
     @staticmethod
     def anchored(x: Tensor, residual: Tensor | None, spec: AddActSpec) -> tuple[()]:
@@ -75,6 +91,11 @@ class BNAddActSpec(Holding):
     act: Activation = RELU
     partials: Partials | None = field(default=None, compare=False, repr=False, metadata=HELD)
 
+    @property
+    def are_together(self) -> bool:
+        """Whether both batch norms wait for the same processes."""
+        return self.residual_norm is not None and share_one_group(self.norm, self.residual_norm)
+
     def norms(self, tensors: tuple[Tensor | None, ...]) -> tuple[Norm, Norm]:
         """Of y and of the residual."""
         other = self.residual_norm or NormNumbers(batch_stats=False)
@@ -97,6 +118,13 @@ class BNAddAct(FusedFunction):
     `Norm`, of y and of the residual.
     """
 
+    op = "bn_add_act"
+
+    @staticmethod
+    def norms(spec: BNAddActSpec) -> Norms:
+        other = spec.residual_norm
+        return [(0, spec.norm), *([] if other is None else [(NORM_TENSORS, other)])]
+
     @staticmethod
     def anchored(x: Tensor, residual: Tensor | None, spec: BNAddActSpec) -> tuple[Tensor | None, ...]:
         return x, residual if spec.residual_norm is not None else None
@@ -111,11 +139,15 @@ class BNAddAct(FusedFunction):
     ) -> Passed:
         main, other = spec.norms(tensors)
         y = channels_last(y)
-        numbers = _measured(y, main, spec.partials)
         residual_numbers = None
         if residual is not None:
             residual = channels_last(residual)
-            if spec.residual_norm is not None:
+        if residual is not None and spec.are_together:
+            partials = bn_statistics(y) if spec.partials is None else spec.partials
+            numbers, residual_numbers = finalized_together([partials, bn_statistics(residual)], [main, other])
+        else:
+            numbers = _measured(y, main, spec.partials)
+            if residual is not None and spec.residual_norm is not None:
                 residual_numbers = _measured(residual, other)
         z, mask = bn_act(
             y, numbers.scale, numbers.shift, residual=residual,
@@ -134,12 +166,17 @@ class BNAddAct(FusedFunction):
         saved: Kept = unpack(pack)
         main, other = spec.norms(saved.affine)
         g = OutputGrad(dz, saved.mask, act=spec.act)
-        dy, grads = _through(g, saved.y, saved.numbers, main)
         dresidual: Tensor | None = None
         residual_grads: list[Tensor | None] = [None] * NORM_TENSORS
-        if saved.residual is not None and saved.residual_numbers is not None:
+        if saved.residual is None or saved.residual_numbers is None:
+            dy, grads = _through(g, saved.y, saved.numbers, main)
+        elif spec.are_together:
+            both = (saved.y, saved.numbers), (saved.residual, saved.residual_numbers)
+            (dy, grads), (dresidual, residual_grads) = _through_together(g, both)
+        else:
+            dy, grads = _through(g, saved.y, saved.numbers, main)
             dresidual, residual_grads = _through(g, saved.residual, saved.residual_numbers, other)
-        elif given.needed_residual:
+        if dresidual is None and given.needed_residual:
             dresidual = masked_gradient(g).to(given.residual_dtype)
         named = zip([*grads, *residual_grads], given.tensors, strict=True)
         return Gradients(dy, [grad if wanted else None for grad, wanted in named], dresidual)
@@ -184,6 +221,12 @@ class BNPReLU(FusedFunction):
     ``apply(y, None, spec, slope, *tensors)``: y (N, K, P, Q); slope (K,) or (1,); tensors are those of a `Norm`.
     """
 
+    op = "bn_prelu"
+
+    @staticmethod
+    def norms(spec: BNPReLUSpec) -> Norms:
+        return [(1, spec.norm)]
+
     @staticmethod
     def run(y: Tensor, residual: None, spec: BNPReLUSpec, tensors: tuple[Any, ...], under: None) -> Passed:
         slope, norm = tensors[0], Norm.of(tensors[1:], spec.norm)
@@ -215,6 +258,9 @@ class BNPReLU(FusedFunction):
         return Composed((attached(saved.y, of_y), None, None, saved.slope, *saved.affine), form)
 
 
+known(AddActSpec, BNAddActSpec, BNPReLUSpec)
+
+
 def _measured(y: Tensor, norm: Norm, partials: Partials | None = None) -> Normaliser:
     if not norm.numbers.batch_stats:
         partials = None
@@ -228,3 +274,19 @@ def _through(g: OutputGrad, y: Tensor, numbers: Normaliser, norm: Norm) -> tuple
     typed = g._replace(g=in_dtype(g.g, y.dtype))
     dy, dgamma, dbeta = bn_backward(typed, y, numbers, norm.gamma, batch_stats=norm.numbers.batch_stats)
     return dy, [dgamma, dbeta, *[None] * (NORM_TENSORS - 2)]
+
+
+def _through_together(
+    g: OutputGrad, both: tuple[tuple[Tensor, Normaliser], tuple[Tensor, Normaliser]]
+) -> list[tuple[Tensor, list[Tensor | None]]]:
+    """The same of two batch norms that share the statistics of one group, by one collective."""
+    typed = [g._replace(g=in_dtype(g.g, y.dtype)) for y, _ in both]
+    own = [
+        bn_backward_reduce(grad, y, numbers._replace(shared=None))
+        for grad, (y, numbers) in zip(typed, both, strict=True)
+    ]  # fmt: skip
+    found: list[tuple[Tensor, list[Tensor | None]]] = []
+    for grad, sums, (y, numbers) in zip(typed, of_group(own, [numbers for _, numbers in both]), both, strict=True):
+        dy = bn_backward_apply(output_grad(grad, sums, y, numbers))
+        found.append((dy, [sums.sum_gy, sums.sum_g, *[None] * (NORM_TENSORS - 2)]))
+    return found

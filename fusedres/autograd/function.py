@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.autograd import handover
+from fusedres.autograd import graph, handover
 from fusedres.autograd.composed import Composed, composed_gradients
 from fusedres.autograd.layouts import arrived
-from fusedres.autograd.saved import Packed, keep, saved_pack, unpacked_once
+from fusedres.autograd.saved import Given, Packed, keep, let_go, saved_pack, unpacked_once
 from fusedres.context import resume, snapshot
 from fusedres.operands import Partials, Producer
 from fusedres.ops.bn_backward import NormSums
-from fusedres.runtime import fallback
+from fusedres.runtime import fallback, ranges
 from fusedres.runtime.autocast import no_autocast
+from fusedres.runtime.graphs import is_graphed
 from fusedres.runtime.launch import LaunchFailed
-from fusedres.runtime.replay import replayed
+from fusedres.runtime.replay import replayed, replayed_at_last
 from fusedres.runtime.torch_private import forward_class, is_batch_of_gradients
 
 
@@ -30,28 +31,6 @@ class Passed(NamedTuple):
     saved: Packed | None = None
     partials: Partials | None = None
     end: Producer | None = None
-
-
-class Given(NamedTuple):
-    """What a backward pass is told of the inputs that it gives gradients of."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    residual_dtype: torch.dtype | None
-    asked: tuple[bool, ...]
-
-    @property
-    def needed_x(self) -> bool:
-        return self.asked[0]
-
-    @property
-    def needed_residual(self) -> bool:
-        return self.asked[1]
-
-    @property
-    def tensors(self) -> tuple[bool, ...]:
-        """Which gradients of the tensors are asked for."""
-        return self.asked[3:]
 
 
 class Gradients(NamedTuple):
@@ -93,7 +72,8 @@ class FusedFunction(torch.autograd.Function):
     """A pattern, as ``apply(x, residual, spec, *tensors)``; each says what these are and what comes back.
 
     A class has ``run(x, residual, spec, tensors, under) -> Passed``; ``go_back(dz, sums, spec, saved, given) ->
-    Gradients``; and ``composed(ctx, dz) -> Composed``, the pattern as a plain function.
+    Gradients``; ``composed(ctx, dz) -> Composed``, the pattern as a plain function; and ``norms(spec)``, where the
+    batch norms are among the tensors. Where a compiler follows, a call is a node of its graph (`autograd.graph`).
     """
 
     measured = False
@@ -105,6 +85,17 @@ class FusedFunction(torch.autograd.Function):
     run: Callable[..., Passed]
     go_back: Callable[..., Gradients]
     composed: Callable[..., Composed]
+    norms: Callable[[Any], graph.Norms]
+
+    op = ""
+    """The name of its op in a compiler's graph."""
+
+    @classmethod
+    def apply(cls, x: Tensor, residual: Tensor | None, spec: Any, *tensors: Tensor | None) -> Any:
+        if is_graphed(x):
+            z = graph.passed(cls, x, residual, spec, tensors)
+            return (z, None, None, None) if cls.measured else z
+        return super().apply(x, residual, spec, *tensors)
 
     @staticmethod
     def anchored(x: Tensor, residual: Tensor | None, spec: Any) -> tuple[Tensor | None, ...]:
@@ -127,7 +118,7 @@ class FusedFunction(torch.autograd.Function):
         if passed.saved is not None:
             # The statistics of x were of use in the forward pass alone.
             ctx.spec = replace(spec, partials=None) if getattr(spec, "partials", None) is not None else spec
-            ctx.context = snapshot()
+            ctx.context, ctx.name = snapshot(), ranges.forward_name()
             residual_dtype = None if residual is None else residual.dtype
             ctx.given = Given(x.dtype, tuple(x.shape), residual_dtype, ctx.needs_input_grad)
             inputs = function.anchored(x, residual, spec)
@@ -148,7 +139,12 @@ class FusedFunction(torch.autograd.Function):
         function = forward_class(ctx)
         sums = handover.reduced.take(dz) if function.follows else None
         dz = arrived(dz, ctx.spec.call, ctx.owner)
-        found = replayed(function.go_back, dz, sums, ctx.spec, saved_pack(ctx), ctx.given)
+        with ranges.backward(ctx.name):
+            operands = [dz, sums, ctx.spec, saved_pack(ctx), ctx.given]
+            found = replayed_at_last(function.go_back, operands, functools.partial(let_go, ctx))
         if found.dx is not None and found.sums is not None:
             handover.reduced.leave(found.dx, found.sums)
-        return (found.dx, found.dresidual, None, *found.tensors)
+        tensors = found.tensors
+        if ctx.spec.call.absent:
+            tensors = [None if grad is None else torch.zeros_like(grad) for grad in tensors]
+        return (found.dx, found.dresidual, None, *tensors)

@@ -25,9 +25,10 @@ from fusedres.ops.bn_backward import (
     bn_backward,
     bn_backward_apply,
     bn_backward_reduce,
+    of_group,
     output_grad,
 )
-from fusedres.ops.bn_finalize import bn_finalize, bn_from_running
+from fusedres.ops.bn_finalize import bn_finalize, bn_from_running, finalized_together
 from fusedres.ops.bn_statistics import bn_statistics
 from fusedres.ops.conv_backward import conv_backward, conv_producer_backward
 from fusedres.ops.conv_bn_act import Contraction
@@ -35,12 +36,15 @@ from fusedres.ops.conv_forward import conv_forward
 from fusedres.ops.conv_input_grad import ProducerGrad, conv_input_grad, conv_producer_grad
 from fusedres.ops.conv_weight_grad import conv_weight_grad
 from fusedres.ops.features import FeatureGrads
-from fusedres.ops.input_moments import measured_input
+from fusedres.ops.input_moments import input_moments, measured_input, moments_statistics
 from fusedres.ops.moments_backward import (
+    MomentsSums,
     frozen_matrices,
     moments_backward,
     moments_input_grad,
     moments_producer_grad,
+    moments_sums,
+    shared_moments_backward,
 )
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad
 from fusedres.plan.schedule import Schedule
@@ -116,6 +120,28 @@ def normaliser_of(partials: Partials | None, norm: Norm, dtype: torch.dtype) -> 
     return bn_from_running(norm, statistics_dtype(dtype)) if partials is None else bn_finalize(partials, norm)
 
 
+def share_one_group(*norms: NormNumbers) -> bool:
+    """Whether batch norms take the batches of the same processes for one."""
+    return all(norm.is_shared and norm.group is norms[0].group for norm in norms)
+
+
+def measured_together(u: ConvInput, layers: Sequence[Layer], schedule: Schedule) -> list[Branch]:
+    """`measure` of layers on one input that `share_one_group`, by one collective."""
+    branches, partials = [], []
+    for layer in layers:
+        weight = layer.weight_in(u.tensor.dtype)
+        if layer.moments:
+            moments = input_moments(u, layer.geometry.stride)
+            branches.append(Branch(u, moments=moments))
+            partials.append(moments_statistics(moments, weight))
+        else:
+            y, of_y = conv_forward(u, weight, layer.geometry, statistics=schedule.statistics)
+            branches.append(Branch(u, y=y))
+            partials.append(bn_statistics(y) if of_y is None else of_y)
+    every = finalized_together(partials, [layer.norm for layer in layers])
+    return [branch._replace(norm=numbers) for branch, numbers in zip(branches, every, strict=True)]
+
+
 def measure(u: ConvInput, layer: Layer, schedule: Schedule) -> Branch:
     """Convolve and measure, or in the moments form only measure."""
     weight, norm = layer.weight_in(u.tensor.dtype), layer.norm
@@ -160,12 +186,45 @@ def samples(layer: Layer) -> bool:
     return layer.window == (1, 1) and padding == (0, 0) and stride != (1, 1)
 
 
+class Summed(NamedTuple):
+    """The sums of a branch's batch norm, and of the moments form what they were made with."""
+
+    sums: NormSums
+    moments: MomentsSums | None = None
+
+
+def summed_together(
+    g: OutputGrad, branches: Sequence[Branch], layers: Sequence[Layer], known: NormSums | None
+) -> list[Summed]:
+    """The sums of batch norms that `share_one_group` and are given the same gradient, by one collective.
+
+    ``known``: this process's of the last, where they were made.
+    """
+    unknown = len(branches) - (known is not None)
+    own = [_own_sums(g, *both) for both in zip(branches[:unknown], layers, strict=False)]
+    if known is not None:
+        own.append(Summed(known))
+    every = of_group([each.sums for each in own], [branch.numbers for branch in branches])
+    return [each._replace(sums=sums) for each, sums in zip(own, every, strict=True)]
+
+
+def _own_sums(g: OutputGrad, branch: Branch, layer: Layer) -> Summed:
+    """Of this process's pixels."""
+    numbers = branch.numbers._replace(shared=None)
+    if branch.moments is None:
+        return Summed(bn_backward_reduce(g, branch.raw, numbers))
+    weight = layer.weight_in(branch.source.tensor.dtype)
+    own = moments_sums(g, branch.source, branch.moments, weight, numbers, layer.geometry)
+    return Summed(NormSums(own.sum_g, own.sum_gy, own.sum_g, own.sum_g), own)
+
+
 def projection_grad(
-    g: OutputGrad, branch: Branch, layer: Layer, schedule: Schedule, needs: Needs, size: tuple[int, ...]
-) -> tuple[LayerGrads, Added | None]:
+    g: OutputGrad, branch: Branch, layer: Layer, schedule: Schedule, needs: Needs, size: tuple[int, ...],
+    summed: Summed | None = None,
+) -> tuple[LayerGrads, Added | None]:  # fmt: skip
     """The gradients of a projection, and what it sends to its source of ``size``."""
     compact = samples(layer)
-    grads, du = branch_backward(g, branch, layer, schedule, needs, Below(compact=compact))
+    grads, du = branch_backward(g, branch, layer, schedule, needs, Below(compact=compact), summed)
     if not isinstance(du, Tensor):
         return grads, None
     grad = OutputGrad(du, scratch=True)
@@ -207,13 +266,19 @@ def _convolution_backward(
 
 
 def branch_backward(
-    g: OutputGrad, branch: Branch, layer: Layer, schedule: Schedule, needs: Needs, below: Below
-) -> tuple[LayerGrads, SourceGrad]:
-    """The gradients of a branch's parameters and of its source, from the gradient g behind its batch norm."""
+    g: OutputGrad, branch: Branch, layer: Layer, schedule: Schedule, needs: Needs, below: Below,
+    summed: Summed | None = None,
+) -> tuple[LayerGrads, SourceGrad]:  # fmt: skip
+    """The gradients of a branch's parameters and of its source, from the gradient g behind its batch norm.
+
+    ``summed``: its sums, where they are known.
+    """
     if branch.norm is None:
         return _bare_backward(g, branch, layer, needs, below)
     if branch.y is None:
-        return _moments_backward(g, branch, layer, needs, below)
+        return _moments_backward(g, branch, layer, needs, below, summed)
+    if summed is not None:
+        return reduced_backward(g, summed.sums, branch, layer, schedule, needs, below)
     if is_idle(layer.norm.numbers, needs):
         scaled = output_grad(g, None, branch.y, branch.norm)
         if not schedule.prologue:
@@ -249,13 +314,17 @@ def reduced_backward(
 
 
 def _moments_backward(
-    g: OutputGrad, branch: Branch, layer: Layer, needs: Needs, below: Below
+    g: OutputGrad, branch: Branch, layer: Layer, needs: Needs, below: Below, summed: Summed | None
 ) -> tuple[LayerGrads, SourceGrad]:
     weight, norm, geometry = layer.weight_in(branch.source.tensor.dtype), branch.numbers, layer.geometry
     if is_idle(layer.norm.numbers, needs) and not needs.weight:
         grads, matrices = LayerGrads(), frozen_matrices(weight, norm)
     else:
-        small, matrices = moments_backward(g, branch.source, branch.moments, weight, norm, geometry)
+        if summed is None or summed.moments is None or branch.moments is None:
+            small, matrices = moments_backward(g, branch.source, branch.moments, weight, norm, geometry)
+        else:
+            q, r = summed.sums.q, summed.sums.r
+            small, matrices = shared_moments_backward(summed.moments, q, r, branch.moments, weight, norm)
         dweight = small.dweight.view(layer.weight.shape)
         grads = in_parameter_dtypes(dweight, small.dgamma, small.dbeta, norm, layer, needs)
     if below.producer is not None:

@@ -17,9 +17,10 @@ from fusedres.activation import IDENTITY, RELU, Activation
 from fusedres.autograd import walk
 from fusedres.autograd.composed import Composed, convolved, normalised, through
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
+from fusedres.autograd.graph import Norms
 from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, normaliser_of, projection_grad
 from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
-from fusedres.autograd.spec import LayeredSpec, layers_of
+from fusedres.autograd.spec import LayeredSpec, layers_of, norms_of
 from fusedres.operands import (
     LAYER_TENSORS,
     NORM_TENSORS,
@@ -43,6 +44,7 @@ from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, with_added
 from fusedres.ops.rows import channels_last
 from fusedres.ops.zero_pad_shortcut import Added, shortcut_tensor
 from fusedres.runtime.holding import HELD
+from fusedres.runtime.text import known
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class PreActSpec(LayeredSpec):
         return None if self.norm is None else Norm.of(tensors[:NORM_TENSORS], self.norm)
 
 
+known(PreActSpec)
+
+
 class Kept(NamedTuple):
     """``source`` is what the first convolution consumed; ``affine`` gamma and beta of the batch norm of x."""
 
@@ -85,7 +90,12 @@ class PreAct(FusedFunction):
     measured.
     """
 
+    op = "preact"
     measured = True
+
+    @staticmethod
+    def norms(spec: PreActSpec) -> Norms:
+        return [*([] if spec.norm is None else [(0, spec.norm)]), *norms_of(spec.every, NORM_TENSORS)]
 
     @staticmethod
     def run(x: Tensor, residual: None, spec: PreActSpec, tensors: tuple[Tensor | None, ...], under: None) -> Passed:

@@ -1,5 +1,6 @@
 """Nested tuples of tensors kept for the backward pass."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fusedres.runtime import fallback
 from fusedres.runtime.notes import Place, like
+from fusedres.runtime.torch_private import clear_saved
 
 
 class Packed(NamedTuple):
@@ -18,13 +20,41 @@ class Packed(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
+class Given(NamedTuple):
+    """What a backward pass is told of the inputs that it gives gradients of."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    residual_dtype: torch.dtype | None
+    asked: tuple[bool, ...]
+
+    @property
+    def needed_x(self) -> bool:
+        return self.asked[0]
+
+    @property
+    def needed_residual(self) -> bool:
+        return self.asked[1]
+
+    @property
+    def tensors(self) -> tuple[bool, ...]:
+        """Which gradients of the tensors are asked for."""
+        return self.asked[3:]
+
+
 class Structure:
     """Nested tuples with a `Place` wherever a tensor stood; hashed once, for it comes with every pass."""
 
     def __init__(self, nested: Any) -> None:
         self.nested = nested
-        self._typed = _typed(nested)
-        self._hash = hash(self._typed)
+
+    @functools.cached_property
+    def _typed(self) -> Any:
+        return _typed(self.nested)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._typed)  # not before it is asked for: a compiler's sizes have none
 
     def __hash__(self) -> int:
         return self._hash
@@ -112,6 +142,12 @@ def unpacked_once(ctx: Any) -> Iterator[None]:
         yield
     finally:
         ctx.unpacked = None
+
+
+def let_go(ctx: Any) -> None:
+    """Drop what was saved, unless the graph is retained: the backward pass that has it needs it for the last time."""
+    ctx.unpacked = None
+    clear_saved(ctx)
 
 
 def attached(copy: Tensor, anchor: Tensor | None) -> Tensor:

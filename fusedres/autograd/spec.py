@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from fusedres.activation import RELU, Activation
-from fusedres.autograd.shortcut import NO_SHORTCUT, Projection, Shortcut
+from fusedres.autograd.graph import Norms
+from fusedres.autograd.shortcut import NO_SHORTCUT, Identity, Projection, Residual, Shortcut, ZeroPad
 from fusedres.operands import LAYER_TENSORS, Geometry, Layer, Norm, NormNumbers, PoolGeometry
 from fusedres.plan.schedule import Schedule
 from fusedres.runtime.call import Call
 from fusedres.runtime.holding import HELD, Holding
+from fusedres.runtime.text import known
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ def layers_of(specs: Sequence[LayerSpec], tensors: Sequence[Tensor | None]) -> t
     return tuple(
         spec.layer(tensors[LAYER_TENSORS * i : LAYER_TENSORS * (i + 1)]) for i, spec in enumerate(specs)
     )  # fmt: skip
+
+
+def norms_of(specs: Sequence[LayerSpec], at: int = 0) -> Norms:
+    """The batch norms of layers whose tensors begin at a place."""
+    return [(at + LAYER_TENSORS * i + 1, spec.norm) for i, spec in enumerate(specs)]
 
 
 @dataclass(frozen=True)
@@ -105,3 +112,7 @@ class StemSpec(PatternSpec):
     layer: LayerSpec
     pool: PoolGeometry
     images_grad: bool = False
+
+
+known(ChainSpec, StemSpec, LayerSpec, Shortcut, Identity, ZeroPad, Projection, Residual)
+known(Layer, Norm, Geometry, NormNumbers, PoolGeometry, Schedule)

@@ -13,9 +13,10 @@ from torch.nn.functional import max_pool2d
 from fusedres.activation import Activation
 from fusedres.autograd.composed import Composed, layered
 from fusedres.autograd.function import FusedFunction, Given, Gradients, Passed
+from fusedres.autograd.graph import Norms
 from fusedres.autograd.layer import Below, Branch, LayerGrads, Needs, branch_backward, in_parameter_dtypes, measure
 from fusedres.autograd.saved import Packed, attached, kept_with_anchors, pack, unpack
-from fusedres.autograd.spec import StemSpec
+from fusedres.autograd.spec import StemSpec, norms_of
 from fusedres.operands import Layer, OutputGrad
 from fusedres.ops.contractions import conv_input
 from fusedres.ops.conv_forward import conv_operand
@@ -53,6 +54,12 @@ class StemPool(FusedFunction):
     ``apply(x, None, spec, *tensors)``: x (N, C, H, W); tensors are those of one `Layer`.
     """
 
+    op = "stem_pool"
+
+    @staticmethod
+    def norms(spec: StemSpec) -> Norms:
+        return norms_of([spec.layer])
+
     @staticmethod
     def run(x: Tensor, residual: None, spec: StemSpec, tensors: tuple[Tensor | None, ...], under: None) -> Passed:
         layer = spec.layer.layer(tensors)
@@ -65,7 +72,9 @@ class StemPool(FusedFunction):
             return Passed(z)
         assert index is not None
         early = None
-        if spec.schedule.moments and not spec.images_grad and layer.geometry.groups == 1:
+        # Statistics that are shared make dy of sums that no process knows in its forward pass.
+        frees = spec.schedule.moments and not spec.images_grad and branch.numbers.shared is None
+        if frees and layer.geometry.groups == 1:
             if layer.norm.numbers.batch_stats:
                 early = Early(*output_contraction(y, branch.numbers.mean, u, layer.window, layer.geometry))
             branch = branch._replace(y=None)

@@ -12,6 +12,7 @@ from fusedres.autograd.layer import (
     LayerGrads,
     Needs,
     SourceGrad,
+    Summed,
     branch_backward,
     is_idle,
     measure,
@@ -35,7 +36,8 @@ class Step(NamedTuple):
 
 def is_normalised_by_one_op(layer: Layer, schedule: Schedule) -> bool:
     """Whether a layer's batch norm is measured and applied by one op over its written output."""
-    return layer.norm.numbers.batch_stats and not (schedule.statistics or layer.moments)
+    numbers = layer.norm.numbers
+    return numbers.batch_stats and not (schedule.statistics or layer.moments or numbers.is_shared)
 
 
 def normalised_by_one_op(
@@ -48,20 +50,25 @@ def normalised_by_one_op(
     return z, mask, Branch(u, norm, y)
 
 
-def forward(u: ConvInput, layers: Sequence[Layer], schedule: Schedule) -> tuple[ConvInput, tuple[Step, ...]]:
-    """act(bn(conv(u))) by every layer, as whoever comes behind them consumes it."""
+def forward(
+    u: ConvInput, layers: Sequence[Layer], schedule: Schedule, first: Branch | None = None
+) -> tuple[ConvInput, tuple[Step, ...]]:
+    """act(bn(conv(u))) by every layer, as whoever comes behind them consumes it; ``first``: the first, if measured."""
     steps = []
     for layer in layers:
-        u, step = _layer_forward(u, layer, schedule)
+        u, step = _layer_forward(u, layer, schedule, first)
         steps.append(step)
+        first = None
     return u, tuple(steps)
 
 
-def _layer_forward(u: ConvInput, layer: Layer, schedule: Schedule) -> tuple[ConvInput, Step]:
+def _layer_forward(
+    u: ConvInput, layer: Layer, schedule: Schedule, measured: Branch | None
+) -> tuple[ConvInput, Step]:  # fmt: skip
     if is_normalised_by_one_op(layer, schedule):
         out, _, branch = normalised_by_one_op(u, layer, act=layer.act)
         return ConvInput(out), Step(branch, out)
-    branch = measure(u, layer, schedule)
+    branch = measure(u, layer, schedule) if measured is None else measured
     scale, shift = branch.numbers.scale, branch.numbers.shift
     if schedule.prologue:
         return ConvInput(branch.raw, scale, shift, layer.act), Step(branch)
@@ -87,7 +94,7 @@ def needs_of_layers(asked: Sequence[bool], source: bool) -> list[Needs]:
 
 def backward(
     arriving: OutputGrad | ProducerGrad, steps: Sequence[Step], layers: Sequence[Layer], schedule: Schedule,
-    needs: Sequence[Needs], first: Below,
+    needs: Sequence[Needs], first: Below, summed: Summed | None = None,
 ) -> tuple[list[LayerGrads], SourceGrad]:  # fmt: skip
     """The gradients of the layers and of the first one's input.
 
@@ -96,6 +103,7 @@ def backward(
         steps, layers, needs: of the layers, in their order.
         schedule: what is written to memory.
         first: what is under the first layer.
+        summed: the sums of the last layer's batch norm, where they are known.
     """
     grads = [LayerGrads()] * len(layers)
     du: SourceGrad = None
@@ -110,7 +118,8 @@ def backward(
             g = OutputGrad(arriving.g)
             grads[i], du = reduced_backward(g, arriving.sums, branch, layer, schedule, needs[i], below)
         else:
-            grads[i], du = branch_backward(arriving, branch, layer, schedule, needs[i], below)
+            grads[i], du = branch_backward(arriving, branch, layer, schedule, needs[i], below, summed)
+        summed = None
     return grads, du
 
 

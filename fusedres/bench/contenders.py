@@ -16,9 +16,11 @@ from fusedres.bench import cudnn, inplace_abn
 from fusedres.bench.cases import Case, ModelCase, OpCase, near
 from fusedres.bench.setting import NotSupported, Setting
 from fusedres.bench.steps import Step, graph_step, model_step, op_step
-from fusedres.explain.step import why_not_fused
 from fusedres.patterns.choose import AUTO
+from fusedres.plan.gpus import device_gpu
 from fusedres.plan.schedule import SCHEDULES
+from fusedres.runtime import plans
+from fusedres.swap.report import why_not_fused
 
 __all__ = ["CONTENDERS", "GROUPS", "YARDSTICK", "Contender", "contenders_named", "operands_of", "own_copies"]
 
@@ -38,6 +40,7 @@ class Contender:
         schedule: of fused ones, the rung.
         fixed_shapes: compiled for its operands' sizes, which other sizes would cost minutes: gated at those alone.
         plain: the plain network that it computes, made of the plain network of the case in place.
+        remark: for a setting, what is to be said of its figures, or None.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Contender:
     schedule: str | None = None
     fixed_shapes: bool = False
     plain: Callable[[nn.Module], nn.Module] | None = None
+    remark: Callable[[Setting], str | None] = lambda _setting: None
 
     def backend(self, setting: Setting) -> AbstractContextManager[None]:
         """What to call `prepare` and the step's functions inside of."""
@@ -141,6 +145,15 @@ def _why_not_frozen(case: Case, setting: Setting) -> str | None:
     return "a frozen model can not be trained" if setting.mode == "train" else None
 
 
+def _why_not_tuned(setting: Setting) -> str | None:
+    """Why no plan of this user's says what a fused model runs, or None."""
+    if not setting.device.is_gpu:
+        return "no plan: it runs as predicted"
+    index = setting.device.torch.index
+    gpu = device_gpu(torch.cuda.current_device() if index is None else index)
+    return None if plans.default_for(gpu) is not None else "no plan of this GPU: it runs as predicted"
+
+
 def _rung_only(case: Case, _setting: Setting) -> str | None:
     return "an op has no schedule" if isinstance(case, OpCase) else None
 
@@ -202,6 +215,10 @@ _EVERY = (
         "inplace_abn", "inplace_abn, which computes a leaky ReLU", _abn, _why_not_abn, plain=inplace_abn.leaky,
     ),
     Contender("fused", "fusedres.fuse(model)", _fused(AUTO), schedule=AUTO),
+    Contender(
+        "tuned", "fusedres.fuse(model), by the plan that fusedres tune made of this GPU", _fused(AUTO), schedule=AUTO,
+        remark=_why_not_tuned,
+    ),
     *(
         Contender(f"fused-{rung}", f"fusedres.fuse(model, schedule={rung!r})", _fused(rung), _rung_only, rung)
         for rung in SCHEDULES

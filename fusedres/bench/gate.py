@@ -14,26 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fusedres.bench.cases import Case, OpCase
 from fusedres.bench.contenders import CONTENDERS, YARDSTICK, Contender, operands_of, own_copies
 from fusedres.bench.setting import EXACT, Setting
-from fusedres.bench.steps import Observed
+from fusedres.measure.accuracy import FACTOR, GRADIENTS, Observed, allowance, errors, worst
 
-__all__ = ["Gate", "Verdict", "allowance", "errors", "relative_error"]
+__all__ = ["Gate", "Verdict"]
 
-FACTOR = 1.5
 DRAWS, MORE_DRAWS = 3, 8
 # The largest batch and side of the images that a network, a block or an op is computed for in fp64.
 SMALL = {"network": (8, 96), "block": (4, 56), "op": (2, 112)}
-# A ReLU whose input is within rounding of zero flips, in whoever computes it: some of those alone, in the small layers
-# at a network's end, make a gradient's error of 1e-2 and one parameter's of several. A wrong formula is off by 1.
-FLIPS, FLIPS_OF_ONE = 0.03, 0.1
-GRADIENTS = "all gradients"
-OF_ONE = "gradient of "
-OF_THE_INPUT = "gradient of the input"
 
 
 @dataclass(frozen=True)
@@ -43,50 +35,6 @@ class Verdict:
     reason: str | None = None
     error: float = math.nan
     bound: float = math.nan
-
-
-def relative_error(actual: Tensor, exact: Tensor, scale: float | None = None) -> float:
-    """|actual - exact| / |exact|, Euclidean norms in fp64 (or over ``scale``); absolute where that is 0."""
-    if actual.shape != exact.shape:
-        return math.inf
-    exact = exact.double()
-    norm = float(exact.norm()) if scale is None else scale
-    return float((actual.double() - exact).norm()) / (norm if norm > 0 else 1.0)
-
-
-def errors(observed: Observed, exact: Observed) -> dict[str, float]:
-    """Every output's error, that of all gradients together, and of each parameter's: inf where something is missing."""
-    found = {
-        name: relative_error(observed.outputs[name], tensor) if name in observed.outputs else math.inf
-        for name, tensor in exact.outputs.items()
-    }
-    gradients = {name: tensor for name, tensor in exact.gradients.items() if tensor is not None}
-    if not gradients:
-        return found
-    whole = math.sqrt(sum(float(tensor.double().norm()) ** 2 for tensor in gradients.values()))
-    square = 0.0
-    for name, tensor in gradients.items():
-        ours = observed.gradients.get(name)
-        if ours is None:
-            found[f"{OF_ONE}{name}"] = square = math.inf
-            continue
-        # The exact gradient of some parameters is zero, and whatever is computed for them is rounding.
-        scale = max(float(tensor.double().norm()), 1e-3 * whole)
-        found[f"{OF_ONE}{name}"] = relative_error(ours, tensor, scale)
-        square += (found[f"{OF_ONE}{name}"] * scale) ** 2
-    return found | {GRADIENTS: math.sqrt(square) / (whole or 1.0)}
-
-
-def allowance(name: str, eager: float, setting: Setting, kind: str, factor: float = FACTOR) -> float:
-    """The bound on an error, from eager's own ``eager``."""
-    if name in (GRADIENTS, OF_THE_INPUT):
-        return max(factor * eager, FLIPS)
-    if name.startswith(OF_ONE):
-        return max(2 * factor * eager, FLIPS_OF_ONE)
-    if setting.storage.itemsize == 2:
-        return max(factor * eager, 0.5 * torch.finfo(setting.storage).eps)
-    # Sums over many pixels, taken in another order.
-    return max(factor * eager, (16 if kind == "op" else 4) * torch.finfo(torch.float32).eps)
 
 
 class Gate:
@@ -175,12 +123,12 @@ class Gate:
         return self._verdict(errors(full, eager), theirs, FACTOR + 1, "eager at full size")
 
     def _verdict(self, ours: dict[str, float], theirs: dict[str, float], factor: float, against: str) -> Verdict:
-        bounds = {name: allowance(name, theirs[name], self.setting, self.case.kind, factor) for name in ours}
-        worst = max(ours, key=lambda name: _excess(ours[name], bounds[name]))
-        if not ours[worst] <= bounds[worst]:
-            missing = " (missing)" if math.isinf(ours[worst]) else ""
-            why = f"{worst} differs from {against} by {ours[worst]:.1e}{missing}, allowed {bounds[worst]:.1e}"
-            return Verdict(why, ours[worst], bounds[worst])
+        bounds = {name: allowance(name, theirs[name], self.setting.storage, self.case.kind, factor) for name in ours}
+        most = worst(ours, bounds)
+        if not ours[most] <= bounds[most]:
+            missing = " (missing)" if math.isinf(ours[most]) else ""
+            why = f"{most} differs from {against} by {ours[most]:.1e}{missing}, allowed {bounds[most]:.1e}"
+            return Verdict(why, ours[most], bounds[most])
         name = _named(ours)
         return Verdict(None, ours[name], bounds[name])
 
@@ -188,10 +136,6 @@ class Gate:
 def _named(found: dict[str, float]) -> str:
     """The error that a row shows: of all gradients, or the largest of the outputs."""
     return GRADIENTS if GRADIENTS in found else max(found, key=lambda name: found[name])
-
-
-def _excess(error: float, bound: float) -> float:
-    return math.inf if math.isnan(error) else error / bound
 
 
 def _rms(values: Sequence[float]) -> float:

@@ -21,8 +21,9 @@ from fusedres.bench.declared import declared, flops_of
 from fusedres.bench.gate import Gate
 from fusedres.bench.rows import Row
 from fusedres.bench.setting import NotSupported, Setting
-from fusedres.bench.steps import Observed, Step
-from fusedres.bench.timing import Clock, Timing, clock_for, interleave
+from fusedres.bench.steps import Step
+from fusedres.measure.accuracy import Observed
+from fusedres.measure.timing import Clock, Timing, clock_for, interleave
 from fusedres.traffic.saved import saved_bytes
 
 __all__ = ["Comparison", "DeviceLost", "Measurement", "compare"]
@@ -115,7 +116,7 @@ class Comparison:
             self.rows[contender.name] = self.row(contender.name, statuses.REFUSED, verdict.reason, **figures)
             return
         figures["saved_bytes_per_image"] = self.saved(contender, step)
-        self.rows[contender.name] = self.row(contender.name, statuses.OK, **figures)
+        self.rows[contender.name] = self.row(contender.name, statuses.OK, contender.remark(self.setting), **figures)
         if self.measurement.timed:
             self.steps[contender.name] = step
 

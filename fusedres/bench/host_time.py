@@ -1,6 +1,6 @@
 """What a step of a fused model costs the CPU that launches its kernels, without a GPU.
 
-    python -m fusedres.bench.host_time --model resnet50 --schedule moments
+    python -m fusedres.bench.host_time --model resnet50 --schedule moments --compile
 
 Kernels are decided on, given their arguments, and not started: what remains is Python and PyTorch's own calls, on one
 thread, two images small so that these compute next to nothing. What Triton and the driver take for a launch comes on
@@ -10,12 +10,13 @@ top of it. Passes are gone through at first, and then replayed (`fusedres.runtim
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -28,7 +29,7 @@ from fusedres.patterns.choose import check_schedule
 from fusedres.runtime import replay
 from fusedres.traffic.tensors import first_tensor
 
-__all__ = ["HostTime", "host_time"]
+__all__ = ["HostTime", "graph_time", "host_time"]
 
 
 class HostTime(NamedTuple):
@@ -81,6 +82,28 @@ def host_time(model: nn.Module, x: torch.Tensor, *, steps: int = 20, target: str
     return HostTime(forward, backward, launches)
 
 
+def graph_time(model: nn.Module, x: torch.Tensor, *, steps: int = 20) -> float:
+    """Median seconds of the CPU's for a step that is replayed as a CUDA graph, on the current GPU."""
+    own, images = copy.deepcopy(model).cuda(), x.cuda()
+
+    def step(images: torch.Tensor) -> torch.Tensor:
+        own.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(own.training), torch.autocast("cuda", torch.bfloat16):
+            z = first_tensor(own(images))
+            loss = F.cross_entropy(z.float(), torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.long, device=z.device))
+        if own.training:
+            loss.backward()
+        return loss.detach()
+
+    call, times = fusedres.graphed(step, images), []
+    for _ in range(4 + steps):  # the first run as they are written, and one is captured
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call(images)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[4:])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedres.bench.host_time", description=__doc__)
     parser.add_argument("--model", default="resnet50", help="as `fusedres explain` takes it (default: %(default)s)")
@@ -88,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
     parser.add_argument("--px", type=int, help="height and width of the two images (default: the model's, at most 64)")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="as torch.compile (aot_eager) runs it, too")
     options = parser.parse_args(arguments)
     try:
         check_schedule(options.schedule)
@@ -104,11 +128,21 @@ def main(arguments: list[str] | None = None) -> int:
     with replay.off():
         through = host_time(model, x, steps=options.steps)
     played = host_time(model, x, steps=options.steps)
+    rows = {"gone through": through, "replayed": played}
+    if options.compile:
+        # What a compiler of kernels would make of the rest is left out: the passes are what is measured.
+        compiled: Any = torch.compile(model, backend="aot_eager")
+        rows["compiled"] = host_time(compiled, x, steps=options.steps)
     kind = "inference" if options.infer else "training step"
     print(f"{options.model}, {kind}, schedule {options.schedule}: {played.launches} launches, not started")
     print(f"{'ms of one CPU thread':22}{'forward':>10}{'backward':>10}")
-    for name, one in ("gone through", through), ("replayed", played):
+    for name, one in rows.items():
         print(f"{name:22}{one.forward * 1e3:10.2f}{one.backward * 1e3:10.2f}")
+    if torch.cuda.is_available():
+        seconds = graph_time(model, x, steps=options.steps)
+        print(f"{'as a CUDA graph':22}{seconds * 1e3:10.2f}{'':>10}  (all of it, by one call)")
+    else:
+        print(f"{'as a CUDA graph':22}one call for all of it (fusedres.graphed), timed where there is a GPU")
     return 0
 
 

@@ -13,7 +13,7 @@ import torch
 
 import fusedres
 from fusedres.bench.setting import DTYPES, Device
-from fusedres.bench.timing import Timing, clock_for
+from fusedres.measure.timing import Timing, clock_for
 
 __all__ = ["Clocks", "Machine", "Peaks", "clocks", "machine", "peaks"]
 

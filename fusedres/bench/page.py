@@ -8,8 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fusedres.bench import pictures, tables
+from fusedres.bench import launches, pictures, tables
 from fusedres.bench.contenders import CONTENDERS
+from fusedres.bench.launches import TimedLaunch
 from fusedres.bench.published import beside
 from fusedres.bench.rows import OK, Row
 
@@ -35,8 +36,8 @@ MACHINE = (
 )
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The page's source.
+def render(rows: Sequence[Row], timed_launches: Sequence[TimedLaunch] = ()) -> str:
+    """The page's source; launches of a step, predicted against measured, come first.
 
     Raises:
         ValueError: there are no rows.
@@ -62,6 +63,14 @@ def render(rows: Sequence[Row]) -> str:
         columns=[name for name, _ in shown],
         cells={row.key: [cell(row) for _, cell in shown] for row in rows},
         ok=OK,
+        launches={
+            "sums": launches.sums(timed_launches),
+            "head": launches.HEAD,
+            "cells": launches.cells(timed_launches),
+            "picture": base64.b64encode(launches.png(timed_launches)).decode("ascii"),
+        }
+        if timed_launches
+        else None,
         pictures=[
             (name, ALT[name], base64.b64encode(pictures.png(name, rows)).decode("ascii")) for name in pictures.PICTURES
         ],
@@ -75,6 +84,6 @@ def _machines(rows: Sequence[Row]) -> list[tuple[object, ...]]:
     return list(dict.fromkeys(tuple(getattr(row, name) for name in MACHINE) for row in rows))
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write `render` of ``rows``."""
-    path.write_text(render(rows), encoding="utf-8")
+def write(path: Path, rows: Sequence[Row], timed_launches: Sequence[TimedLaunch] = ()) -> None:
+    """Write `render`."""
+    path.write_text(render(rows, timed_launches), encoding="utf-8")

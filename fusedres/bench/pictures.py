@@ -18,8 +18,8 @@ __all__ = ["PICTURES", "png", "write"]
 COLORS = dict(
     zip(
         CONTENDERS,
-        ("#b8b8b8", "#7a7a7a", "#6baed6", "#2171b5", "#525252", "#41ab5d", "#9e9ac8", "#e6550d", "#fdd0a2", "#fdae6b",
-         "#fd8d3c", "#f16913", "#7f2704", "#a63603"),
+        ("#b8b8b8", "#7a7a7a", "#6baed6", "#2171b5", "#525252", "#41ab5d", "#9e9ac8", "#e6550d", "#d94801", "#fdd0a2",
+         "#fdae6b", "#fd8d3c", "#f16913", "#7f2704", "#a63603"),
         strict=True,
     )
 )  # fmt: skip
@@ -124,6 +124,35 @@ PICTURES: dict[str, Callable[[Axes, Sequence[Row]], None]] = {
     "roofline": roofline,
     "memory": memory,
 }
+
+
+def predicted_against_measured(points: Sequence[tuple[float, float, int, str]]) -> bytes:
+    """A PNG of (predicted, measured, count, what it is bound by), microseconds, and the line where both are equal."""
+    figure = Figure(figsize=(8.0, 6.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title("Launches of a step: measured over predicted time")
+    if not points:
+        _empty(axes, "no launch was measured")
+        return _saved(figure)
+    for i, bound in enumerate(dict.fromkeys(point[3] for point in points)):
+        own = [point for point in points if point[3] == bound]
+        predicted, measured, counts, _ = zip(*own, strict=True)
+        sizes = [12 + 6 * count for count in counts]
+        axes.scatter(
+            predicted, measured, s=sizes, color=f"C{i}", alpha=0.7, edgecolors="black", linewidths=0.3,
+            label=f"bound by {bound}",
+        )  # fmt: skip
+    low = min(min(point[:2]) for point in points) / 1.5
+    high = max(max(point[:2]) for point in points) * 1.5
+    axes.plot((low, high), (low, high), color="black", linewidth=0.8, label="equal")
+    axes.plot((low, high), (2 * low, 2 * high), color="black", linewidth=0.5, linestyle=":", label="a factor of two")
+    axes.plot((low, high), (low / 2, high / 2), color="black", linewidth=0.5, linestyle=":")
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.set(xlabel="predicted, us", ylabel="measured, us")
+    axes.set_aspect("equal")
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _saved(figure)
 
 
 def _pictured(rows: Sequence[Row]) -> Sequence[Row]:

@@ -114,6 +114,11 @@ class Row:
     date: str = ""
 
     @property
+    def ours(self) -> bool:
+        """Whether a fused model or an op of ours made it."""
+        return self.contender.startswith("fused") or self.contender == "tuned"
+
+    @property
     def key(self) -> Key:
         return Key(self.case, self.mode, self.dtype, self.batch, self.px, self.contender)
 

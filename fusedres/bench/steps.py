@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedres.bench.cases import ModelCase
 from fusedres.bench.setting import Setting
+from fusedres.measure.accuracy import Observed
 from fusedres.runtime.devices import made_current
 from fusedres.traffic.tensors import first_tensor
 
-__all__ = ["Observed", "Step", "graph_step", "model_step", "op_step", "tensors_in"]
+__all__ = ["Step", "graph_step", "model_step", "op_step", "tensors_in"]
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
-
-
-class Observed(NamedTuple):
-    """Results by name, and gradients by the parameter's name (None where backward left none)."""
-
-    outputs: dict[str, Tensor]
-    gradients: dict[str, Tensor | None]
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""What came out of `make gpu`, on one page: parts, speeds beside published ones, all rows in one CSV, PNG and HTML."""
+"""What came out of `make gpu`, on one page: predicted against measured times of launches first, then parts, speeds
+beside published ones; all rows in one CSV, PNG and HTML."""
 
 from __future__ import annotations
 
@@ -6,26 +7,36 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fusedres.bench import page, pictures, tables
+from fusedres.bench import launches, page, pictures, tables
+from fusedres.bench.launches import TimedLaunch, read_launches
 from fusedres.bench.machine import machine
-from fusedres.bench.parts import Outcome, Part
+from fusedres.bench.parts import LAUNCHES, Outcome, Part
 from fusedres.bench.published import PUBLISHED, beside
 from fusedres.bench.rows import OK, Row, new_table, read_rows
 from fusedres.bench.setting import Device
 
 __all__ = ["compose", "write"]
 
+SHOWN = 40
+
 
 def write(out: Path, parts: Sequence[Part], outcomes: Mapping[str, Outcome], device: Device) -> None:
     """Gather the rows of all parts into bench.csv, bench.png and bench.html, and write summary.md."""
-    rows = rows_of_parts(out, parts)
+    rows, timed_launches = rows_of_parts(out, parts), launches_of(out)
     timed = [row for row in rows if row.median_s is not None]
     if rows:
         with new_table(out / "bench.csv", rows):
             pass
-        page.write(out / "bench.html", timed or rows)
+        page.write(out / "bench.html", timed or rows, timed_launches)
         pictures.write(out / "bench.png", timed or rows)
-    (out / "summary.md").write_text(compose(out, parts, outcomes, rows, device), encoding="utf-8")
+    summary = compose(out, parts, outcomes, rows, device, timed_launches)
+    (out / "summary.md").write_text(summary, encoding="utf-8")
+
+
+def launches_of(out: Path) -> list[TimedLaunch]:
+    """The launches of a step that were timed, if any were."""
+    path = out / f"{LAUNCHES}.csv"
+    return read_launches(path) if path.exists() else []
 
 
 def rows_of_parts(out: Path, parts: Sequence[Part]) -> list[Row]:
@@ -33,7 +44,7 @@ def rows_of_parts(out: Path, parts: Sequence[Part]) -> list[Row]:
     found: dict[tuple[object, ...], Row] = {}
     for part in parts:
         path = out / f"{part.name}.csv"
-        for row in read_rows(path) if path.exists() else ():
+        for row in read_rows(path) if path.exists() and part.name != LAUNCHES else ():
             known = found.get(row.key)
             if known is None or (known.median_s is None and row.median_s is not None):
                 found[row.key] = row
@@ -41,8 +52,9 @@ def rows_of_parts(out: Path, parts: Sequence[Part]) -> list[Row]:
 
 
 def compose(
-    out: Path, parts: Sequence[Part], outcomes: Mapping[str, Outcome], rows: Sequence[Row], device: Device
-) -> str:
+    out: Path, parts: Sequence[Part], outcomes: Mapping[str, Outcome], rows: Sequence[Row], device: Device,
+    timed_launches: Sequence[TimedLaunch] = (),
+) -> str:  # fmt: skip
     """The summary in Markdown."""
     here = machine(device)
     lines = [f"# {here.device}", ""]
@@ -51,7 +63,11 @@ def compose(
     versions = (("driver", here.driver), ("torch", here.torch), ("triton", here.triton), ("CUDA", here.cuda),
                 ("cuDNN", here.cudnn), ("commit", here.commit))  # fmt: skip
     lines += [", ".join(f"{name} {value}" for name, value in versions if value), ""]
-    lines += ["| part | | result | seconds |", "|---|---|---|---|"]
+    if timed_launches:
+        lines += ["## Predicted against measured: the launches of a step", "", *launches.table(timed_launches, SHOWN)]
+        lines += ["", f"All of them: {LAUNCHES}.csv, as a picture {LAUNCHES}.png. `fusedres calibrate {out}` fits the"]
+        lines += ["model of time to them.", ""]
+    lines += ["## Parts", "", "| part | | result | seconds |", "|---|---|---|---|"]
     for part in parts:
         outcome = outcomes.get(part.name)
         result = "not run yet" if outcome is None else " ".join(filter(None, (outcome.status, outcome.reason)))
@@ -77,12 +93,14 @@ def _tests(path: Path) -> str:
 
 def _parity(rows: Sequence[Row]) -> list[str]:
     """How many fused rows passed the gate, and which did not."""
-    gated = [row for row in rows if row.contender.startswith("fused") and row.error is not None]
+    gated = [row for row in rows if row.ours and row.error is not None]
     if not gated:
         return []
     bad = [row for row in gated if row.status != OK]
+    said = [f"- {row.group}, {row.contender}: {row.reason}" for row in gated if row.status == OK and row.reason]
     lines = [f"Of {len(gated)} comparisons of fused contenders with fp64, {len(gated) - len(bad)} passed the gate.", ""]
-    return [*lines, *(f"- {row.group}, {row.contender}: {row.status}: {row.reason}" for row in bad), *[""] * bool(bad)]
+    said += [f"- {row.group}, {row.contender}: {row.status}: {row.reason}" for row in bad]
+    return [*lines, *said, *[""] * bool(said)]
 
 
 def _beside(rows: Sequence[Row]) -> list[str]:
@@ -118,8 +136,8 @@ def _best(rows: Sequence[Row]) -> list[str]:
             groups.setdefault(row.group, []).append(row)
     lines, ahead = [], 0
     for name, group in groups.items():
-        ours = [row for row in group if row.contender.startswith("fused")]
-        others = [row for row in group if not row.contender.startswith("fused")]
+        ours = [row for row in group if row.ours]
+        others = [row for row in group if not row.ours]
         if ours and others:
             best, rival = (min(side, key=lambda row: row.median_s or 0.0) for side in (ours, others))
             ratio = (rival.median_s or 0.0) / (best.median_s or 1.0)

@@ -97,8 +97,9 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
         table.add_row(row.contender, *(cells if row.status == OK else [row.status, *cells[1:]][: len(cells)]))
     _wide(console).print(table)
     for row in rows:
-        if row.status != OK:
-            console.print(f"  {row.contender}: {row.status}: {row.reason}", markup=False, highlight=False)
+        if row.reason is not None:
+            status = "" if row.status == OK else f"{row.status}: "
+            console.print(f"  {row.contender}: {status}{row.reason}", markup=False, highlight=False)
 
 
 def _wide(console: Console) -> Console:

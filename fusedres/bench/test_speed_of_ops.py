@@ -17,7 +17,7 @@ from fusedres.bench.gate import Gate
 from fusedres.bench.ops import OPS, op
 from fusedres.bench.session import CPU_BATCH
 from fusedres.bench.setting import Setting, device_named
-from fusedres.bench.timing import CudaClock
+from fusedres.measure.timing import CudaClock
 
 DEVICE = device_named(os.environ.get("FUSEDRES_BENCH_DEVICE", "auto"))
 DTYPE = os.environ.get("FUSEDRES_BENCH_DTYPE", "bf16" if DEVICE.is_gpu else "fp32")

@@ -28,6 +28,7 @@ EXTRAS = {
     "train": ("tensorboard",),
     "vgpu": ("llvmlite",),
 }
+NEAR = "as near to fp64 as eager PyTorch is"
 # As pyproject.toml has them; pip does not hold to them what is installed later.
 OLDEST = {"torch": (2, 10), "triton": (3, 6)}
 
@@ -41,15 +42,29 @@ def add_parser(commands: Any) -> None:
         "fp64 there. With MODEL it also says which of its blocks are fused, and why not the others.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=RULE)
-    parser.set_defaults(run=lambda options: run(options.model))
+    parser.add_argument("--kernels", action="store_true", help="check every kernel by itself, too: a minute of a GPU")
+    parser.add_argument("--device", help="check this one alone: cpu, cuda, cuda:<index>, or vgpu:<target>")
+    parser.set_defaults(run=lambda options: run(options.model, kernels=options.kernels, device=options.device))
 
 
-def run(model: str | None = None) -> int:
+def run(model: str | None = None, *, kernels: bool = False, device: str | None = None) -> int:
     """Print what there is to say of this machine, and of a model; 1 if something computes what it should not.
 
+    Args:
+        model: to report on.
+        kernels: whether each of them is held against fp64 on each device.
+        device: that is checked; every one by default.
+
     Raises:
-        ValueError: no such model.
+        ValueError: no such model or device, or kernels are to be checked where none run.
     """
+    chosen = [device] if device is not None else gpus() or ["cpu"]
+    if device is not None:
+        from fusedres.bench.setting import device_named
+
+        device_named(device)
+    if kernels and "cpu" in chosen:
+        raise ValueError("kernels: expected a GPU or --device vgpu:<target>, which run them, got cpu")
     built = None
     if model is not None:
         from fusedres.models.sources import source
@@ -59,13 +74,13 @@ def run(model: str | None = None) -> int:
     for name, found in (*_versions(), *_devices(), *_extras()):
         print(f"{name:12}{found}")
     right = True
-    for device in gpus() or ["cpu"]:
+    for name in chosen:
         for dtype in ("fp32", "bf16"):
-            reason = _wrong(device, dtype)
+            reason = _wrong(name, dtype)
             right &= reason is None
-            print(
-                f"{'check':12}a fused block on {device} in {dtype}: {reason or 'as near to fp64 as eager PyTorch is'}"
-            )
+            print(f"{'check':12}a fused block on {name} in {dtype}: {reason or NEAR}")
+        if kernels:
+            right &= _kernels(name)
     if built is not None:
         print(report(fuse(built)))
     return 0 if right else 1
@@ -96,7 +111,9 @@ def _devices() -> Iterator[tuple[str, str]]:
     found = gpus()
     for index in range(len(found)):
         reason = why_not_on(index)
-        runs = f"runs the plain modules: {reason}" if reason else f"runs kernels, planned as {device_gpu(index).name}"
+        gpu = device_gpu(index)
+        times = ", its times predicted by what was measured" if gpu.measured else ""
+        runs = f"runs the plain modules: {reason}" if reason else f"runs kernels, planned as {gpu.name}{times}"
         yield f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {runs}"
     if not found:
         yield "GPU", "none that PyTorch sees; the CPU runs the library's calls"
@@ -117,6 +134,22 @@ def _installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _kernels(device: str) -> bool:
+    """Check every kernel on a device, and say what is wrong; whether nothing is."""
+    from fusedres.bench.families import KERNELS, checked
+    from fusedres.bench.setting import device_named
+
+    right, seen = True, set[str]()
+    for one in checked(device_named(device)):
+        if one.reason is None:
+            seen |= one.kernels
+        else:
+            right = False
+            print(f"{'kernels':12}{one.case} on {device} in bf16: {one.reason}")
+    print(f"{'kernels':12}{len(seen & set(KERNELS))} of {len(KERNELS)} kernels on {device} in bf16: {NEAR}")
+    return right
 
 
 def _wrong(device: str, dtype: str) -> str | None:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from importlib.metadata import version
 
-from fusedres.commands import bench, compile, coverage, demo, doctor, explain, predict, study, train
+from fusedres.commands import bench, calibrate, compile, coverage, demo, doctor, explain, predict, study, train, tune
 from fusedres.compiler.targets import Unavailable
 
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fusedres {version('fusedres')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    for command in (demo, explain, predict, compile, bench, train, study, coverage, doctor):
+    for command in (demo, explain, predict, tune, compile, bench, calibrate, train, study, coverage, doctor):
         command.add_parser(commands)
     return parser
 

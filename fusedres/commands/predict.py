@@ -22,7 +22,8 @@ BATCHES = (1, 16, 64, 256, 1024)
 class Row:
     """A step on one GPU: milliseconds, optimistic, central and pessimistic, and what each layer runs on.
 
-    ``alike``: launches whose code was taken from a binary like theirs, of a related target perhaps.
+    ``alike``: launches whose code was taken from a binary like theirs, of a related target perhaps. ``measured``:
+    whether constants of the model were measured on that GPU.
     """
 
     gpu: str
@@ -34,6 +35,7 @@ class Row:
     alike: int
     saved_mb: float
     choices: tuple[tuple[str, str], ...]
+    measured: bool = False
 
     @property
     def gain(self) -> float:
@@ -91,7 +93,7 @@ def predictions(model: str, gpus: Sequence[str], batches: Sequence[int], dtype: 
             (eager.predicted_band_ms[0], eager.predicted_ms, eager.predicted_band_ms[1]),
             (auto.predicted_band_ms[0], auto.predicted_ms, auto.predicted_band_ms[1]),
             auto.launches, told.alike(step), auto.saved_bytes_per_image / 1e6,
-            tuple((name, choice.schedule.name) for name, choice in step.choices.items()),
+            tuple((name, choice.schedule.name) for name, choice in step.choices.items()), bool(told.gpu.measured),
         )  # fmt: skip
 
 
@@ -115,6 +117,8 @@ def page(model: str, dtype: str, rows: Sequence[Row]) -> str:
         "kernel: where they are many, as on targets that the table of binaries does not hold, a figure says less.",
         "",
     ]
+    if any(row.measured for row in rows):
+        lines += ["*: by constants of the model that were measured on that GPU (`fusedres calibrate`).", ""]
     for infer in (False, True):
         chosen = [row for row in rows if row.infer is infer]
         if not chosen:
@@ -126,7 +130,8 @@ def page(model: str, dtype: str, rows: Sequence[Row]) -> str:
             "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row.gpu} | {row.batch} | {_band(row.eager)} | {_band(row.auto)} | {row.gain:.2f} x "
+            f"| {row.gpu}{' *' if row.measured else ''} | {row.batch} | {_band(row.eager)} | {_band(row.auto)} "
+            f"| {row.gain:.2f} x "
             f"| {1e3 * row.batch / row.auto[1]:,.0f} | {row.launches} ({row.alike}) | {row.saved_mb:.1f} "
             f"| {_choices(row.choices)} |"
             for row in chosen

@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
     how.add_argument("--threads", type=positive, help="CPU threads (PyTorch decides if not given)")
     how.add_argument("--workers", type=whole, help="processes that read images (default: some for image files)")
+    how.add_argument("--graph", action="store_true", help="steps as a CUDA graph: for small networks and batches")
     how.add_argument("--augment-on-device", action="store_true", help="crop, mirror and normalise on the GPU")
 
     results = parser.add_argument_group("results")

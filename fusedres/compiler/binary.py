@@ -50,6 +50,7 @@ class Binary(NamedTuple):
     num_warps: int
     num_stages: int
     all_registers: bool = False  # or as many as `known.register_limit` leaves; else what the compiler chooses
+    registers: int = 0  # that it leaves, whatever `known.register_limit` says; 0: as that says
 
     @property
     def name(self) -> str:
@@ -166,18 +167,74 @@ def compile_for(
         Unavailable: Triton is not installed.
         ValueError: no such target.
     """
+    return recipe(
+        kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages, registers=registers
+    ).made()
+
+
+class Recipe(NamedTuple):
+    """All that Triton is told to compile a kernel, in its own words: what it knows the binary by in its cache.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        signature: types by name.
+        constants: compile-time values, by place.
+        promises: what is known of arguments, by place.
+        gpu: backend, architecture and warp size.
+        options: warps, stages and registers.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    promises: dict[tuple[int], list[list[Any]]]
+    gpu: tuple[str, int | str, int]
+    options: dict[str, Any]
+
+    def made(self, source: Any = None) -> Any:
+        """The compiled kernel; ``source``: a class in place of Triton's ``ASTSource``."""
+        told = (source or ASTSource)(self.kernel, self.signature, self.constants, self.promises)
+        return triton.compile(told, target=GPUTarget(*self.gpu), options=self.options)
+
+    def is_made(self) -> bool:
+        """Whether Triton's cache holds it, so that it need not be compiled."""
+        try:
+            self.made(_Kept)
+        except _NotKept:
+            return False
+        return True
+
+
+def recipe(
+    kernel: Any, specialisation: Specialisation, target: str, *, num_warps: int = 4, num_stages: int = 3,
+    registers: int = 0,
+) -> Recipe:  # fmt: skip
+    """How `compile_for` compiles; raises as it does."""
     require_triton()
     spec = target_named(target)
     positions = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     gpu = GPUTarget(spec.backend, spec.arch, spec.warp_size)
-    source = ASTSource(
+    return Recipe(
         kernel,
         dict(specialisation.signature),
         {positions[name]: value for name, value in specialisation.constants},
         {positions[name]: promises for name, promises in _promises(kernel, specialisation, gpu)},
+        (spec.backend, spec.arch, spec.warp_size),
+        compile_options(spec.backend, num_warps, num_stages, registers=registers),
     )
-    options = compile_options(spec.backend, num_warps, num_stages, registers=registers)
-    return triton.compile(source, target=gpu, options=options)
+
+
+class _NotKept(Exception):
+    """Of a binary that would have to be compiled."""
+
+
+if triton is not None:
+
+    class _Kept(ASTSource):
+        """A source of what is in Triton's cache: to be compiled is what a kernel found there is spared."""
+
+        def make_ir(self, *arguments: Any, **keywords: Any) -> Any:
+            raise _NotKept
 
 
 def scratch_bytes(compiled: Any) -> int:

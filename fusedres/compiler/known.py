@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusedres.compiler.binary import MOST_REGISTERS, Binary, compile_for
+from fusedres.compiler.binary import MOST_REGISTERS, Binary, Recipe, recipe
 from fusedres.compiler.code import Code, Segment
 from fusedres.compiler.figures import Figures, read_figures
 from fusedres.compiler.occupancy import occupancy, registers_for
@@ -140,12 +140,22 @@ def register_limit(binary: Binary, target: str) -> int:
 
 def compile_binary(binary: Binary, target: str) -> Any:
     """As `compile_for`, what a launch was recorded to run."""
-    return _compiled(binary, target, register_limit(binary, target) if binary.all_registers else 0)
+    return recipe_of(binary, target).made()
+
+
+def recipe_of(binary: Binary, target: str) -> Recipe:
+    """How `compile_binary` compiles."""
+    limit = binary.registers or register_limit(binary, target)
+    return _recipe(binary, target, limit if binary.all_registers else 0)
+
+
+def _recipe(binary: Binary, target: str, registers: int) -> Recipe:
+    kernel, specialisation, num_warps, num_stages, *_ = binary
+    return recipe(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages, registers=registers)
 
 
 def _compiled(binary: Binary, target: str, registers: int) -> Any:
-    kernel, specialisation, num_warps, num_stages, _ = binary
-    return compile_for(kernel, specialisation, target, num_warps=num_warps, num_stages=num_stages, registers=registers)
+    return _recipe(binary, target, registers).made()
 
 
 # A limit that takes more instructions than so many times as many is no gain.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from fusedres.compiler.ahead import cores
 from fusedres.compiler.binary import Binary
 from fusedres.compiler.budgets import violations
 from fusedres.compiler.figures import Figures, read_figures
@@ -176,11 +176,6 @@ def compile_all(
     for _, target in tasks:
         target_named(target)
     return _in_parallel(tasks, jobs or cores(), _limited if limits else _read if read else _made)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 Result = tuple[Figures | None, str | None, int]

@@ -165,7 +165,9 @@ class Explanation:
             return {**vars(self.figures(step)), "bytes_per_image_by_kind": kinds, "launches_alike": self.alike(step)}
 
         choices = self.rungs[AUTO].choices if AUTO in self.rungs else {}
-        chosen = {name: {"choice": c.schedule.name, "reason": c.reason} for name, c in choices.items()}
+        chosen = {
+            name: {"choice": c.schedule.name, "source": c.source, "reason": c.reason} for name, c in choices.items()
+        }
         layers = []
         for name, by_rung in self.layers().items():
             figures = {

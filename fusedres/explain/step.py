@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fusedres.explain.meta_autocast import meta_autocast
 from fusedres.models.sources import in_one_line
 from fusedres.nn.stem import FusedStem
 from fusedres.patterns.choose import Choice, listening
 from fusedres.plan.gpus import Gpu, assume_gpu
 from fusedres.swap import fuse, report, unfuse
+from fusedres.swap.report import why_not_fused
 from fusedres.traffic.account import Account, Entry
+from fusedres.traffic.meta_autocast import meta_autocast
 from fusedres.traffic.saved import saved_bytes
 from fusedres.traffic.tensors import tensors_in
 
@@ -69,15 +70,6 @@ class Twins:
             {fused.get_submodule(name): name for name in names},
             (STEM, HEAD) if networks else (REST, REST),
         )
-
-
-def why_not_fused(model: nn.Module) -> str | None:
-    """Why nothing of a model that went through `fuse` is fused; None if some of it is."""
-    rows = report(model)
-    if any(row.fused for row in rows):
-        return None
-    reasons = "; ".join(dict.fromkeys(f"{row.name or 'the model'}: {row.reason}" for row in rows[:3]))
-    return f"nothing to fuse in it ({reasons or 'no residual block that the library knows'})"
 
 
 def _is_network(name: str, model: nn.Module, fused: list[str]) -> bool:

@@ -86,6 +86,8 @@ class FusedResNet(FusedStem, ResNet):
     """A `ResNet` with a fused stem; its stages are what their blocks are."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return super().forward(x)
         with network_pass(self, x):
             return super().forward(x)
 

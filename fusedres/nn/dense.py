@@ -1,6 +1,7 @@
 """Fused forward passes of dense blocks, of the transitions between them, and of a DenseNet's stem and end."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from fusedres.autograd import GlobalPool
 from fusedres.autograd.shortcut import NO_SHORTCUT
 from fusedres.nn.fused import Fused, FusedPass
+from fusedres.nn.in_graph import Path, in_graph
 from fusedres.nn.kinds import plain_type
 from fusedres.nn.layers import bare_layer_of, layer_of, norm_of
 from fusedres.nn.network import network_pass
@@ -262,20 +264,54 @@ class FusedDenseEnds(Fused):
 
     fused_parts = staticmethod(end_parts)
 
+    def fused_paths(self) -> tuple[Path, ...]:
+        names = list(part(self, "features")._modules)
+        stem = NAMES if tuple(names[:4]) == NAMES else ()
+        return tuple(("features", name) for name in (*stem, names[-1]))
+
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return self._by_compiler(super().forward, x)
         parts: EndParts | None = self.parts_now(x)
         if parts is None:
             plain: Tensor = super().forward(x)
             return plain
         with network_pass(self, x):
-            stem = None
-            if parts.stem is not None:
-                stem = self.attempt(parts, run_stem_parts, x, parts.stem, self.fused_schedule)
-            x = x if stem is None else stem
-            for module in (*(parts.first if stem is None else ()), *parts.middle):
+            x = self.fused_first(x, parts)
+            for module in parts.middle:
                 x = module(x)
-            end = self.attempt(parts, run_bn_act, x, norm_of(parts.norm))
-            x = torch.relu(parts.norm(x)) if end is None else end
+            x = self.fused_end(x, parts)
         classifier: Any = self.classifier
         logits: Tensor = classifier(torch.flatten(GlobalPool.apply(x), 1))
+        return logits
+
+    def fused_first(self, x: Tensor, parts: EndParts | None = None) -> Tensor:
+        """What is given to the first dense block."""
+        parts = self.parts_of(self) if parts is None else parts
+        stem = None
+        if parts.stem is not None:
+            stem = self.attempt(parts, run_stem_parts, x, parts.stem, self.fused_schedule)
+        if stem is not None:
+            return stem
+        for module in parts.first:
+            x = module(x)
+        return x
+
+    def fused_end(self, x: Tensor, parts: EndParts | None = None) -> Tensor:
+        """The last batch norm and ReLU."""
+        parts = self.parts_of(self) if parts is None else parts
+        end = self.attempt(parts, run_bn_act, x, norm_of(parts.norm))
+        return torch.relu(parts.norm(x)) if end is None else end
+
+    def _by_compiler(self, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        told = self.fused_told()
+        if told is None:
+            return plain(x)
+        model: Any = self
+        blocks = list(model.features.children())[len(told[1]) - 1 : -1]
+        x = in_graph(self, "fused_first", plain, x)
+        for block in blocks:
+            x = block(x)
+        x = in_graph(self, "fused_end", plain, x)
+        logits: Tensor = model.classifier(torch.flatten(x.mean((2, 3), keepdim=True), 1))
         return logits

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fusedres.context import context
+from fusedres.nn.in_graph import Path, Told, in_graph, told_of
+from fusedres.nn.norms import group_of
 from fusedres.nn.parts import NotFusable, Pair, why_not_others, why_not_pairs
 from fusedres.nn.patched import Watch, watches_of, why_overridden, why_patched
 from fusedres.nn.scripting import twin_of_class
 from fusedres.nn.size_rule import too_small
 from fusedres.nn.tracing import is_read, is_traced
 from fusedres.patterns.choose import AUTO
+from fusedres.patterns.online import Online
 from fusedres.runtime import switches
+from fusedres.runtime.collectives import is_one_of_several
 from fusedres.runtime.fallback import attempt
-from fusedres.runtime.launch import left_to_library, wants_kernels
+from fusedres.runtime.graphs import launches
+from fusedres.runtime.launch import left_to_library
+from fusedres.runtime.plans import Chosen
+from fusedres.runtime.text import Untold
+from fusedres.runtime.torch_private import constant_to_compilers
 
 
 class Parts(Protocol):
@@ -67,6 +77,18 @@ class Fused(nn.Module):
     fused_schedule: str = AUTO
     """The schedule asked for; what `fuse` sets on the instance."""
 
+    fused_name: str = ""
+    """Where it stood in the model that was fused."""
+
+    fused_plan: Chosen | None = None
+    """The plan that the model was fused with; None: the user's own for the GPU at hand, if there is one."""
+
+    fused_online: Online | None = None
+    """What measures choices while the model trains, one for all of a model's modules."""
+
+    fused_choices: Mapping[str, str] = {}
+    """What ``"auto"`` took in calls since the model was fused, and whether that was measured or predicted."""
+
     fused_failure: str | None = None
     """Why no kernel is tried any more; set on the instance where one could not be started."""
 
@@ -75,6 +97,9 @@ class Fused(nn.Module):
 
     fused_weights: int | None = None
     """How many weights its convolutions had: by them ``"auto"`` tells on a CPU whether a call is worth a fused pass."""
+
+    fused_prepared: tuple[Any, ...] = ()
+    """Of a network: the kinds of passes whose binaries were compiled before they ran."""
 
     fused_watches: tuple[Watch, ...] = ()
     """The plain code that the fused pass stands for."""
@@ -109,6 +134,18 @@ class Fused(nn.Module):
         z = None if parts is None else self.attempt(parts, run, x, parts)
         return plain(x) if z is None else z
 
+    def fused_prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out what takes the values of tensors, before a call with such arguments is put into a graph."""
+
+    @constant_to_compilers
+    def fused_told(self) -> Told | None:
+        """What a compiler is told of the module, that goes through its code; None: that it runs the plain modules."""
+        return None if type(self).why_plain(self) is not None else told_of(self, self.fused_paths())
+
+    def fused_paths(self) -> tuple[Path, ...]:
+        """Which of the modules below it its fused passes stand for."""
+        return ((),)
+
     @classmethod
     def why_plain(cls, module: nn.Module) -> str | None:
         """Why the next call of a module of this class would run the plain forward, or None."""
@@ -127,9 +164,11 @@ class Fused(nn.Module):
         return None
 
     def goes_plain(self, x: Any) -> bool:
-        """Whether a call runs the plain modules: somebody traces it, there is nothing to compute, or ``"auto"``
-        has nothing better on this GPU."""
-        if switches.DISABLED or self.fused_failure is not None or is_traced(x) or not x.numel():
+        """Whether a call runs the plain modules: somebody traces it, there is nothing to compute and nobody who waits
+        for it, or ``"auto"`` has nothing better on this GPU."""
+        if switches.DISABLED or self.fused_failure is not None or is_traced(x):
+            return True
+        if not x.numel() and (x.shape[:1].numel() or not is_one_of_several()):
             return True
         return self.fused_schedule == AUTO and left_to_library(x)
 
@@ -138,7 +177,7 @@ class Fused(nn.Module):
         auto = self.fused_schedule == AUTO
         # Asked first, of what the block weighed the last time: where little is computed, asking is felt.
         known = self.fused_weights
-        if auto and known is not None and not is_read() and too_small(x, known):
+        if auto and known is not None and not is_read() and not is_one_of_several() and too_small(x, known):
             return None
         if self.goes_plain(x) or why_patched(self.fused_watches) is not None:
             return None
@@ -147,6 +186,11 @@ class Fused(nn.Module):
         except NotFusable:
             return None
         folded = any(type(norm) is nn.Identity for norm in parts.norms)
+        if any(group_of(norm) is not None for norm in parts.norms):
+            # Whatever the size of its batch, a process does what the others do.
+            return parts
+        if not x.numel():
+            return None
         if auto and x.device.type == "cpu":
             self.fused_weights = sum(conv.weight.numel() for conv in parts.convs)
             # Evaluation gains by folding, which each pass would have to do anew: within noise of nothing, or less.
@@ -166,8 +210,10 @@ class Fused(nn.Module):
 
         try:
             x: Tensor = args[0]
-            return attempt(self, written, lambda: run(*args), kernels=wants_kernels(x) and not x.is_meta)
-        except NotFusable:  # before anything was launched: tensors of a kind that passes do not take
+            own = {"plan": self.fused_plan, "online": self.fused_online}
+            with context(**own) if self.fused_plan or self.fused_online else nullcontext():
+                return attempt(self, written, lambda: run(*args), kernels=launches(x))
+        except (NotFusable, Untold):  # before anything was launched: tensors of a kind that passes do not take
             return None
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -189,6 +235,8 @@ class FusedPass(Fused):
 
     def fused_or_plain(self, x: Tensor, **options: Any) -> Tensor:
         """`fused_pass` with these options, or the plain forward where that can not be now."""
+        if torch.compiler.is_dynamo_compiling():
+            return in_graph(self, "fused_or_plain", super().forward, x)
         return self.fused_or(super().forward, x, **options)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedres.nn.ahead import prepare
 from fusedres.nn.chain import FusedResidual
 from fusedres.nn.fused import Fused, FusedPass
 from fusedres.nn.parts import NotFusable
 from fusedres.nn.patched import why_overridden, why_patched
 from fusedres.nn.tracing import is_traced
 from fusedres.runtime.autocast import contraction_dtype
+from fusedres.runtime.graphs import is_graphed
 from fusedres.runtime.weights import of_network
 from fusedres.traffic.bystander import Bystander
 
@@ -20,7 +22,7 @@ def network_pass(network: Fused, x: Tensor) -> AbstractContextManager[None]:
     """Surrounds the forward pass of a network whose own code runs nothing but its modules.
 
     Under autocast the weights of all its fused blocks are rounded together at its beginning, unless a hook might write
-    to them after that.
+    to them after that. On a GPU, what its first pass launches is compiled before it.
     """
 
     def weights() -> list[Tensor]:
@@ -30,7 +32,11 @@ def network_pass(network: Fused, x: Tensor) -> AbstractContextManager[None]:
         unseen = all(_collect(child, False, found) for child in network._modules.values() if child is not None)
         return found if unseen else []
 
-    return nullcontext() if network.goes_plain(x) else of_network(x, contraction_dtype(x), weights)
+    if is_graphed(x) or network.goes_plain(x):
+        return nullcontext()
+    if x.is_cuda:
+        prepare(network, x)
+    return of_network(x, contraction_dtype(x), weights)
 
 
 def _collect(module: nn.Module, fused: bool, found: list[Tensor]) -> bool:
@@ -51,6 +57,9 @@ def through(stage: nn.Module, x: Tensor) -> Tensor:
     pass of the second, with the sums that the first one's batch norm needs. Blocks with hooks hand nothing over and are
     handed nothing: these are shown the gradients that plain blocks have. For the network whose forward calls the stage.
     """
+    if torch.compiler.is_dynamo_compiling() or is_graphed(x):
+        graphed: Tensor = stage(x)
+        return graphed
     chain = type(stage) is nn.Sequential and torch.is_grad_enabled() and not is_traced(x) and not _is_watched(stage)
     if not chain or why_patched(()) is not None:
         z: Tensor = stage(x)
@@ -73,4 +82,6 @@ def _is_watched(module: nn.Module) -> bool:
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         if not isinstance(hook, Bystander):
             return True
-    return bool(module._backward_hooks or module._backward_pre_hooks) or why_overridden("", module) is not None
+    if module._backward_hooks or module._backward_pre_hooks or module.__dict__.get("_compiled_call_impl") is not None:
+        return True
+    return why_overridden("", module) is not None

@@ -1,8 +1,9 @@
 """The classes of batch norms that fused passes compute, and what a live one of them is to a pass.
 
-They are PyTorch's BatchNorm2d, timm's with an activation of their own (their norm alone), and frozen ones, whose
-parameters and statistics are all buffers. Of the latter torchvision, Detectron2, DETR and others have a class each, so
-these are told by their name and their buffers, and tried. What derives from one of them has to compute as it does.
+They are PyTorch's BatchNorm2d and SyncBatchNorm, timm's with an activation of their own (their norm alone), and frozen
+ones, whose parameters and statistics are all buffers. Of the latter torchvision, Detectron2, DETR and others have a
+class each, so these are told by their name and their buffers, and tried. What derives from one of them has to compute
+as it does.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedres.context import here
 from fusedres.nn.patched import watches_of
 from fusedres.nn.tensors import NotFusable, tensor_of
 from fusedres.operands import Norm, NormNumbers
+from fusedres.runtime.collectives import is_one_of_several
+from fusedres.runtime.torch_private import in_backward
 
 
 class NormKind(NamedTuple):
@@ -33,7 +37,7 @@ class NormKind(NamedTuple):
 
 
 # A library is not imported for them: their modules can not be here where it is not.
-_TIMM = "timm.layers.norm_act", {"BatchNormAct2d": False, "FrozenBatchNormAct2d": True}
+_TIMM = "timm.layers.norm_act", {"BatchNormAct2d": False, "FrozenBatchNormAct2d": True, "SyncBatchNormAct": False}
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 _READ = (*_VECTORS, _COUNTER, "eps", "momentum", "training", "track_running_stats")
@@ -66,13 +70,15 @@ def norm_alone(bn: Any, x: Tensor) -> Tensor:
         return z
     if isinstance(bn, nn.BatchNorm2d):
         return nn.BatchNorm2d.forward(bn, x)
+    if isinstance(bn, nn.SyncBatchNorm):
+        return nn.SyncBatchNorm.forward(bn, x)
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
     shift = bn.bias - bn.running_mean * scale
     return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
 def _of_class(cls: type) -> NormKind | None:
-    if cls is nn.BatchNorm2d:
+    if cls in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return NormKind(cls)
     module, names = _TIMM
     for name, frozen in names.items():
@@ -146,8 +152,6 @@ def _why_not_class(name: str, bn: nn.Module) -> str | None:
     cls = type(bn)
     if cls is nn.Identity:  # folded into the convolution
         return f"{name} is an Identity, which is fused in evaluation alone" if bn.training else None
-    if isinstance(bn, nn.SyncBatchNorm):
-        return f"{name} is a {cls.__name__}, which is not fused yet"
     kind = norm_kind(bn)
     if kind is None:
         return f"{name} is a {cls.__name__}, not a plain BatchNorm2d"
@@ -157,10 +161,27 @@ def _why_not_class(name: str, bn: nn.Module) -> str | None:
     return None
 
 
+def group_of(bn: nn.Module) -> Any:
+    """The processes whose batches a live SyncBatchNorm takes for one in its present mode; None: its own alone.
+
+    Calls that are taken down to be timed are this process's alone.
+    """
+    if (
+        not isinstance(bn, nn.SyncBatchNorm)
+        or not bn.training
+        or not is_one_of_several()
+        or here().gathered is not None
+    ):
+        return None
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
 def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
     """The tensors and numbers of a live batch norm, as a call in its present mode uses them; none of an Identity.
 
-    ``conv_bias`` is that of the convolution before it.
+    ``conv_bias`` is that of the convolution before it. Of a SyncBatchNorm that waits for other processes, a pass that
+    activation checkpointing makes once more moves no running statistics.
 
     Raises:
         NotFusable: a tensor is of a class that computes in its own way, or one that has to be there is missing.
@@ -184,5 +205,8 @@ def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
     batch_stats = live.training or running_mean is None
     if live.training and not live.track_running_stats:
         running_mean = running_var = None
-    numbers = NormNumbers(live.eps, momentum, batch_stats)
+    group = group_of(bn)
+    if group is not None and in_backward():  # a pass that is made once more, of a batch that was counted
+        running_mean = running_var = counted = None
+    numbers = NormNumbers(live.eps, momentum, batch_stats, group)
     return Norm(gamma, beta, running_mean, running_var, conv_bias, counted, numbers)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from fusedres.activation import MODULES
 from fusedres.nn.plain import NoShortcut, ZeroPadShortcut
+from fusedres.runtime.graphs import is_compiled_now
 
 
 class Watch(NamedTuple):
@@ -29,8 +30,8 @@ _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 
 # What a fused pass does itself: the layers, and what they call.
 _LAYERS = (
-    nn.Conv2d, nn.BatchNorm2d, *MODULES, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Sequential,
-    ZeroPadShortcut, NoShortcut,
+    nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *MODULES, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.Sequential, ZeroPadShortcut, NoShortcut,
 )  # fmt: skip
 _FUNCTIONS = (
     "conv2d", "batch_norm", "relu", "leaky_relu", "relu6", "silu", "hardswish", "gelu", "mish", "elu", "prelu",
@@ -99,13 +100,25 @@ _TORCH_BY_OWNER = _by_owner(_TORCH)
 
 
 def why_patched(watches: tuple[Watch, ...]) -> str | None:
-    """What stands in the place of shipped code, among these and in PyTorch's own layers, or None."""
+    """What stands in the place of shipped code, among these and in PyTorch's own layers, or None.
+
+    A compiler that is being served may follow calls of modules by functions of its own.
+    """
     # Asked at every call of every block: all names of a class are looked up at once.
     as_shipped = all(names(owner) == functions for names, owner, functions in _TORCH_BY_OWNER)
     for owner, name, function in watches if as_shipped else (*watches, *_TORCH):
-        if function is None or getattr(owner, name, None) is not function:
+        found = getattr(owner, name, None)
+        if function is None or (found is not function and not _is_compilers(name, found)):
             return f"{owner.__name__}.{name} was replaced"
     return None
+
+
+def _is_compilers(name: str, found: Any) -> bool:
+    code: CodeType | None = getattr(found, "__code__", None)
+    return name in _CALLING and code is not None and code.co_filename.startswith(_TRACERS) and is_compiled_now()
+
+
+_TRACERS = os.path.dirname(fx.__file__)
 
 
 # Entries of a module's own dictionary that stand in the place of its class's methods.
@@ -118,6 +131,6 @@ def why_overridden(name: str, module: nn.Module) -> str | None:
     if not own.keys().isdisjoint(_OVERRIDES):
         method = next(method for method in _OVERRIDES if method in own)
         return f"{name}.{method} was replaced".lstrip(".")
-    if own.get("_compiled_call_impl") is not None:
-        return f"{name} was compiled on its own" if name else "it was compiled on its own"
+    if name and own.get("_compiled_call_impl") is not None:
+        return f"{name} was compiled on its own"
     return None

@@ -253,11 +253,12 @@ class _Twins:
     def of(self, module: nn.Module) -> nn.Module:
         if id(module) in self.modules:
             return self.modules[id(module)]
-        cls = plain_type(module)
-        twin: nn.Module = object.__new__(cls)
+        twin: nn.Module = object.__new__(_alone(plain_type(module)))
         self.modules[id(module)] = twin
         own = twin.__dict__
         for name, value in module.__dict__.items():
+            if name == "process_group":
+                continue
             if name in _OWN_OF_MODULES:
                 own[name] = type(value)() if isinstance(value, dict) else value
             elif isinstance(value, Tensor):
@@ -279,6 +280,11 @@ class _Twins:
         made = _tensor(name, tensor, len(self.tensors) + 1)
         self.tensors[id(tensor)] = made
         return made
+
+
+def _alone(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a twin: of a batch norm that waits for other processes, the same that waits for nobody."""
+    return nn.BatchNorm2d if cls is nn.SyncBatchNorm else cls
 
 
 def _tensor(name: str, tensor: Tensor, at: int, size: tuple[int, ...] | None = None) -> Tensor:
@@ -308,7 +314,7 @@ class _Narrow:
 
     def layer(self, live: Any) -> nn.Module:
         """A layer like a live one."""
-        twin: Any = object.__new__(plain_type(live))
+        twin: Any = object.__new__(_alone(plain_type(live)))
         twin.__dict__.update(_Twins(self.mode).of(nn.Identity()).__dict__)
         settings = ((name, value) for name, value in live.__dict__.items() if name not in twin.__dict__)
         twin.__dict__.update(settings)

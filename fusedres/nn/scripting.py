@@ -4,6 +4,7 @@ from torch import nn
 
 OF_INSTANCES = (
     "fused_schedule", "fused_failure", "fused_reordered", "fused_weights", "fused_structures", "fused_unread",
+    "fused_name", "fused_plan", "fused_online", "fused_choices", "fused_prepared",
 )  # fmt: skip
 """What fused modules have of their own, beside their class."""
 

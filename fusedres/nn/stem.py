@@ -2,9 +2,11 @@
 
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from fusedres.nn.fused import Fused
+from fusedres.nn.in_graph import Path, in_graph
 from fusedres.nn.kinds import plain_type
 from fusedres.nn.layers import layer_of, pair_of_sides
 from fusedres.nn.network import network_pass, through
@@ -108,11 +110,17 @@ class FusedStem(Fused):
     fused_stages = ("layer1", "layer2", "layer3", "layer4")
     """The names of its stages."""
 
+    def fused_paths(self) -> tuple[Path, ...]:
+        return tuple((name,) for name in self.fused_stem if isinstance(getattr(self, name, None), nn.Module))
+
     def fused_pass(self, x: Tensor, parts: StemParts) -> Tensor:
         return run_stem_parts(x, parts, self.fused_schedule)
 
     def stem(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x))))."""
+        if torch.compiler.is_dynamo_compiling():
+            z: Tensor = in_graph(self, "stem", self._plain_stem, x)
+            return z
         return self.fused_or(self._plain_stem, x)
 
     def _plain_stem(self, x: Tensor) -> Tensor:
@@ -123,10 +131,17 @@ class FusedStem(Fused):
 
     def runs_library_code(self, x: Any) -> bool:
         """Whether the library's own code is to run: somebody reads it, or has replaced it."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.fused_told() is None
         return is_traced(x) or why_patched(self.fused_watches) is not None
 
     def stem_and_stages(self, x: Tensor) -> Tensor:
         """What the last stage gives."""
+        if torch.compiler.is_dynamo_compiling():
+            x = self.stem(x)
+            for name in self.fused_stages:
+                x = getattr(self, name)(x)
+            return x
         with network_pass(self, x):
             x = self.stem(x)
             for name in self.fused_stages:

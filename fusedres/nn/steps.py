@@ -14,12 +14,12 @@ from fusedres.autograd.shortcut import NO_SHORTCUT, Identity, Projection, Residu
 from fusedres.functional import add_act
 from fusedres.nn.fused import Fused
 from fusedres.nn.layers import layer_of
-from fusedres.nn.norms import norm_alone, norm_of
+from fusedres.nn.norms import group_of, norm_alone, norm_of
 from fusedres.nn.parts import Named, NotFusable, Pair, why_not_others, why_not_parts
 from fusedres.nn.size_rule import too_small
 from fusedres.nn.stem import pool_geometry
 from fusedres.nn.tensors import tensor_of
-from fusedres.nn.tracing import PLAIN_TENSORS
+from fusedres.nn.tracing import is_plain
 from fusedres.operands import Layer
 from fusedres.patterns.bn_act import run_bn_act, run_bn_prelu
 from fusedres.patterns.chain import run_chain
@@ -27,7 +27,8 @@ from fusedres.patterns.choose import AUTO
 from fusedres.patterns.stem import run_stem
 from fusedres.runtime.autocast import contraction_dtype
 from fusedres.runtime.fallback import attempt
-from fusedres.runtime.launch import wants_kernels
+from fusedres.runtime.graphs import launches
+from fusedres.runtime.text import Untold
 
 Values = list[Any]
 """What the nodes of a forward gave, by their places in it; the last is a set of the places of those that the plain
@@ -184,15 +185,16 @@ class FusedStep(Step):
     def attempt(self, owner: Fused, modules: Modules, values: Values) -> Tensor | None:
         """The fused pass, or None where its nodes have to run as they are."""
         operands = [values[place] for place in self.operand_places]
-        if any(type(x) not in PLAIN_TENSORS or x.dim() != 4 for x in operands):
+        if any(not is_plain(x) or x.dim() != 4 for x in operands):
             return None
         x, auto = operands[0], owner.fused_schedule == AUTO
-        if owner.fused_failure is not None or not x.numel():
+        waits = any(group_of(norm) is not None for norm in self.norms(modules))
+        if owner.fused_failure is not None or not (x.numel() or waits):
             return None
         pairs = self.pairs(modules)
         folded = self.is_folded(modules)
         convs: list[Any] = [pair.conv for pair in pairs]
-        if auto and x.device.type == "cpu":
+        if auto and x.device.type == "cpu" and not waits:
             gains = bool(pairs) and (folded or torch.is_grad_enabled() or owner.training)
             if too_small(x, sum(conv.weight.numel() for conv in convs) if gains else 0):
                 return None
@@ -208,8 +210,8 @@ class FusedStep(Step):
             return self.fused(modules, values, owner.fused_schedule)
 
         try:
-            z = attempt(owner, written, run, kernels=wants_kernels(x) and not x.is_meta)
-        except NotFusable:
+            z = attempt(owner, written, run, kernels=launches(x))
+        except (NotFusable, Untold):
             return None
         follows = has_channels_last(x) and self.x not in values[-1]
         if z is None or follows or any(has_channels_last(conv.weight) for conv in convs):

@@ -137,8 +137,15 @@ class Finder:
         with _lock:
             return self._found(module, inputs)
 
+    def known(self, module: nn.Module, inputs: Inputs | None) -> Found | None:
+        """What was found of such a module before, without reading it."""
+        return _known.get(self._key(module, inputs))
+
+    def _key(self, module: nn.Module, inputs: Inputs | None) -> Any:
+        return self.fingerprint(module), _aliases(module), inputs
+
     def _found(self, module: nn.Module, inputs: Inputs | None) -> Found:
-        key = (self.fingerprint(module), _aliases(module), inputs)
+        key = self._key(module, inputs)
         known = _known.get(key)
         if known is None or (isinstance(known, Structure) and not known.reading.is_of_code()):
             try:

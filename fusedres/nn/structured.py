@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.nn.fused import Fused, fused_type
+from fusedres.nn.in_graph import in_graph
 from fusedres.nn.inputs import Inputs, forward_of
 from fusedres.nn.kinds import plain_type
 from fusedres.nn.parts import NotFusable
@@ -18,6 +19,8 @@ from fusedres.nn.steps import Modules
 from fusedres.nn.structure import Finder, Structure, StructureParts, structure_at
 from fusedres.nn.tracing import is_read
 from fusedres.patterns.choose import AUTO
+from fusedres.runtime.collectives import is_one_of_several
+from fusedres.runtime.graphs import is_compiled_now
 
 
 class FusedStructure(Fused):
@@ -49,6 +52,8 @@ class FusedStructure(Fused):
         return StructureParts(structure, modules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return in_graph(self, "forward", super().forward, *args, **kwargs)
         taken = None if is_read() else self._taken(args, kwargs)
         if taken is None:
             return super().forward(*args, **kwargs)
@@ -72,7 +77,7 @@ class FusedStructure(Fused):
             return None
         inputs, tensors = bound
         x, known = tensors[0], self.fused_weights
-        if known is not None and self.fused_schedule == AUTO:
+        if known is not None and self.fused_schedule == AUTO and not is_one_of_several():
             # Asked first, of what the module weighed the last time: where little is computed, asking is felt.
             gains = self.training or torch.is_grad_enabled()
             if too_small(x, known if gains else 0):
@@ -82,6 +87,11 @@ class FusedStructure(Fused):
         if (self.training, inputs) in self.fused_unread:
             return None
         taken = self._remembered(inputs)
+        if taken is None and is_compiled_now():
+            # A compiler's tensors have no values by which something could be tried.
+            taken = self._known_before(inputs)
+            if taken is None:
+                return None
         if taken is None:
             found = proved(self, inputs)
             modules = None if isinstance(found, str) else found.modules_of(self)
@@ -95,6 +105,26 @@ class FusedStructure(Fused):
         if structure.refused is not None:
             return None
         return structure, modules, tensors
+
+    def _known_before(self, inputs: Inputs) -> tuple[Structure, Modules] | None:
+        """The structure that was found of such a module when it was fused, or in another call."""
+        forward = forward_of(plain_type(self))
+        usual = not isinstance(forward, str) and inputs == forward.without_options()
+        for asked in (inputs, None) if usual else (inputs,):
+            found = Finder().known(self, asked)
+            if isinstance(found, Structure) and found.proved and found.reading.is_of_code():
+                modules = found.modules_of(self)
+                if modules is not None:
+                    return found, modules
+        return None
+
+    def fused_prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forward = forward_of(plain_type(self))
+        bound = None if isinstance(forward, str) else forward.bound(args, kwargs)
+        if bound is not None and self._remembered(bound[0]) is None:
+            found = proved(self, bound[0])
+            if isinstance(found, Structure):
+                self.__dict__["fused_structures"] = (*self.fused_structures[-3:], found.index)
 
     def _remembered(self, inputs: Inputs) -> tuple[Structure, Modules] | None:
         """One of the structures that the module had before, which it has again."""

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from fusedres.nn.tracing import PLAIN_TENSORS
+from fusedres.nn.tracing import is_plain
+from fusedres.runtime.graphs import signed
 
 
 class NotFusable(Exception):
@@ -16,6 +17,6 @@ def tensor_of(name: str, module: nn.Module) -> Tensor | None:
         NotFusable: it is of a class that computes in its own way.
     """
     tensor = getattr(module, name, None)
-    if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+    if tensor is not None and not is_plain(tensor):
         raise NotFusable(f"{name} of a {type(module).__name__} is a {type(tensor).__name__}, not a plain tensor")
-    return None if tensor is None else tensor.resolve_neg()
+    return None if tensor is None else signed(tensor)

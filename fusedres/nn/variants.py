@@ -9,10 +9,12 @@ from fusedres.activation import IDENTITY
 from fusedres.autograd.shortcut import NO_SHORTCUT
 from fusedres.functional import add_act
 from fusedres.nn.chain import BlockParts, FusedBlock, residual_parts
+from fusedres.nn.in_graph import Told
 from fusedres.nn.layers import bare_layer_of, layer_of, norm_of, shortcut_of
 from fusedres.nn.parts import NotFusable, check_fusable, relu_part, why_not_bare
 from fusedres.patterns.bn_act import run_bn_act
 from fusedres.patterns.preact import run_preact
+from fusedres.runtime.torch_private import constant_to_compilers
 
 
 def rectified_parts(block: Any) -> BlockParts:
@@ -79,6 +81,11 @@ class FusedStochastic(FusedBlock):
 
     fused_parts = staticmethod(rectified_parts)
     survival: float
+
+    @constant_to_compilers
+    def fused_told(self) -> Told | None:
+        # A draw decides what runs in training, of which a graph would hold one.
+        return None if self.training else super().fused_told()
 
     def fused_pass(self, x: Tensor, parts: BlockParts, **options: Any) -> Tensor:
         plain: Any = self

@@ -1,6 +1,6 @@
 """The backward pass of batch norm: its two sums, the coefficients they make, and the gradient they give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from fusedres.ops.rows import (
 )
 from fusedres.ops.zero_pad_shortcut import Added, ZeroPaddedGrad, added_geometry, added_read, zero_pad_shortcut_grad
 from fusedres.plan.tiles import AddedTile, partial_tile
+from fusedres.runtime.collectives import gathered
 from fusedres.runtime.launch import launch
 
 
@@ -43,8 +44,9 @@ def added_gradient(add: Added) -> Tensor:
 class NormSums(NamedTuple):
     """What the backward pass of batch norm needs to know of all pixels, each (K,) in the statistics dtype.
 
-    ``sum_g`` and ``sum_gy``: sum(g) and sum(g * y_hat), the gradients of beta and gamma. ``q`` and ``r``: of
-    dy = p * g + q * (y - mean) + r under batch statistics, by `bn_backward_coefficients`.
+    ``sum_g`` and ``sum_gy``: sum(g) and sum(g * y_hat), the gradients of beta and gamma; of this process's pixels,
+    whoever shares the statistics. ``q`` and ``r``: of dy = p * g + q * (y - mean) + r under batch statistics, by
+    `bn_backward_coefficients`.
     """
 
     sum_g: Tensor
@@ -136,16 +138,45 @@ def finished(
         flops=2 * parts * channels + (0 if weight_parts is None else weight_parts.numel()),
         steps=steps, **columns_tile.options,
     )  # fmt: skip
-    return Finished(results, weight)
+    return Finished(of_group([results], [norm])[0], weight)
+
+
+def of_group(sums: Sequence[NormSums], norms: Sequence[Normaliser]) -> list[NormSums]:
+    """Sums of this process's pixels, with q and r by those of all that share the statistics of these batch norms, which
+    are one group for all of them, by one collective; of no group, as they are."""
+    if norms[0].shared is None:
+        return list(sums)
+    every = _shared_coefficients([(each.sum_g, each.sum_gy) for each in sums], norms)
+    return [each._replace(q=q, r=r) for each, (q, r) in zip(sums, every, strict=True)]
 
 
 def bn_backward_coefficients(sum_g: Tensor, sum_gy: Tensor, count: int, norm: Normaliser) -> tuple[Tensor, Tensor]:
     """q and r (K,) of dy = p * g + q * (y - mean) + r, from batch norm's two sums over ``count`` pixels.
 
+    Where the statistics are of several processes, so are these two sums and the count, by one collective.
+
     With a = scale, m1 = sum_g / count, m2 = sum_gy / count:  dy = a * (g - m1 - y_hat * m2), so
     p = a,  q = -a * m2 * invstd,  r = -a * m1.
     """
+    if norm.shared is None:
+        return _coefficients(sum_g, sum_gy, count, norm)
+    return _shared_coefficients([(sum_g, sum_gy)], [norm])[0]
+
+
+def _coefficients(sum_g: Tensor, sum_gy: Tensor, count: int | Tensor, norm: Normaliser) -> tuple[Tensor, Tensor]:
     return -norm.scale * norm.invstd * sum_gy / count, -norm.scale * sum_g / count
+
+
+def _shared_coefficients(
+    sums: Sequence[tuple[Tensor, Tensor]], norms: Sequence[Normaliser]
+) -> list[tuple[Tensor, Tensor]]:
+    shared = [norm.shared for norm in norms if norm.shared is not None]
+    own = [vector for pair in sums for vector in pair]
+    packed = torch.cat(own)
+    every = gathered(torch.zeros_like(packed) if shared[0].absent else packed, shared[0].group)
+    vectors = every.sum(0).split([len(vector) for vector in own])
+    total = zip(vectors[::2], vectors[1::2], shared, norms, strict=True)
+    return [_coefficients(sum_g, sum_gy, of_all.pixels, norm) for sum_g, sum_gy, of_all, norm in total]
 
 
 def bias_grad(sum_g: Tensor, norm: Normaliser, *, batch_stats: bool) -> Tensor:
@@ -271,7 +302,7 @@ def _bn_backward_triton(
 def _bn_backward_native(
     g: OutputGrad, y: Tensor, norm: Normaliser, gamma: Tensor | None, *, batch_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if gamma is None or not batch_stats:
+    if gamma is None or not batch_stats or norm.shared is not None:
         return NotImplemented
     # Where the two layouts differ the library sums in the storage dtype (dbeta off by 2e-3 in bf16).
     dtype = statistics_dtype(y.dtype)

@@ -1,15 +1,18 @@
 """From statistics to the numbers that normalise, and the running statistics beside them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedres.operands import Norm, Normaliser, Partials
+from fusedres.context import here
+from fusedres.operands import Norm, Normaliser, Partials, Shared
 from fusedres.ops.checks import check_vector
 from fusedres.ops.op import Op
 from fusedres.ops.rows import empty_partials, storable
 from fusedres.plan.tiles import PartialTile, partial_tile
+from fusedres.runtime.collectives import gathered
 from fusedres.runtime.launch import launch
 
 
@@ -38,12 +41,14 @@ def _bn_finalize(partials: Partials, norm: Norm) -> Normaliser:
 
     Args:
         partials: statistics of the raw output, (T,) and (T, K).
-        norm: the batch norm; running_mean and running_var both or neither.
+        norm: the batch norm; running_mean and running_var both or neither. With a group of processes, ``partials`` of
+            all are combined, by one collective.
 
     Returns:
         `Normaliser` in the statistics dtype.
     """
-    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, _) = norm
+    partials, shared = _of_group(partials, norm)
+    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, *_) = norm
     count, mean, m2 = _combine(partials)
     if running_mean is not None and running_var is not None:
         measured = mean if bias is None else mean + bias
@@ -51,7 +56,32 @@ def _bn_finalize(partials: Partials, norm: Norm) -> Normaliser:
         running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
     if counted is not None:
         counted.add_(1)
-    return normaliser(mean, torch.rsqrt(m2 / count + eps), gamma, beta)
+    return normaliser(mean, torch.rsqrt(m2 / count + eps), gamma, beta)._replace(shared=shared)
+
+
+def _of_group(partials: Partials, norm: Norm) -> tuple[Partials, Shared | None]:
+    """The statistics of a batch norm's group, one part of each process; of no group, those that there are."""
+    return _of_groups([partials], [norm])[0] if norm.numbers.is_shared else (partials, None)
+
+
+def _of_groups(partials: Sequence[Partials], norms: Sequence[Norm]) -> list[tuple[Partials, Shared]]:
+    """The same of batch norms that all share the statistics of one group, by one collective."""
+    group, absent = norms[0].numbers.group, here().absent
+    own = [vector for counts, mean, m2 in map(bn_combine, partials) for vector in (counts, mean[0], m2[0])]
+    packed = torch.cat(own)
+    every = gathered(torch.zeros_like(packed) if absent else packed, group).split([len(vector) for vector in own], 1)
+    found = []
+    for i in range(0, len(own), 3):
+        counts = every[i][:, 0]
+        found.append((Partials(counts, *every[i + 1 : i + 3]), Shared(counts.sum().unsqueeze(0), group, absent)))
+    return found
+
+
+def finalized_together(partials: Sequence[Partials], norms: Sequence[Norm]) -> list[Normaliser]:
+    """`bn_finalize` of batch norms that share the statistics of one group, by one collective."""
+    alone = [norm._replace(numbers=norm.numbers._replace(group=None)) for norm in norms]
+    every = zip(_of_groups(partials, norms), alone, strict=True)
+    return [bn_finalize(of_each, norm)._replace(shared=shared) for (of_each, shared), norm in every]
 
 
 bn_finalize = Op(_bn_finalize, check=_check)
@@ -59,11 +89,12 @@ bn_finalize = Op(_bn_finalize, check=_check)
 
 @bn_finalize.triton
 def _bn_finalize_triton(partials: Partials, norm: Norm) -> Normaliser:
-    parts, channels = partials.mean.shape
     if not storable(*partials) or not finalisable(norm):
         return NotImplemented
     from fusedres.kernels.bn_finalize import bn_finalize_kernel
 
+    partials, shared = _of_group(partials, norm)
+    parts, channels = partials.mean.shape
     tile, measured = partial_tile(parts), _of_parts(partials)
     outputs = normaliser_outputs(norm, channels, partials.mean.device)
     launch(
@@ -75,7 +106,7 @@ def _bn_finalize_triton(partials: Partials, norm: Norm) -> Normaliser:
         reads=(*measured, *outputs.reads), kind="batch norm", writes=outputs.writes, flops=8 * parts * channels,
         steps=(-(-parts // tile.block_parts),), **tile.options,
     )  # fmt: skip
-    return outputs.norm
+    return outputs.norm._replace(shared=shared)
 
 
 def finalisable(norm: Norm) -> bool:
@@ -98,12 +129,12 @@ class NormaliserOutputs(NamedTuple):
 
 def normaliser_outputs(norm: Norm, channels: int, device: torch.device) -> NormaliserOutputs:
     """The batch norm of `bn_finalize` in the form of a launch."""
-    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, _) = norm
+    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, *_) = norm
     normaliser = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=device))
     vectors = {"gamma_ptr": gamma, "beta_ptr": beta, "bias_ptr": None if running_mean is None else bias}
     read = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
     running = {"running_mean_ptr": running_mean, "running_var_ptr": running_var, "counted_ptr": counted}
-    written = {f"{name}_ptr": vector for name, vector in normaliser._asdict().items()}
+    written = {f"{name}_ptr": vector for name, vector in normaliser.vectors.items()}
     numbers = {"eps": float(eps), "momentum": float(momentum)}
     return NormaliserOutputs(
         normaliser, {**read, **running, **written, **numbers}, (*read, *running), (*written, *running)
@@ -197,7 +228,7 @@ def _bn_from_running_triton(norm: Norm, dtype: torch.dtype = torch.float32) -> N
     tile, channels = PartialTile(), len(mean)
     read = running_arguments(norm)
     numbers = Normaliser(*torch.empty((4, channels), dtype=torch.float32, device=mean.device))
-    written = {f"{name}_ptr": vector for name, vector in numbers._asdict().items()}
+    written = {f"{name}_ptr": vector for name, vector in numbers.vectors.items()}
     launch(
         bn_running_kernel, (-(-channels // tile.block_c),),
         {**read, **written, "eps": float(norm.numbers.eps), "C": channels, "BLOCK_C": tile.block_c},

@@ -65,9 +65,9 @@ def _bn_forward_native(
     act: Activation = RELU,
     bit_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None, Normaliser]:
-    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, _) = norm
+    gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, *_) = norm
     # With parameters in the statistics dtype, the library keeps its statistics there too, whatever y is stored in.
-    if bias is not None or gamma is None or gamma.dtype != statistics_dtype(y.dtype):
+    if norm.numbers.is_shared or bias is not None or gamma is None or gamma.dtype != statistics_dtype(y.dtype):
         return NotImplemented
     if residual is not None and residual.dtype != y.dtype:
         return NotImplemented

@@ -28,8 +28,10 @@ class ProducerGrad(NamedTuple):
 
 def input_grad(dy: Tensor, weight: Tensor, size: tuple[int, ...], geometry: Geometry) -> Tensor:
     """The transposed convolution of ``dy``, as the library computes it, channels_last."""
-    # Only the shape and layout of this operand are read, so it costs no memory traffic.
-    like = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    # Only the shape and layout of this operand are read, so it costs no memory traffic; where dy has both, no memory.
+    like = dy
+    if dy.shape != size or not dy.is_contiguous(memory_format=torch.channels_last):
+        like = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     stride, padding, dilation, groups = geometry
     du: Tensor = torch.ops.aten.convolution_backward(
         dy, like, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)

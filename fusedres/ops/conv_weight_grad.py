@@ -25,9 +25,9 @@ from fusedres.ops.device import device_activation
 from fusedres.ops.op import Op
 from fusedres.ops.rows import channels_last, storable
 from fusedres.ops.space_to_depth import packed_sums
-from fusedres.plan.conv_tiles import WeightGradTile, weight_grad_tiles
+from fusedres.plan.conv_tiles import WeightGradTile, weight_grad_tile
 from fusedres.plan.shapes import ConvVariant, depthwise
-from fusedres.plan.tiles import AddedTile, chosen
+from fusedres.plan.tiles import AddedTile
 from fusedres.runtime import backends
 from fusedres.runtime.launch import launch, target_of
 from fusedres.traffic.weigh import fastest
@@ -194,10 +194,12 @@ def weight_grad_parts(
     shape = shape_of(u, n * p * q, k, kernel, geometry)._replace(
         operands=operands_of(dy) + (pooled is not None), copied=plain and same and not (sum_dy or sum_u)
     )
-    tiles = weight_grad_tiles(shape, target_of(u.tensor))
-    if not tiles or depthwise(shape) or left_to_library(u, shape, kernel, geometry):
+    if depthwise(shape) or left_to_library(u, shape, kernel, geometry):
         return None
-    return _launched(dy, u, kernel, geometry, shape, chosen(tiles), pooled, sum_dy=sum_dy, sum_u=sum_u)
+    tile = weight_grad_tile(shape, target_of(u.tensor))
+    if tile is None:
+        return None
+    return _launched(dy, u, kernel, geometry, shape, tile, pooled, sum_dy=sum_dy, sum_u=sum_u)
 
 
 def _launched(

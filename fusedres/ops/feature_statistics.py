@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusedres.operands import OutputGrad, Partials, statistics_dtype
+from fusedres.operands import Normaliser, OutputGrad, Partials, statistics_dtype
 from fusedres.ops.bn_backward import NormSums, bn_backward_apply
 from fusedres.ops.bn_finalize import bn_combine
 from fusedres.ops.rows import channels_last, pixels
@@ -42,11 +42,13 @@ class FeatureCorrections:
         self.q, self.r = torch.zeros((2, features.shape[1]), dtype=statistics_dtype(dtype), device=features.device)
         self.ones = torch.ones_like(self.q)
 
-    def add(self, sums: NormSums) -> None:
-        """The part of a batch norm over the first channels."""
+    def add(self, sums: NormSums, numbers: Normaliser) -> None:
+        """The part of a batch norm over the first channels; where processes share statistics, its mean is another."""
         channels = len(sums.q)
         self.q[:channels] += sums.q
         self.r[:channels] += sums.r
+        if self.mean is not None and numbers.shared is not None:
+            self.r[:channels] += sums.q * (self.mean[:channels] - numbers.mean)
 
     def applied(self, sent: Tensor, first: int, end: int, *, corrected: bool) -> Tensor:
         """The gradient of channels from ``first`` to ``end``, once all of their consumers have added to ``sent``.

@@ -203,7 +203,8 @@ def _measured_input_triton(
     u: ConvInput, weight: Tensor, norm: Norm, stride: tuple[int, int] = (1, 1)
 ) -> tuple[Moments, Normaliser]:
     k, c = weight.shape[:2]
-    if not storable(weight, u.tensor) or not finalisable(norm):
+    # The statistics of y are K values, the moments of u C * C: those are what processes tell each other.
+    if norm.numbers.is_shared or not storable(weight, u.tensor) or not finalisable(norm):
         return NotImplemented
     from fusedres.kernels.moments import moments_finalize_kernel
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusedres.operands import ConvInput, Geometry, Moments, Normaliser, OutputGrad, Producer, statistics_dtype
 from fusedres.ops import onednn
-from fusedres.ops.bn_backward import added_gradient, masked_gradient
+from fusedres.ops.bn_backward import added_gradient, bn_backward_coefficients, masked_gradient
 from fusedres.ops.checks import check_producer
 from fusedres.ops.conv_forward import conv_operand
 from fusedres.ops.conv_input_grad import ProducerGrad, at_producer, with_added
@@ -126,6 +126,10 @@ def _moments_backward(
         norm: the `Normaliser` of the forward pass.
         geometry: of the 1x1 convolution.
     """
+    if moments is not None and norm.shared is not None:
+        sums = moments_sums(g, u, moments, weight, norm, geometry)
+        q, r = bn_backward_coefficients(sums.sum_g, sums.sum_gy, moments.pixels, norm)
+        return shared_moments_backward(sums, q, r, moments, weight, norm)
     d, sum_g = moments_contraction(g, u, (1, 1), geometry)
     w = weight.flatten(1).to(d.dtype)
     if moments is None:
@@ -141,6 +145,52 @@ def _moments_backward(
     )
 
 
+class MomentsSums(NamedTuple):
+    """Of a batch norm whose statistics are shared, from this process's pixels: D' (K, C), and the sums (K,) of g and of
+    g * y_hat, the gradients of beta and gamma."""
+
+    centred: Tensor
+    sum_g: Tensor
+    sum_gy: Tensor
+
+
+def moments_sums(
+    g: OutputGrad, u: ConvInput, moments: Moments, weight: Tensor, norm: Normaliser, geometry: Geometry
+) -> MomentsSums:
+    """What `moments_backward` contracts, where the statistics are of several processes; the arguments are its.
+
+    The mean of this process's own y is not that of all, but ``off`` = W mean_u - mean_y beside it:
+    dgamma = invstd * (rowsum(W * D') + off * sum(g)).
+    """
+    d, sum_g = moments_contraction(g, u, (1, 1), geometry)
+    w = weight.flatten(1).to(d.dtype)
+    centred = d - torch.outer(sum_g, moments.mean)
+    return MomentsSums(centred, sum_g, norm.invstd * ((w * centred).sum(1) + (w @ moments.mean - norm.mean) * sum_g))
+
+
+def shared_moments_backward(
+    sums: MomentsSums, q: Tensor, r: Tensor, moments: Moments, weight: Tensor, norm: Normaliser
+) -> tuple[MomentsGrad, InputGradMatrices]:
+    """What `moments_backward` gives, where the statistics are of several processes.
+
+    With dy = a g + q (y - mean_y) + r by `bn_backward_coefficients`, whose sum over this process's n pixels is not 0:
+
+        dW = a * D' + q * (W M) + (a * sum(g) + n * (r + q * off)) mean^T
+        Q = -W^T diag(q) W    c = -W^T (r + q * off) - Q mean
+    """
+    centred, sum_g, dgamma = sums
+    count, mean, m2 = moments
+    w = weight.flatten(1).to(centred.dtype)
+    constant = r + q * (w @ mean - norm.mean)
+    rest = norm.scale * sum_g + count * constant
+    dweight = norm.scale.unsqueeze(1) * centred + q.unsqueeze(1) * (w @ m2) + torch.outer(rest, mean)
+    quadratic = w.t() @ (q.unsqueeze(1) * w)
+    matrices = frozen_matrices(weight, norm)._replace(
+        quadratic=quadratic.unsqueeze(1), constants=(w.t() @ constant - quadratic @ mean).unsqueeze(0)
+    )
+    return MomentsGrad(dweight, dgamma, sum_g), matrices
+
+
 moments_backward = Op(_moments_backward)
 
 
@@ -148,7 +198,8 @@ moments_backward = Op(_moments_backward)
 def _moments_backward_triton(
     g: OutputGrad, u: ConvInput, moments: Moments | None, weight: Tensor, norm: Normaliser, geometry: Geometry
 ) -> tuple[MomentsGrad, InputGradMatrices]:
-    parts = weight_grad_parts(g, u, (1, 1), geometry) if storable(weight) else None
+    shared = norm.shared is not None and moments is not None
+    parts = weight_grad_parts(g, u, (1, 1), geometry) if storable(weight) and not shared else None
     if parts is None:
         return NotImplemented
     from fusedres.kernels.moments import moments_matrices_kernel
@@ -324,11 +375,19 @@ def _launched(
         return None
     square = None
     if matrices.quadratic is not None and matrices.constants is not None:
-        square = InputMatrices(matrices.quadratic.to(dtype), matrices.constants)
+        square = InputMatrices(_in_terms(matrices.quadratic, dtype), matrices.constants)
     consumed = None if square is None else u
     return launch_input_grad(
         g, weight, size, geometry, x=consumed, matrices=square, add=add, producer=producer, x_stride=x_stride
     )
+
+
+def _in_terms(quadratic: Tensor, dtype: torch.dtype) -> Tensor:
+    """Q (C, terms, C) in a storage dtype: of 16 bits, the two terms that the matrix is rounded to."""
+    if quadratic.dtype == dtype or dtype == torch.float32:
+        return quadratic.to(dtype)
+    first = quadratic.to(dtype)
+    return torch.cat([first, (quadratic - first.to(quadratic.dtype)).to(dtype)], 1)
 
 
 @moments_input_grad.native

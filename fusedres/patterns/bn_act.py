@@ -5,11 +5,13 @@ from torch import Tensor
 from fusedres.activation import RELU, Activation
 from fusedres.autograd import BNAddAct, BNPReLU
 from fusedres.autograd.ends import BNAddActSpec, BNPReLUSpec
+from fusedres.context import context
 from fusedres.operands import Norm
 from fusedres.ops.bn_prelu import check_slope
 from fusedres.ops.checks import check_activation
-from fusedres.patterns.door import check_norm_of, partials_of
+from fusedres.patterns.door import check_norm_of, is_absent, one_sample, partials_of
 from fusedres.runtime.call import Call
+from fusedres.runtime.graphs import signed
 
 
 def run_bn_act(
@@ -31,14 +33,18 @@ def run_bn_act(
         ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
-    x = x.resolve_neg()
+    if is_absent(x, [one for one in (norm, residual_norm) if one is not None]):
+        residual = None if residual is None else one_sample(residual)
+        with context(absent=True):
+            return run_bn_act(one_sample(x), norm, act, residual=residual, residual_norm=residual_norm)[:0]
+    x = signed(x)
     size = tuple(x.shape)
     check_norm_of(size, norm)
     if residual is not None:
         check_activation("residual", residual, device=x.device)
         if tuple(residual.shape) != size:
             raise ValueError(f"residual: expected the shape of x, {size}, got {tuple(residual.shape)}")
-        residual = residual.resolve_neg()
+        residual = signed(residual)
     if residual_norm is not None:
         check_norm_of(size, residual_norm)
     other = residual_norm or Norm()
@@ -64,7 +70,10 @@ def run_bn_prelu(x: Tensor, norm: Norm, slope: Tensor) -> Tensor:
         ValueError, TypeError: naming the argument, before any running statistic or counter has changed.
     """
     check_activation("x", x)
-    x = x.resolve_neg()
+    if is_absent(x, (norm,)):
+        with context(absent=True):
+            return run_bn_prelu(one_sample(x), norm, slope)[:0]
+    x = signed(x)
     check_norm_of(tuple(x.shape), norm)
     check_slope(slope, x.shape[1], x.device)
     call = Call.on(x, (slope, *norm.tensors))

@@ -18,8 +18,10 @@ from fusedres.ops.conv_bn_act import conv_bn_act
 from fusedres.ops.rows import channels_last
 from fusedres.patterns import eager, inference
 from fusedres.patterns.choose import AUTO, chain_schedule, use_moments
-from fusedres.patterns.door import Size, check_joins, checked_size, enter, with_rounded_weights
+from fusedres.patterns.door import Size, check_joins, checked_size, enter, one_sample, with_rounded_weights
+from fusedres.patterns.graph import graphed
 from fusedres.runtime.call import Call
+from fusedres.runtime.graphs import signed
 
 
 def run_chain(
@@ -95,7 +97,7 @@ class _Chain:
         for i, layer in enumerate(self.layers[1:], start=2):
             size = checked_size(f"layer {i}", self.x, layer, size, call)
         if self.residual is not None:
-            self.shortcut = Residual(self.residual.resolve_neg())
+            self.shortcut = Residual(signed(one_sample(self.residual) if call.absent else self.residual))
             check_activation("residual", self.residual, device=self.x.device)
         check_shortcut(self.x, self.shortcut, size, call)
 
@@ -149,3 +151,6 @@ def _inferred(
     second = inference.contraction(source, projection[0]) if projection else None
     joining = shortcut.operand(x, last.weight.shape[0]) if residual is None else residual
     return conv_bn_act(main, residual=joining, second=second, act=act)[0]
+
+
+graphed(_Chain, enter)

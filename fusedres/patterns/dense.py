@@ -29,8 +29,10 @@ from fusedres.patterns.door import (
     partials_of,
     with_rounded_weights,
 )
+from fusedres.patterns.graph import graphed
 from fusedres.runtime.autocast import contraction_dtype
 from fusedres.runtime.call import Call
+from fusedres.runtime.text import known
 
 
 class DenseLayerParts(NamedTuple):
@@ -141,3 +143,7 @@ def _inferred(x: Tensor, layers: tuple[DenseLayerParts, ...], call: Call) -> Ten
         conv_forward(u, last.weight, last.geometry, out=features[:, channels:end])
         channels = end
     return features
+
+
+known(DenseLayerParts)
+graphed(_Dense, enter)

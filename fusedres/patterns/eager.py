@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d
 
-from fusedres.activation import Activation
+from fusedres.activation import IDENTITY, Activation
 from fusedres.autograd.shortcut import Projection, Residual, Shortcut
 from fusedres.operands import Layer, Norm
+from fusedres.patterns.bn_act import run_bn_act
 
 
 def normalised(y: Tensor, norm: Norm) -> Tensor:
-    """bn(y); running statistics and the count of batches move as a module's do."""
+    """bn(y); running statistics and the count of batches move as a module's do. Where it was folded, y itself."""
     numbers = norm.numbers
+    if not numbers.batch_stats and norm.running_mean is None:
+        return y
+    if numbers.is_shared:  # PyTorch's own takes no tensors on a CPU
+        return run_bn_act(y, norm, IDENTITY)
     if numbers.batch_stats and norm.counted is not None:
         with torch.no_grad():
             norm.counted.add_(1)

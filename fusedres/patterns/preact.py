@@ -25,6 +25,7 @@ from fusedres.patterns.door import (
     partials_of,
     with_rounded_weights,
 )
+from fusedres.patterns.graph import graphed
 from fusedres.runtime.call import Call
 
 
@@ -139,3 +140,6 @@ def _inferred(
     second = inference.contraction(source, projection[0]) if projection else None
     residual = shortcut.operand(x, last.weight.shape[0])
     return conv_bn_act(main, residual=residual, second=second, act=IDENTITY)[0]
+
+
+graphed(_PreAct, enter)

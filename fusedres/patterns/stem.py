@@ -21,6 +21,7 @@ from fusedres.patterns import eager, inference
 from fusedres.patterns.chain import run_chain, shapes_of
 from fusedres.patterns.choose import AUTO, chain_schedule
 from fusedres.patterns.door import checked_size, enter, with_rounded_weights
+from fusedres.patterns.graph import graphed
 from fusedres.runtime.call import Call
 from fusedres.runtime.replay import replayed
 from fusedres.traffic.weigh import fastest
@@ -107,3 +108,6 @@ def _inferred_as_it_is(x: Tensor, layer: Layer, pool: PoolGeometry, dtype: torch
 def _pooled(u: ConvInput, layer: Layer, pool: PoolGeometry) -> Tensor:
     y, _ = conv_forward(u, layer.weight, layer.geometry)
     return stem_pool(y, None, None, pool, indices=False, running=layer.norm, act=layer.act)[0]
+
+
+graphed(_Stem, enter)

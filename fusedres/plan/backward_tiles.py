@@ -6,14 +6,28 @@ read it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from fusedres.compiler.targets import Target
-from fusedres.plan.conv_tiles import MOST_WAVES
+from fusedres.plan.conv_tiles import MOST_STAGES, MOST_WAVES
+from fusedres.plan.decisions import TILE, taken
 from fusedres.plan.gpus import target_gpu
-from fusedres.plan.shapes import NARROWEST, OUTSIDE, ConvVariant, InParts, Pipelined, power_above, tensor_memory, wide
+from fusedres.plan.shapes import (
+    NARROWEST,
+    OUTSIDE,
+    ConvVariant,
+    InParts,
+    Pipelined,
+    neighbours,
+    other_parts,
+    power_above,
+    site_of,
+    tensor_memory,
+    wide,
+)
 
 # A program keeps its sums of the weight's gradient, one for each tap, in the registers of eight warps.
 MOST_SUMS = 1 << 14
@@ -42,6 +56,7 @@ class BackwardTile(InParts, Pipelined):
     num_warps: int
     num_stages: int
     parts: int
+    registers: int = 0
 
     def pieces(self, conv: ConvVariant) -> int:
         """Tiles side by side that cover the input's channels."""
@@ -86,7 +101,14 @@ def backward_tile(
         -(-MOST_WAVES * wave // pieces),
         moved // (16 * taps * conv.c * conv.k),  # written and read, half of what the operands take
     )
-    return replace(tile, parts=tile.whole_waves(conv.pixels, pieces, wave, most, part))
+    own = replace(tile, parts=tile.whole_waves(conv.pixels, pieces, wave, most, part))
+
+    def more() -> Iterator[BackwardTile]:
+        yield from neighbours(own, target, MOST_STAGES)
+        yield from other_parts(own)
+
+    decided = taken(TILE, lambda: site_of(f"both gradients{' bits' * bits}", conv), conv.pixels, [own], more)
+    return replace(decided, parts=decided.filled_parts(conv.pixels, decided.parts))
 
 
 def one_pass_pays(conv: ConvVariant, target: Target, pieces: int) -> bool:

@@ -20,7 +20,10 @@ from fusedres.plan.shapes import (
     InParts,
     Pipelined,
     halves,
+    neighbours,
+    other_parts,
     power_above,
+    site_of,
     wide,
 )
 from fusedres.plan.tiles import chosen
@@ -58,6 +61,7 @@ class ConvTile(Pipelined):
     num_warps: int
     num_stages: int
     groups_per_tile: int = 1
+    registers: int = 0
 
     @property
     def outputs(self) -> int:
@@ -172,6 +176,7 @@ class WeightGradTile(InParts, Pipelined):
     parts: int
     groups_per_tile: int = 1
     taps: int = 1
+    registers: int = 0
 
     def pieces(self, conv: ConvVariant) -> int:
         """Tiles side by side that cover the weight."""
@@ -284,4 +289,27 @@ def pinned(tile: ConvTile) -> AbstractContextManager[None]:
 def conv_tile(conv: ConvVariant, target: Target) -> ConvTile:
     """The pinned tile, or one of `conv_tiles`."""
     tile: ConvTile | None = here().conv_tile
-    return tile or chosen(conv_tiles(conv, target))
+    if tile is not None:
+        return tile
+    tiles = conv_tiles(conv, target)
+
+    def more() -> Iterator[ConvTile]:
+        for one in tiles:
+            yield from neighbours(one, target, target.shared_bytes // one.stage_bytes(conv))
+
+    return chosen(tiles, lambda: site_of("convolution", conv), conv.pixels, more)
+
+
+def weight_grad_tile(conv: ConvVariant, target: Target) -> WeightGradTile | None:
+    """One of `weight_grad_tiles`; None where groups do not fit into tiles."""
+    tiles = weight_grad_tiles(conv, target)
+    if not tiles:
+        return None
+
+    def more() -> Iterator[WeightGradTile]:
+        for one in tiles:
+            yield from neighbours(one, target, MOST_STAGES)
+            yield from other_parts(one)
+
+    tile = chosen(tiles, lambda: site_of("weight gradient", conv), conv.pixels, more)
+    return replace(tile, parts=tile.filled_parts(conv.pixels, tile.parts))

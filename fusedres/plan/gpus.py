@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fusedres.compiler.targets import TARGETS, Target
 from fusedres.context import context, here
+from fusedres.plan import constants
 
 # What long streams of loads and multiplications reach of a data sheet's figures: 3.0 of an H100's 3.35 TB/s, 800 of
 # its 989 TFLOP/s.
@@ -34,6 +36,7 @@ class Gpu:
         fp32_tflops: fp32 outside of matrix units.
         source: where the figures stand.
         alike: the entry whose figures were scaled, of a device that the table does not hold.
+        measured: constants of the model of time by name, of `plan.constants.BOUNDS`, in place of its own.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Gpu:
     fp32_tflops: float
     source: str
     alike: str | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def arch(self) -> int | str:
@@ -120,7 +124,10 @@ HERE = "here"
 
 
 def gpu_named(name: str) -> Gpu:
-    """The `Gpu` called ``name``, or the first device of this machine for ``"here"``; ValueError otherwise."""
+    """The `Gpu` called ``name``, or the first device of this machine for ``"here"``; ValueError otherwise.
+
+    With the constants that this user has had measured for it (`fusedres calibrate`).
+    """
     if name.lower() == HERE:
         if not torch.cuda.is_available():
             raise ValueError(f"gpu: expected a machine with a GPU for {HERE!r}, and PyTorch sees none")
@@ -129,15 +136,28 @@ def gpu_named(name: str) -> Gpu:
     if key not in GPUS:
         near = difflib.get_close_matches(key, GPUS, n=5, cutoff=0.5) or list(GPUS)
         raise ValueError(f"gpu: expected a name such as {', '.join(near)}, got {name!r}")
-    return GPUS[key]
+    return _as_measured(GPUS[key])
 
 
 @functools.cache
 def device_gpu(index: int) -> Gpu:
-    """The table's entry for a CUDA or HIP device, or that of the one which is nearest, scaled to it."""
+    """The table's entry for a CUDA or HIP device, or that of the one which is nearest, scaled to it; and measured
+    constants, as in `gpu_named`."""
     properties: Any = torch.cuda.get_device_properties(index)
     found = nearest_gpu(properties.name, _target(properties))
-    return found if found.title in properties.name.lower() else scaled(found, properties)
+    return _as_measured(found if found.title in properties.name.lower() else scaled(found, properties))
+
+
+@functools.cache  # one object for a GPU, since choices are kept by it
+def _as_measured(gpu: Gpu) -> Gpu:
+    found = constants.measured_for(gpu.name, gpu.multiprocessors)
+    return replace(gpu, measured=found) if found else gpu
+
+
+def forget_measured() -> None:
+    """Let files of constants be read anew; a `Gpu` that is in use stays as it is."""
+    _as_measured.cache_clear()
+    device_gpu.cache_clear()
 
 
 def nearest_gpu(title: str, target: str) -> Gpu:

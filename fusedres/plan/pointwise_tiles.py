@@ -1,12 +1,23 @@
 """Which 1x1 convolutions a few blocks go through with tensor descriptors, and in which tiles: a function of shape,
 dtype and target; and a way to pin a choice."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusedres.compiler.targets import Target, triton_version
 from fusedres.context import context, here
-from fusedres.plan.shapes import ConvVariant, Pipelined, power_above, tensor_memory, wide
+from fusedres.plan.decisions import TILE, taken
+from fusedres.plan.shapes import (
+    ConvVariant,
+    Pipelined,
+    neighbours,
+    other_parts,
+    power_above,
+    site_of,
+    tensor_memory,
+    wide,
+)
 
 # What a row of memory that a descriptor describes is a multiple of, in bytes, and where its tensor begins.
 DESCRIBED = 16
@@ -34,6 +45,7 @@ class PointwiseTile(Pipelined):
     num_warps: int
     num_stages: int
     parts: int
+    registers: int = 0
 
     def pieces(self, conv: ConvVariant) -> int:
         """Tiles side by side that cover a pixel's channels."""
@@ -84,4 +96,18 @@ def pointwise_tile(conv: ConvVariant, target: Target) -> PointwiseTile | None:
     tile: PointwiseTile | None = here().pointwise_tile
     if tile is not None or here().conv_tile is not None or here().place not in (None, 0):
         return tile
-    return next(iter(pointwise_tiles(conv, target)), None)
+    tiles = pointwise_tiles(conv, target)
+    if not tiles:
+        return None
+    own = tiles[0]
+
+    def more() -> Iterator[PointwiseTile]:
+        yield from neighbours(own, target, MOST_STAGES)
+        yield from other_parts(own)
+
+    what = "convolution of single pixels"
+    tile = taken(TILE, lambda: site_of(what, conv), conv.pixels, [own, None], more)
+    if tile is None:
+        return None
+    most = -(-conv.pixels // tile.block_pixels) // LEAST_STEPS
+    return replace(tile, parts=min(tile.parts, most)) if most else None

@@ -1,9 +1,13 @@
 """What a tile is chosen for, and what tiles of several kinds have in common."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
+from fusedres.compiler.binary import MOST_REGISTERS
+from fusedres.compiler.occupancy import registers_for
 from fusedres.compiler.targets import Target
+from fusedres.plan.decisions import spelt
 
 # The narrowest side of a tile that tensor cores multiply on every target.
 NARROWEST = 16
@@ -51,6 +55,11 @@ class ConvVariant(NamedTuple):
         return self.r * self.s
 
 
+def site_of(what: str, conv: ConvVariant) -> str:
+    """What a choice for a convolution is found by, whatever its pixels."""
+    return f"{what} {spelt(tuple(conv._replace(pixels=0)))}"
+
+
 class Compiled:
     """A tile that says how its kernel is compiled."""
 
@@ -63,13 +72,34 @@ class Compiled:
 
 
 class Pipelined(Compiled):
-    """One whose loop has ``num_stages`` steps under way; shared memory says how many fit on a multiprocessor."""
+    """One whose loop has ``num_stages`` steps under way; shared memory says how many fit on a multiprocessor.
+
+    ``registers``: how many a thread may have at most; 0: what the table of binaries says.
+    """
 
     num_stages: int
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
-        return {**super().options, "num_stages": self.num_stages, "all_registers": True}
+        limit = {"registers": self.registers} if self.registers else {}
+        return {**super().options, "num_stages": self.num_stages, "all_registers": True, **limit}
+
+
+AnyPipelined = TypeVar("AnyPipelined", bound=Pipelined)
+
+
+def neighbours(tile: AnyPipelined, target: Target, most_stages: int) -> Iterator[AnyPipelined]:
+    """The same tile with a step more or less under way, and with registers for one block more or less: for tuning."""
+    held: Any = tile
+    for stages in (tile.num_stages - 1, tile.num_stages + 1):
+        if 1 <= stages <= most_stages:
+            yield replace(held, num_stages=stages)
+    if target.backend == "cuda":
+        for blocks in range(1, WARPS_OF_ALL_REGISTERS // tile.num_warps + 2):
+            limit = registers_for(blocks, tile.num_warps)
+            if limit < MOST_REGISTERS:  # or else it is none
+                yield replace(held, registers=limit)
 
 
 class InParts:
@@ -127,6 +157,14 @@ def halves(widest: int, narrowest: int = NARROWEST) -> Iterator[int]:
     while widest >= narrowest:
         yield widest
         widest //= 2
+
+
+def other_parts(tile: AnyPipelined) -> Iterator[AnyPipelined]:
+    """The same tile, which has parts, with fewer or more of them: for tuning."""
+    held: Any = tile
+    for parts in (held.parts // 2, 3 * held.parts // 4, 2 * held.parts):
+        if parts:
+            yield replace(held, parts=parts)
 
 
 def narrow_waves(target: Target) -> bool:

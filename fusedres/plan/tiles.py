@@ -1,7 +1,7 @@
 """How kernels that pass over rows of pixels cut them: pure functions of shape and dtype, and a way to pin a choice."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -10,6 +10,7 @@ import torch
 
 from fusedres.compiler.targets import Target
 from fusedres.context import context, here
+from fusedres.plan.decisions import TILE, taken
 from fusedres.plan.shapes import NARROWEST, Compiled, InParts, Pipelined, narrow_waves, power_above
 
 AnyTile = TypeVar("AnyTile")
@@ -215,10 +216,17 @@ def listed(place: int) -> AbstractContextManager[None]:
     return context(place=place)
 
 
-def chosen(tiles: Sequence[AnyTile]) -> AnyTile:
-    """The default among ``tiles``, which is the first, or what `listed` says."""
+def chosen(
+    tiles: Sequence[AnyTile], what: Callable[[], str], size: int, more: Callable[[], Iterable[AnyTile]] | None = None
+) -> AnyTile:
+    """The default among ``tiles``, which is the first, or what `listed` says, or what was decided.
+
+    Args:
+        tiles: the list.
+        what, size, more: of the site, as of `plan.decisions.taken`.
+    """
     place = here().place
-    return tiles[0 if place is None else min(place, len(tiles) - 1)]
+    return taken(TILE, what, size, tiles, more) if place is None else tiles[min(place, len(tiles) - 1)]
 
 
 def pinned(tile: RowTile) -> AbstractContextManager[None]:
@@ -229,10 +237,11 @@ def pinned(tile: RowTile) -> AbstractContextManager[None]:
 def row_tile(rows: int, channels: int, itemsize: int, vectors: int = 4) -> RowTile:
     """The pinned tile, or one of `row_tiles`."""
     tile: RowTile | None = here().row_tile
-    return tile or chosen(row_tiles(rows, channels, itemsize, vectors))
+    tiles = row_tiles(rows, channels, itemsize, vectors)
+    return tile or chosen(tiles, lambda: f"rows of {channels} x {itemsize} bytes, {vectors} vectors", rows)
 
 
 def reduction_tile(rows: int, channels: int) -> RowTile:
     """The pinned tile, or one of `reduction_tiles`."""
     tile: RowTile | None = here().row_tile
-    return tile or chosen(reduction_tiles(rows, channels))
+    return tile or chosen(reduction_tiles(rows, channels), lambda: f"sums of {channels} channels", rows)

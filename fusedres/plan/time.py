@@ -6,19 +6,22 @@ blocks, each waiting for what it loads. These overlap, but not perfectly, and a 
 bytes and FLOPs alone are known, and the shares of a data sheet's figures that such calls reach.
 
 Three sets of `Assumptions` make a band. They were fitted (tests/plan/test_time.py) to published speeds of products of
-matrices and convolutions by Triton and of eager training; nothing here has been measured by this project.
+matrices and convolutions by Triton and of eager training; nothing here has been measured by this project. What a user
+has measured of a GPU (`plan.calibrate`) its `Gpu` holds, and it stands in place of these constants.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from fusedres.compiler.code import Code, Segment
 from fusedres.compiler.occupancy import occupancy
 from fusedres.compiler.targets import TARGETS
+from fusedres.plan.constants import BOUNDS
 from fusedres.plan.gpus import Gpu
 from fusedres.plan.shapes import wide
 
@@ -43,6 +46,8 @@ class Assumptions:
         clock: share of the data sheet's clock that is held.
         synchronous: share of their rate that mma.sync reaches on tensor cores that can read shared memory themselves.
         library: how far a library's calls are from the usual, a factor of their speed.
+        tensor_cores: share of their rate by the data sheet, at the clock that is held, that tensor cores reach.
+        l2: factor of what a multiprocessor is taken to get from the L2 cache.
     """
 
     overlap: float
@@ -55,6 +60,8 @@ class Assumptions:
     clock: float
     synchronous: float
     library: float
+    tensor_cores: float = 1.0
+    l2: float = 1.0
 
 
 OPTIMISTIC = Assumptions(50, 0.88, 0.92, 350, 520, 1.0e-6, (0.48, 0.68, 0.78, 0.84), 0.98, 0.70, 1.13)
@@ -86,8 +93,27 @@ class Work(NamedTuple):
     contracts: bool
 
 
+# What a launch may be bound by, as `_terms` has it.
+BOUND_BY = ("memory", "latency", "issue", "pipe", "tensor cores", "shared memory", "L2 cache")
+GAP = "gap between launches"
+
+
 def launch_seconds(work: Work, gpu: Gpu, given: Assumptions = CENTRAL) -> float:
     """Seconds of a launch of a kernel."""
+    given = assumed(given, gpu)
+    return _norm(_terms(work, gpu, given), given.overlap) + given.gap
+
+
+def bound_by(work: Work, gpu: Gpu) -> str:
+    """What a launch waits for longest, of `BOUND_BY` or `GAP`."""
+    given = assumed(CENTRAL, gpu)
+    terms = _terms(work, gpu, given)
+    longest = max(terms)
+    return BOUND_BY[terms.index(longest)] if longest > given.gap else GAP
+
+
+def _terms(work: Work, gpu: Gpu, given: Assumptions) -> list[float]:
+    """Seconds that each of `BOUND_BY` takes."""
     reached = given.contractions if work.contracts else given.rows
     cycle = 1e-9 / (gpu.ghz * given.clock)
     side_by_side = occupancy(work.warps, work.registers, work.shared, gpu.target).blocks
@@ -95,8 +121,41 @@ def launch_seconds(work: Work, gpu: Gpu, given: Assumptions = CENTRAL) -> float:
     waves = -(-fullest // side_by_side)
     counts = _counts(work)
     terms = [work.moved / (reached * gpu.tb_per_s * 1e12), waves * _block_cycles(work, counts, gpu, given) * cycle]
-    terms += [fullest * each * cycle for each in _busy(work, counts, gpu, given, min(side_by_side, fullest))]
-    return _norm(terms, given.overlap) + given.gap
+    return terms + [fullest * each * cycle for each in _busy(work, counts, gpu, given, min(side_by_side, fullest))]
+
+
+# Names of constants (`plan.constants.BOUNDS`) of `Library` begin so; others are of `Assumptions`.
+OF_LIBRARY = "library."
+_SHARES = ("contractions", "rows", "synchronous", "tensor_cores")
+
+
+def assumed(given: Assumptions, gpu: Gpu) -> Assumptions:
+    """``given``, as far from what was measured of a GPU as it is from the central assumptions."""
+    return _moved(given, gpu) if gpu.measured else given
+
+
+@functools.lru_cache(maxsize=64)
+def _moved(given: Assumptions, gpu: Gpu) -> Assumptions:
+    changed: dict[str, float | tuple[float, ...]] = {}
+    for name, value in gpu.measured.items():
+        if name.startswith(OF_LIBRARY):
+            continue
+        mine, central = getattr(given, name), getattr(CENTRAL, name)
+        if name == "issue":
+            changed[name] = tuple(min(1.0, one * value / central[-1]) for one in mine)
+        else:
+            own = mine * value / central
+            changed[name] = min(1.0, own) if name in _SHARES else own
+    return replace(given, **changed) if changed else given  # type: ignore[arg-type]
+
+
+def constants_of(gpu: Gpu) -> dict[str, float]:
+    """Every constant that measuring can correct, as predictions for a GPU have it; of ``issue`` the highest rate."""
+    given, library = assumed(CENTRAL, gpu), library_of(gpu)
+    own = {field.name: getattr(given, field.name) for field in fields(Assumptions)}
+    own["issue"] = given.issue[-1]
+    own |= {f"{OF_LIBRARY}{name}": value for name, value in library._asdict().items()}
+    return {name: own[name] for name in BOUNDS}
 
 
 def waves_of(work: Work, gpu: Gpu) -> float:
@@ -143,9 +202,9 @@ def _busy(
     return [
         instructions * per_scheduler / _issued(given, per_scheduler * together),
         busiest * per_scheduler,
-        multiply_adds * work.warps / gpu.multiply_adds,
+        multiply_adds * work.warps / (given.tensor_cores * gpu.multiply_adds),
         shared * work.warps / SHARED_PER_CYCLE,
-        moved * work.warps / l2,
+        moved * work.warps / (given.l2 * l2),
     ]
 
 
@@ -161,7 +220,7 @@ def _block_cycles(work: Work, counts: Sequence[tuple[Segment, float]], gpu: Gpu,
     cycles = given.start
     for place, (segment, count) in enumerate(counts):
         issue = segment.instructions * per_scheduler / rate
-        multiply = segment.multiply_adds * work.warps / gpu.multiply_adds
+        multiply = segment.multiply_adds * work.warps / (given.tensor_cores * gpu.multiply_adds)
         # What a pipeline of so many stages leaves of a load's latency; before it is filled nothing is hidden.
         arriving = given.latency / max(1, work.stages - 1) if segment.copied and place else 0.0
         cycles += count * (max(issue, multiply, arriving) + given.latency * segment.waits)
@@ -195,9 +254,32 @@ AMPERE, HOPPER = Library(0.64, 0.71), Library(0.47, 0.69)
 
 
 def library_of(gpu: Gpu) -> Library:
-    """What is known of the library on an architecture."""
+    """What is known of the library on an architecture, or was measured on a GPU."""
     arch = TARGETS[gpu.target].arch
-    return AMPERE if isinstance(arch, int) and arch < 90 else HOPPER
+    usual = AMPERE if isinstance(arch, int) and arch < 90 else HOPPER
+    measured = {name.removeprefix(OF_LIBRARY): value for name, value in gpu.measured.items() if OF_LIBRARY in name}
+    return usual._replace(**measured) if measured else usual
+
+
+class LibraryCall(NamedTuple):
+    """A kernel of a library's: its kind of `traffic.aten.KINDS`, bytes, FLOPs, and FLOP/s by the data sheet."""
+
+    kind: str
+    read: int
+    written: int
+    flops: int
+    rate: float
+
+
+Timed = Work | tuple[LibraryCall, ...]
+"""What a time is predicted of: a launch of ours, or the kernels of one call into a library."""
+
+
+def seconds_of(work: Timed, gpu: Gpu, given: Assumptions = CENTRAL) -> float:
+    """Seconds of a launch or of a call."""
+    if isinstance(work, Work):
+        return launch_seconds(work, gpu, given)
+    return sum(library_seconds(*call, gpu, given) for call in work)
 
 
 def library_seconds(
@@ -213,7 +295,7 @@ def library_seconds(
         gpu: that runs it.
         given: what is assumed.
     """
-    library = library_of(gpu)
+    given, library = assumed(given, gpu), library_of(gpu)
     bandwidth = gpu.tb_per_s * 1e12
     if flops:
         reached = given.library * (library.weight_gradient if kind == "weight gradient" else 1.0)
@@ -224,3 +306,13 @@ def library_seconds(
         return _norm(terms, given.overlap) + given.gap
     share = library.rows if written > read // 8 else library.statistics
     return (read + written) / (min(0.95, share * given.library) * bandwidth) + given.gap
+
+
+def library_bound_by(call: LibraryCall, gpu: Gpu) -> str:
+    """What a library's call waits for longest, of `BOUND_BY` or `GAP`."""
+    gap, library = assumed(CENTRAL, gpu).gap, library_of(gpu)
+    moving = (call.read + call.written) / (library.bandwidth * gpu.tb_per_s * 1e12)
+    multiplying = call.flops / (library.products * call.rate)
+    if max(moving, multiplying) < gap:
+        return GAP
+    return "memory" if moving >= multiplying else "tensor cores"

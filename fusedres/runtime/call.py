@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedres.compiler.targets import Target
+from fusedres.context import here
 from fusedres.plan.gpus import Gpu, assumed_gpu, device_gpu, target_gpu
 from fusedres.runtime import autocast, backends
 from fusedres.runtime.autocast import contraction_dtype, no_autocast
@@ -33,6 +34,7 @@ class Call:
         autocast: whether it is on.
         differentiated: whether autograd follows the call.
         tf32: whether kernels may round fp32 factors to TF32.
+        absent: whether x stands for no samples, and nothing has a gradient (`context`).
         target, gpu: what runs the kernels, or is thought to; None without kernels.
     """
 
@@ -43,6 +45,7 @@ class Call:
     autocast: bool = False
     differentiated: bool = True
     tf32: bool = False
+    absent: bool = False
     target: Target | None = field(default=None, compare=False)
     gpu: Gpu | None = field(default=None, compare=False)
 
@@ -55,12 +58,13 @@ class Call:
             tensors: everything else whose gradient may be asked for.
         """
         device, dtype = x.device.type, contraction_dtype(x)
-        every = (x, *tensors) if torch.is_grad_enabled() else ()
+        # What is exported is differentiated by nobody, whatever its parameters ask for.
+        every = (x, *tensors) if torch.is_grad_enabled() and not torch.compiler.is_exporting() else ()
         differentiated = any(tensor is not None and tensor.requires_grad for tensor in every)
         decided = (backends.current(), device, autocast.enabled(device), differentiated)
         if dtype == torch.float64 or not wants_kernels(x):
-            return cls(dtype, False, *decided)
-        return cls(dtype, True, *decided, multiplies_in_tf32(x), target_of(x), gpu_of(x))
+            return cls(dtype, False, *decided, absent=here().absent)
+        return cls(dtype, True, *decided, multiplies_in_tf32(x), here().absent, target_of(x), gpu_of(x))
 
     def without_autocast(self) -> AbstractContextManager[object]:
         """Autocast off, where it is on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -23,8 +23,14 @@ T = TypeVar("T")
 class Owner(Protocol):
     """Whose pass it is."""
 
+    fused_name: str
+    """Where it stands in the model that was fused."""
+
     fused_failure: str | None
     """Why it runs its plain forward from now on."""
+
+    fused_choices: Mapping[str, str]
+    """What ``"auto"`` took, and where that is from."""
 
     fused_reordered: tuple[int, ...] | None
     """Strides of the last gradient that arrived in another layout than channels_last, and was copied."""

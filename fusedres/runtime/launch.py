@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedres.compiler.binary import Binary, Specialisation, compile_options, scratch_bytes, specialise
+from fusedres.compiler.folders import use_for
 from fusedres.compiler.known import register_limit
 from fusedres.compiler.targets import TARGETS, Target, target_named, triton, why_no_kernels
 from fusedres.context import accounts, context, here, on_all_threads
@@ -36,12 +37,13 @@ class Launch:
         kernel: the ``@triton.jit`` function.
         grid: blocks along each axis.
         specialisation: the types and constants its binary is compiled for.
-        num_warps, num_stages, all_registers: of the binary.
+        num_warps, num_stages, all_registers, registers: of the binary.
         read, written: declared bytes by argument, each byte counted once.
         flops: declared floating-point operations (a multiplication and an addition are two).
         steps: how often each loop of a block runs on average, an inner one in all, in the order in which they begin.
         kind: of work, one of `traffic.aten.KINDS`.
         counters: what the launch really did, where it was executed on the CPU.
+        arguments: every argument by name, tensors on the meta device; of a dry run that keeps them.
     """
 
     kernel: Any
@@ -56,6 +58,8 @@ class Launch:
     kind: str
     steps: tuple[float, ...] = ()
     counters: Counters | None = None
+    registers: int = 0
+    arguments: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -71,15 +75,18 @@ class Launch:
 
     @property
     def binary(self) -> Binary:
-        return Binary(self.kernel, self.specialisation, self.num_warps, self.num_stages, self.all_registers)
+        told = self.num_warps, self.num_stages, self.all_registers, self.registers
+        return Binary(self.kernel, self.specialisation, *told)
 
 
 @dataclass(eq=False)  # two that hold the same launches are still two
 class Trace:
-    """The launches of a `record` block, in order; ``target`` is the GPU of a dry run."""
+    """The launches of a `record` block, in order; ``target`` is the GPU of a dry run, ``keeps`` whether arguments are
+    kept of it."""
 
     target: str = DRY_RUN_TARGET
     launches: list[Launch] = field(default_factory=list)
+    keeps: bool = False
 
     @property
     def bytes_read(self) -> int:
@@ -191,6 +198,13 @@ def _assumed(name: str, gpu: Gpu | None) -> Target:
 
 
 @functools.cache
+def target_name(index: int) -> str:
+    """What a CUDA or HIP device is called among `compiler.TARGETS`, if it is one of them."""
+    target = _device_target(index)
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+@functools.cache
 def _device_target(index: int) -> Target:
     # Versions of torch differ in which of these their type stubs name.
     properties: Any = torch.cuda.get_device_properties(index)
@@ -201,6 +215,12 @@ def _device_target(index: int) -> Target:
     # More than a block gets unless it asks.
     shared = int(properties.shared_memory_per_block_optin)
     return Target("cuda", 10 * properties.major + properties.minor, 32, shared, properties.multi_processor_count)
+
+
+@functools.cache
+def look_into_folders(index: int) -> None:
+    """Find binaries that were compiled elsewhere; once for a device, before anything is compiled for it."""
+    use_for(target_name(index))
 
 
 def launch(
@@ -217,6 +237,7 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 3,
     all_registers: bool = False,
+    registers: int = 0,
 ) -> None:
     """Start ``kernel`` on the device of its tensors.
 
@@ -233,7 +254,7 @@ def launch(
         flops: floating-point operations.
         steps: how often each loop of a block runs on average, an inner one in all, in the order in which they begin.
         kind: of work, one of `traffic.aten.KINDS`.
-        num_warps, num_stages, all_registers: of the binary (`compiler.compile_options`).
+        num_warps, num_stages, all_registers, registers: of the binary (`compiler.Binary`).
 
     Raises:
         ValueError: a grid or a whole number beyond what kernels address, tensors on several devices, or partial bytes
@@ -251,10 +272,11 @@ def launch(
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
             target = target_of(tensor)
-            registers = 0
+            look_into_folders(tensor.get_device())
+            limit = 0
             if all_registers and target.backend == "cuda":
-                registers = _register_limit(kernel, arguments, num_warps, num_stages, f"sm_{target.arch}")
-            options = compile_options(target.backend, num_warps, num_stages, registers=registers)
+                limit = registers or _register_limit(kernel, arguments, num_warps, num_stages, f"sm_{target.arch}")
+            options = compile_options(target.backend, num_warps, num_stages, registers=limit)
             first = with_scratch(kernel[tuple(grid)])
             with nullcontext() if follower is None else follower.apart():
                 binary = _started(kernel, tensor.device, lambda: first(**arguments, **options))
@@ -283,10 +305,20 @@ def launch(
         )
         entry = Launch(
             kernel, tuple(grid), specialise(kernel, arguments), num_warps, num_stages, all_registers, read, written,
-            flops, kind, tuple(steps), counters,
+            flops, kind, tuple(steps), counters, registers,
+            dict(arguments) if tensor.is_meta and any(trace.keeps for trace in traces) else None,
         )  # fmt: skip
         for trace in traces:
             trace.launches.append(entry)
+
+
+def again(one: Launch, arguments: Mapping[str, Any]) -> None:
+    """Launch once more what was recorded, with other tensors of the same kinds."""
+    launch(
+        one.kernel, one.grid, arguments, reads=tuple(one.read), writes=tuple(one.written), flops=one.flops,
+        steps=one.steps, kind=one.kind, num_warps=one.num_warps, num_stages=one.num_stages,
+        all_registers=one.all_registers, registers=one.registers,
+    )  # fmt: skip
 
 
 def with_scratch(start: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,9 +63,12 @@ class Notes:
 
     @functools.cached_property
     def play(self) -> Callable[[list[Tensor]], Any]:
-        """Goes through the steps on operands of the kind that was noted: a function of nothing but their calls."""
+        """Goes through the steps on operands of the kind that was noted: a function of nothing but their calls.
+
+        It empties the list of them, and lets go of each tensor when nothing uses it any more.
+        """
         written = _Expressions()
-        lines = [f"{_variables(range(self.operands))} = operands"]
+        lines = [f"{_variables(range(self.operands))} = operands", "operands.clear()"]
         if any(value is STREAM for step in self.steps for value in step.kwargs.values()):
             lines.append(f"stream = {written.constant(_current_stream)}()")
         for step in self.steps:

@@ -8,7 +8,7 @@ that list is written out as a Python function, which every later pass calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -19,6 +19,7 @@ from fusedres.compiler.binary import ALIGNMENT
 from fusedres.context import context, here
 from fusedres.operands import Geometry, PoolGeometry
 from fusedres.runtime import backends, launch, switches
+from fusedres.runtime.collectives import exchange
 from fusedres.runtime.fallback import prepare_for_failure
 from fusedres.runtime.holding import Holding
 from fusedres.runtime.notes import Notes, leaves
@@ -42,18 +43,32 @@ def replayed(function: Callable[..., T], *operands: Any) -> T:
     Returns:
         What the function gives.
     """
+    return replayed_at_last(function, list(operands), _nothing)
+
+
+def replayed_at_last(function: Callable[..., T], operands: list[Any], let_go: Callable[[], object]) -> T:
+    """`replayed` by somebody who needs the operands no more: notes free each as soon as no step uses it.
+
+    Args:
+        function: as there.
+        operands: as there; emptied before notes are played.
+        let_go: is called then, too, and drops what else holds them.
+    """
     if not _possible():
         return _gone_through(function, operands)
     kind = _kind(operands)
     if kind is None:
         return _gone_through(function, operands)
     parts, tensors = kind
-    key = (function, backends.current(), launch.tf32_allowed(), thread_dispatch(), parts)
+    key = (function, backends.current(), launch.tf32_allowed(), thread_dispatch(), here().decisions, parts)
     notes = _notes.get(key, MISSING)
     if isinstance(notes, Notes):
         if key in _unchecked and not _is_captured(tensors[0]):
             del _unchecked[key]
             return cast(T, _held_against(function, operands, notes, tensors))
+        del kind
+        operands.clear()
+        let_go()
         return cast(T, notes.play(tensors))
     if notes is None:
         return _gone_through(function, operands)
@@ -64,12 +79,16 @@ def replayed(function: Callable[..., T], *operands: Any) -> T:
     result, notes = take_notes(function, operands, tensors)
     _seen.pop(key, None)
     _remember(_notes, key, notes)
-    if switches.STRICT:
+    if switches.STRICT and not _waits(notes):
         _remember(_unchecked, key, None)
     return result
 
 
-def _gone_through(function: Callable[..., T], operands: tuple[Any, ...]) -> T:
+def _nothing() -> None:
+    """Nobody holds the operands but the caller, who keeps them."""
+
+
+def _gone_through(function: Callable[..., T], operands: Sequence[Any]) -> T:
     """The pass as it is written."""
     prepare_for_failure()
     return function(*operands)
@@ -88,7 +107,7 @@ class ReplayDiffers(RuntimeError):
     """The replay of a pass gave other bits than the pass itself: a fault of fusedres."""
 
 
-def _held_against(function: Callable[..., Any], operands: tuple[Any, ...], notes: Notes, tensors: list[Tensor]) -> Any:
+def _held_against(function: Callable[..., Any], operands: Sequence[Any], notes: Notes, tensors: list[Tensor]) -> Any:
     """The replay, which must do to the bit what the pass does as it is written, operands that are written to included.
 
     Raises:
@@ -108,6 +127,11 @@ def _held_against(function: Callable[..., Any], operands: tuple[Any, ...], notes
         what = "its result" if not same else "what it wrote to its operands"
         raise ReplayDiffers(f"{function.__module__}.{function.__name__}: the replay differs in {what}")
     return result
+
+
+def _waits(notes: Notes | None) -> bool:
+    """Whether other processes take part in a pass, which go through it once."""
+    return notes is not None and any(step.call is exchange for step in notes.steps)
 
 
 def _is_captured(tensor: Tensor) -> bool:
@@ -142,12 +166,13 @@ def _possible() -> bool:
         not now.replays
         or launch.is_recorded()
         or now.tiles_by_hand
+        or now.witness is not None
         or dispatch_modes()
         or torch.compiler.is_compiling()
     )
 
 
-def _kind(operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+def _kind(operands: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
     """Everything that a call depends on besides values, and its tensors, each once; None: not all of them are plain."""
     parts: list[Any] = []
     tensors: list[Tensor] = []
@@ -160,7 +185,7 @@ SIMPLE = {type(None), bool, int, float, str, torch.dtype, torch.Size, Geometry, 
 
 
 # Not a function inside the other: one that calls itself there is part of a cycle, which would keep tensors alive.
-def _take(operands: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], places: dict[int, int]) -> bool:
+def _take(operands: Sequence[Any], parts: list[Any], tensors: list[Tensor], places: dict[int, int]) -> bool:
     plain = True
     for part in operands:
         of = part.__class__

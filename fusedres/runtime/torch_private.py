@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
@@ -19,9 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
+    "COMPILERS_TENSORS",
     "AnyBatchNorm",
     "DispatchMode",
     "arguments_of",
+    "clear_saved",
+    "constant_to_compilers",
     "convolve",
     "convolve_onto",
     "copy_all",
@@ -34,8 +39,8 @@ __all__ = [
     "hooks_on_every_module",
     "in_backward",
     "is_batch_of_gradients",
-    "is_compiled",
     "is_transformed",
+    "saves_by_hooks",
     "storage_id",
     "thread_dispatch",
     "tree_leaves",
@@ -51,18 +56,25 @@ DispatchMode = TorchDispatchMode
 """Sees every call of an operator on its thread, below autograd and autocast."""
 
 
+COMPILERS_TENSORS = (FakeTensor, FunctionalTensor)
+"""What stands for tensors where a compiler goes through a program."""
+
+
+def constant_to_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a compiler call a method of a module as it is and take the result for a constant.
+
+    As `torch.compiler.assume_constant_result`, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Modules.
 
 
 def hooks_on_every_module() -> bool:
     """Whether a hook waits for the call of every module of the process."""
     return _has_any_global_hook()
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is the wrapper that `torch.compile` returns, or compiled in place."""
-    wrapper = type(module).__module__.startswith("torch._dynamo") and hasattr(module, "_orig_mod")
-    return wrapper or module.__dict__.get("_compiled_call_impl") is not None
 
 
 def end_workers(batches: torch.utils.data.DataLoader[Any]) -> None:
@@ -92,6 +104,16 @@ current_node: Callable[[], Any] = torch._C._current_autograd_node
 def in_backward() -> bool:
     """Whether a backward pass calls, on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def clear_saved(ctx: Any) -> None:
+    """Free what a Function's context saved, inside of its backward pass and unless the graph is retained."""
+    ctx.maybe_clear_saved_tensors()
+
+
+def saves_by_hooks() -> bool:
+    """Whether what is saved for backward goes through somebody's hooks, as under activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def forward_class(node: Any) -> Any:

@@ -25,7 +25,7 @@ def lasting(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def take_notes(function: Callable[..., T], operands: tuple[Any, ...], tensors: list[Tensor]) -> tuple[T, Notes | None]:
+def take_notes(function: Callable[..., T], operands: Sequence[Any], tensors: list[Tensor]) -> tuple[T, Notes | None]:
     """What the function gives, and its notes; None where it does something that can not be noted."""
     tracer = _Tracer(tensors)
     with launch.follow(tracer), tracer:
@@ -186,7 +186,7 @@ class _Tracer(DispatchMode):
             steps.append(step)
         use(given)
         dead: dict[int, list[int]] = {}
-        for number in last.keys() - set(range(operands)) - set(given):
-            dead.setdefault(last[number], []).append(int(number))
+        for number in (last.keys() | set(range(operands))) - set(given):
+            dead.setdefault(last.get(number, 0), []).append(int(number))
         steps = [step._replace(dead=tuple(sorted(dead.get(at, ())))) for at, step in enumerate(steps)]
         return Notes(operands, steps, result, self._operands[0].device)

@@ -16,11 +16,9 @@ from fusedres.nn.steps import FusedStep, Modules
 from fusedres.nn.structure import Finder
 from fusedres.nn.structured import taken_apart
 from fusedres.nn.tracing import PLAIN_TENSORS, why_traced_everywhere
-from fusedres.runtime.torch_private import AnyBatchNorm, is_compiled
+from fusedres.runtime.torch_private import AnyBatchNorm
 from fusedres.swap.structure import inlined
 from fusedres.swap.table import Norm
-
-COMPILED = "torch.compile reads its forward: the plain modules run"
 
 
 def is_counted(norm: nn.Module) -> bool:
@@ -45,13 +43,10 @@ class Account:
         self.where: dict[int, str] = {}
         self.held: set[str] = set()
         self._finder = Finder()
-        self._compiled: list[str] = []
         absorbed: set[int] = set()
         for name, module in model.named_modules():
-            if is_compiled(module):
-                self._compiled.append(name)
             if isinstance(module, Fused) and id(module) not in absorbed:
-                self.why[name] = COMPILED if self._is_compiled(name) else why_now(module)
+                self.why[name] = why_now(module)
                 if self.why[name] is None:
                     absorbed.update(map(id, self._take(name, module)))
 
@@ -64,9 +59,6 @@ class Account:
         elif module.fused_by_structure:
             structure, _ = taken_apart(module, None, self._finder)
             yield from (module.get_submodule(path) for path in inlined(structure))
-
-    def _is_compiled(self, name: str) -> bool:
-        return any(is_inside(name, outer) for outer in self._compiled)
 
     @cached_property
     def norms(self) -> tuple[Norm, ...]:
@@ -90,8 +82,6 @@ class Account:
 
     def _reason(self, name: str, norm: nn.Module) -> str:
         """Why a batch norm is in no pass."""
-        if self._is_compiled(name):
-            return COMPILED
         if not is_counted(norm):
             return f"it is a {type(norm).__name__}, and no pass is made for those"
         if not is_norm(norm):

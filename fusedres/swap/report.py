@@ -24,9 +24,9 @@ def report(model: nn.Module) -> Report:
     """What the next call of a model runs fused, what not, and why, in the modes that its modules are in.
 
     A row is a fused module, one that `fuse` would fuse, or one with convolutions and batch norms of its own of which it
-    would fuse none, in the model's order. Every batch norm is accounted for, too: BatchNorm2d, what is used in its
-    place (`fusedres.nn.norms`) and SyncBatchNorm are counted; those of one or three dimensions are named alone, since
-    no pass is made for them.
+    would fuse none, in the model's order. Every batch norm is accounted for, too: BatchNorm2d and what is used in its
+    place (`fusedres.nn.norms`) are counted; those of one or three dimensions are named alone, since no pass is made for
+    them.
 
     Args:
         model: any module, fused or not.
@@ -83,7 +83,7 @@ def _row(account: Account, name: str, module: nn.Module, why: str | None) -> Row
     if why is not None:
         return Row(name, kind, False, None, why)
     norms = sum(where == name for where in account.where.values())
-    note = "; ".join(filter(None, (account.partly(name), _note(module))))
+    note = "; ".join(filter(None, (account.partly(name), _choices(module), _note(module))))
     return Row(name, kind, True, module.fused_schedule, "", note, norms)
 
 
@@ -112,6 +112,14 @@ def _own_layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]
             yield path, child
 
 
+def _choices(module: Fused) -> str:
+    """What ``"auto"`` took in its calls, and whether that was measured or predicted."""
+    rungs: dict[str, list[str]] = {}
+    for rung, source in module.fused_choices.items():
+        rungs.setdefault(source, []).append(rung)
+    return "; ".join(f"took {', '.join(names)}, {source}" for source, names in rungs.items())
+
+
 def _note(module: Fused) -> str:
     """What a better GPU, or a better layout in the last backward pass, would have spared, or an empty string."""
     parameter = next(module.parameters(), None)
@@ -133,3 +141,12 @@ def _holds_alone(module: nn.Module) -> bool:
     """Whether a module is a container, which has no computation of its own."""
     sequence = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
     return sequence or type(module) in (nn.ModuleList, nn.ModuleDict)
+
+
+def why_not_fused(model: nn.Module) -> str | None:
+    """Why nothing of a model that went through `fuse` is fused; None if some of it is."""
+    rows = report(model)
+    if any(row.fused for row in rows):
+        return None
+    reasons = "; ".join(dict.fromkeys(f"{row.name or 'the model'}: {row.reason}" for row in rows[:3]))
+    return f"nothing to fuse in it ({reasons or 'no residual block that the library knows'})"

@@ -1,5 +1,6 @@
 """fuse, unfuse: fused forward passes in and out of a live model by changing the class of its modules."""
 
+import os
 import warnings
 from typing import Any, TypeVar
 
@@ -11,11 +12,20 @@ from fusedres.nn.parts import NotFusable, why_not_conv, why_not_norm
 from fusedres.nn.scripting import OF_INSTANCES
 from fusedres.nn.structured import structured_class
 from fusedres.patterns.choose import AUTO, check_schedule
+from fusedres.patterns.online import Online
+from fusedres.runtime.plans import chosen_plan
 from fusedres.swap.account import Account, is_counted
 from fusedres.swap.registry import families, fused_again, fused_class
 from fusedres.swap.structure import structured_modules
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+ONLINE = "online"
+# What a module knows of its calls and its choices, which `fuse` lets it begin anew.
+STARTED_ANEW = (
+    "fused_failure", "fused_unread", "fused_plan", "fused_online", "fused_choices", "fused_prepared",
+)  # fmt: skip
 
 
 def check_model(model: nn.Module) -> None:
@@ -24,7 +34,9 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def fuse(model: Model, *, schedule: str = AUTO) -> Model:
+def fuse(
+    model: Model, *, schedule: str = AUTO, plan: str | os.PathLike[str] | None = None, tune: str | None = None
+) -> Model:
     """Give every residual block and stem that the library knows its fused forward pass, in place.
 
     A block is fused by changing its class to a subclass of its own: ``isinstance``, parameters, buffers, names and
@@ -36,17 +48,34 @@ def fuse(model: Model, *, schedule: str = AUTO) -> Model:
     Args:
         model: any module; itself may be a block.
         schedule: ``"auto"`` (chosen per layer) or a rung of the ladder for all: ``"block_end"``, ``"stats"``,
-            ``"prologue"``, ``"moments"``.
+            ``"prologue"``, ``"moments"``; ``"memory"``: what keeps fewest bytes for the backward pass.
+        plan: a file that ``fusedres tune`` wrote, which ``"auto"`` goes by. Without one it goes by what was measured on
+            this machine's GPU, if anything was, and else by what is predicted.
+        tune: ``"online"``: measure while the model trains on a GPU. In its first steps each kind of block takes turns
+            among eager PyTorch and the rungs, five times each; then the fastest stays. Every step's numbers are those
+            of one rung or another. Off under deterministic algorithms, CUDA graphs' capture and torch.distributed.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError, ValueError: the model is no module, or the schedule unknown; nothing has changed then.
+        TypeError, ValueError: the model is no module, the schedule or the way of tuning unknown, or the plan no file
+            with one; nothing has changed then.
     """
     check_model(model)
     check_schedule(schedule)
+    if tune not in (None, ONLINE):
+        raise ValueError(f"tune: expected {ONLINE!r} or None, got {tune!r}")
+    if tune is not None and schedule != AUTO:
+        raise ValueError(f"tune: expected schedule={AUTO!r} with it, which leaves a choice, got {schedule!r}")
+    own = {
+        "fused_plan": None if plan is None else chosen_plan(plan),
+        "fused_online": None if tune is None else Online(),
+    }
     swap_classes(model, schedule)
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module.__dict__.update({name: value for name, value in own.items() if value is not None})
     _warn_of_nothing(model)
     return model
 
@@ -62,11 +91,11 @@ def swap_classes(model: Model, schedule: str) -> Model:
     for module in list(structured_modules(model)):
         if not isinstance(module, Fused):
             _give_class(module, structured_class(type(module)))
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, Fused):
-            module.fused_schedule = schedule
-            for name in ("fused_failure", "fused_unread"):
-                module.__dict__.pop(name, None)
+            module.fused_schedule, module.fused_name = schedule, name
+            for own in STARTED_ANEW:
+                module.__dict__.pop(own, None)
     return model
 
 

@@ -7,7 +7,7 @@ backward a pass for the sums and one for the gradient. A convolution's two gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,14 @@ class Cost(NamedTuple):
     reread: int = 0
 
 
+class Made(NamedTuple):
+    """A call into the library, of which each kernel has its own `Cost`: an operator and what it was given."""
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
 class Call(NamedTuple):
     """One kernel of a library's, and what says how fast it multiplies.
 
@@ -39,11 +47,13 @@ class Call(NamedTuple):
         cost: what it moves and computes.
         dtype: of what it multiplies.
         tf32: whether it may round fp32 factors to TF32.
+        made: the call, where somebody wants to make it again; one object for all of its kernels.
     """
 
     cost: Cost
     dtype: torch.dtype
     tf32: bool
+    made: Made | None = None
 
     @classmethod
     def of(cls, cost: Cost, args: Sequence[Any]) -> Call:

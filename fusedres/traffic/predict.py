@@ -19,11 +19,11 @@ from fusedres.compiler.known import executed
 from fusedres.compiler.targets import TARGETS
 from fusedres.context import context, entered, here
 from fusedres.plan.gpus import Gpu
-from fusedres.plan.time import BAND, Assumptions, Work, launch_seconds, library_seconds
+from fusedres.plan.time import BAND, Assumptions, LibraryCall, Work, launch_seconds, library_seconds
 from fusedres.runtime import backends
 from fusedres.runtime.launch import Launch, Trace
 from fusedres.runtime.torch_private import DispatchMode
-from fusedres.traffic.aten import Call, costs, laid_out
+from fusedres.traffic.aten import Call, Made, costs, laid_out
 
 # Python takes this long to start a kernel.
 HOST_SECONDS = 10e-6
@@ -83,31 +83,54 @@ def predicted(run: Callable[[], object], gpu: Gpu) -> Prediction:
     Ops choose their faces as on that GPU under the backend of the one that asks, and autograd is on where it is there.
     What ``run`` raises is raised.
     """
+    found = on_paper(run, gpu)
+    for watcher in _watched:
+        watcher.extend(one for one in found if isinstance(one, Launch))
+    return prediction(found, gpu)
+
+
+def on_paper(
+    run: Callable[[], object], gpu: Gpu, *, witness: list[Any] | None = None, keep: bool = False
+) -> list[Launch | Call]:
+    """What ``run``, whose tensors are on the meta device, would launch and call on a GPU, in order; as `predicted`.
+
+    Args:
+        run: the pass.
+        gpu: that it is thought to run on.
+        witness: is told of every site where something is decided (`plan.decisions`).
+        keep: with the arguments, to launch it again.
+    """
     found: list[Launch | Call] = []
     raised: list[BaseException] = []
     asking, grad = here(), torch.is_grad_enabled()
     backend = asking.backend if backends.current() == backends.DEFAULT else "triton"
 
-    def on_paper() -> None:
-        trace = Trace(gpu.target)
+    def noted() -> None:
+        trace = Trace(gpu.target, keeps=keep)
         trace.launches = _Listed(found)
         on_gpu = context(
-            account=trace, gpu=gpu, dry_target=gpu.target, backend=backend, follower=None, listeners=(), replays=False
+            account=trace,
+            gpu=gpu,
+            dry_target=gpu.target,
+            backend=backend,
+            follower=None,
+            listeners=(),
+            replays=False,
+            witness=witness,
+            gathered=None,
         )
         try:
-            with entered(asking), on_gpu, torch.set_grad_enabled(grad), _Calls(found):
+            with entered(asking), on_gpu, torch.set_grad_enabled(grad), _Calls(found, keep):
                 run()
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=on_paper)
+    thread = threading.Thread(target=noted)
     thread.start()
     thread.join()
     if raised:
         raise raised[0]
-    for watcher in _watched:
-        watcher.extend(one for one in found if isinstance(one, Launch))
-    return prediction(found, gpu)
+    return found
 
 
 def prediction(work: Iterable[Launch | Call], gpu: Gpu) -> Prediction:
@@ -119,20 +142,24 @@ def prediction(work: Iterable[Launch | Call], gpu: Gpu) -> Prediction:
         len(every),
         sum(_moved(one) for one in every),
         sum(one.flops if isinstance(one, Launch) else one.cost.flops for one in every),
-        sum(isinstance(one, Launch) and not _is_known(one, gpu) for one in every),
+        sum(isinstance(one, Launch) and not is_known(one, gpu) for one in every),
     )
 
 
 def _seconds(one: Launch | Call, gpu: Gpu, given: Assumptions) -> float:
     if isinstance(one, Call):
-        cost, tf32 = one.cost, one.tf32 and TARGETS[gpu.target].backend == "cuda"
-        peak = gpu.peak(one.dtype, tf32=tf32)
-        return library_seconds(cost.kind, cost.read + cost.reread, cost.written, cost.flops, peak, gpu, given)
+        return library_seconds(*library_call_of(one, gpu), gpu, given)
     work = work_of(one, gpu)
     if work is not None:
         return launch_seconds(work, gpu, given)
     # A kernel of which nothing is known.
     return max(_moved(one) / (given.rows * gpu.tb_per_s * 1e12), one.flops / (gpu.fp32_tflops * 1e12)) + given.gap
+
+
+def library_call_of(one: Call, gpu: Gpu) -> LibraryCall:
+    """A library's kernel as the model of time is told of it."""
+    cost, tf32 = one.cost, one.tf32 and TARGETS[gpu.target].backend == "cuda"
+    return LibraryCall(cost.kind, cost.read + cost.reread, cost.written, cost.flops, gpu.peak(one.dtype, tf32=tf32))
 
 
 def work_of(launch: Launch, gpu: Gpu) -> Work | None:
@@ -147,7 +174,8 @@ def work_of(launch: Launch, gpu: Gpu) -> Work | None:
     )  # fmt: skip
 
 
-def _is_known(launch: Launch, gpu: Gpu) -> bool:
+def is_known(launch: Launch, gpu: Gpu) -> bool:
+    """Whether a launch is predicted from its own binary, and not from one like it."""
     known = executed(launch.binary, gpu.target)
     return known is not None and known.read
 
@@ -172,11 +200,16 @@ class _Listed(list[Launch]):
 class _Calls(DispatchMode):
     """Takes down the library's calls."""
 
-    def __init__(self, found: list[Launch | Call]) -> None:
+    def __init__(self, found: list[Launch | Call], keep: bool) -> None:
         super().__init__()
-        self.found = found
+        self.found, self.keep = found, keep
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = laid_out(func, args, func(*args, **(kwargs or {})))
-        self.found.extend(Call.of(cost, args) for cost in costs(func, args, kwargs or {}, out, grad_twice=True))
+        kwargs = kwargs or {}
+        out = laid_out(func, args, func(*args, **kwargs))
+        calls = [Call.of(cost, args) for cost in costs(func, args, kwargs, out, grad_twice=True)]
+        if self.keep:
+            made = Made(func, args, kwargs)
+            calls = [call._replace(made=made) for call in calls]
+        self.found.extend(calls)
         return out

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedres.context import here
+from fusedres.plan.decisions import WAY, Seen, Site, entered, spelt
 from fusedres.plan.gpus import Gpu
 from fusedres.runtime import backends
 from fusedres.runtime.call import gpu_of
@@ -36,6 +38,26 @@ def fastest(what: Hashable, ways: Mapping[str, Callable[..., object]], *operands
     first = next(iter(ways))
     if len(ways) < 2 or backends.current() != backends.DEFAULT:
         return first
+    now, tensor = here(), _a_tensor(operands)
+    if now.decisions is None and now.witness is None:
+        return _predicted(what, ways, operands, named)
+
+    def told() -> str:
+        name = what if isinstance(what, str) else getattr(what, "__name__", repr(what))
+        return f"{name} {_outlined((operands, tuple(sorted(named.items()))), tensor.shape[0])}"
+
+    # Measured ways go before predicted ones, which stand where nothing was measured.
+    site = Site(WAY, told(), tensor.shape[0])
+    decided = None if now.decisions is None else now.decisions.find(site)
+    way = decided if isinstance(decided, str) and decided in ways else _predicted(what, ways, operands, named)
+    if now.witness is not None:
+        now.witness.append(Seen(site, tuple(dict.fromkeys([way, *ways]))))
+    return way
+
+
+def _predicted(
+    what: Hashable, ways: Mapping[str, Callable[..., object]], operands: tuple[Any, ...], named: dict[str, Any]
+) -> str:
     gpu = gpu_of(_a_tensor(operands))
     key = (what, tuple(ways), gpu, tf32_allowed(), described(operands), described(tuple(named.values())))
     found = _fastest.get(key)
@@ -43,7 +65,9 @@ def fastest(what: Hashable, ways: Mapping[str, Callable[..., object]], *operands
         if len(_fastest) >= MOST_KEPT:
             _fastest.clear()
         paper = {name: on_meta(one) for name, one in named.items()}
-        found = _fastest[key] = _decided(ways, on_meta(operands), paper, gpu)
+        # The same whatever was decided by measuring, which the key knows nothing of.
+        with entered(None):
+            found = _fastest[key] = _decided(ways, on_meta(operands), paper, gpu)
     return found
 
 
@@ -66,19 +90,23 @@ def _decided(
     return best
 
 
-def on_meta(value: Any) -> Any:
-    """The same with tensors on the meta device in place of its own, laid out alike and as fit for gradients."""
+def on_meta(value: Any, size: Callable[[Any], int] = int) -> Any:
+    """The same with tensors on the meta device in place of its own, laid out alike and as fit for gradients.
+
+    ``size`` makes a number of each size and stride.
+    """
     if isinstance(value, Tensor):
-        paper = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        sizes, strides = map(size, value.shape), map(size, value.stride())
+        paper = torch.empty_strided(tuple(sizes), tuple(strides), dtype=value.dtype, device="meta")
         return paper.requires_grad_(value.requires_grad)
     if isinstance(value, tuple):
-        parts = [on_meta(part) for part in value]
+        parts = [on_meta(part, size) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
-        return [on_meta(part) for part in value]
+        return [on_meta(part, size) for part in value]
     if is_dataclass(value) and not isinstance(value, type):
         own = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
-        made = {name: on_meta(part) for name, part in own.items()}
+        made = {name: on_meta(part, size) for name, part in own.items()}
         changed = {name: part for name, part in made.items() if part is not own[name]}
         return replace(value, **changed) if changed else value
     return value
@@ -94,6 +122,23 @@ def described(value: Any) -> Hashable:
         return type(value), *map(described, vars(value).values())
     found: Hashable = value
     return found
+
+
+def _outlined(value: Any, batch: int) -> str:
+    """Text that is equal for operands of one kind, whatever the batch: of tensors that are not images, dtypes alone."""
+    if isinstance(value, Tensor):
+        if value.dim() != 4:
+            return f"{spelt(value.dtype)}[{value.dim()}]"
+        first = "N" if value.shape[0] == batch else str(value.shape[0])
+        rows = value.stride(1) == 1 and value.shape[1] > 1
+        return f"{spelt(value.dtype)}[{first} {' '.join(map(str, value.shape[1:]))}]{'' if rows else ' apart'}"
+    if isinstance(value, tuple | list):
+        name = type(value).__name__ if hasattr(value, "_fields") else ""
+        return f"{name}({' '.join(_outlined(part, batch) for part in value)})"
+    if is_dataclass(value) and not isinstance(value, type):
+        compared = (getattr(value, one.name) for one in fields(value) if one.compare or one.metadata.get("held"))
+        return f"{type(value).__name__}({' '.join(_outlined(part, batch) for part in compared)})"
+    return spelt(value)
 
 
 def _a_tensor(operands: Any) -> Tensor:

@@ -63,7 +63,10 @@ class LearningRate:
             self.warming = step < round(warm_up.fraction * self.total)
         rate = self.at(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):  # which a CUDA graph reads
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return rate
 
     def observe(self, error: float) -> None:
@@ -76,7 +79,7 @@ class LearningRate:
         """The error that tells a plateau."""
         if self.plateau is not None and not self.warming:
             self.plateau.step(error)
-            self.reduced = self.optimizer.param_groups[0]["lr"]
+            self.reduced = float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on."""

@@ -57,6 +57,7 @@ class TrainOptions:
     threads: int | None = None
     workers: int | None = None
     augment_on_device: bool = False
+    graph: bool = False
     seed: int = 0
     out: Path | None = None
     resume: bool = False
@@ -167,6 +168,7 @@ class _Setting:
             channels_last=options.channels_last,
             workers=default if options.workers is None else options.workers,
             augment_on_device=options.augment_on_device,
+            graph=options.graph,
         )
 
     def _open(self, download: bool) -> Data:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedres.runtime.graphed import Graphed, graphed
 from fusedres.traffic.tensors import first_tensor
 from fusedres.train import checkpoint, memory
 from fusedres.train.augment import Augment
@@ -41,17 +42,28 @@ class Diverged(RuntimeError):
 
 
 class Settings(NamedTuple):
-    """How a training computes. ``amp`` None computes in fp32; ``workers`` read images besides this process."""
+    """How a training computes. ``amp`` None computes in fp32; ``workers`` read images besides this process; ``graph``:
+    steps are captured as a CUDA graph."""
 
     seed: int = 0
     amp: torch.dtype | None = None
     channels_last: bool = True
     workers: int = 0
     augment_on_device: bool = False
+    graph: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """What a forward pass runs in."""
         return nullcontext() if self.amp is None else torch.autocast(device.type, dtype=self.amp)
+
+
+def _check_graph(model: nn.Module, world: World) -> None:
+    if world.device.type != "cuda":
+        raise ValueError(f"graph: expected a GPU, which has graphs, got {world.device}")
+    if world.size > 1:
+        raise ValueError(f"graph: expected one process, got {world.size}")
+    if drops_blocks(model):
+        raise ValueError("graph: expected a network whose blocks all run, got one that drops some at random")
 
 
 def seed_everything(seed: int) -> None:
@@ -78,7 +90,8 @@ class Trainer:
         folder: takes the checkpoints; None keeps none.
 
     Raises:
-        ValueError: the batch is larger than the data, or not the same on every rank.
+        ValueError: the batch is larger than the data, or not the same on every rank; or a graph is asked for of what
+            can not be captured.
     """
 
     def __init__(
@@ -100,14 +113,18 @@ class Trainer:
             raise ValueError(f"batch must be between 1 and the {count} training images, got {recipe.batch}")
         if recipe.batch % world.size:
             raise ValueError(f"batch: expected a multiple of the {world.size} processes, got {recipe.batch}")
+        if settings.graph:
+            _check_graph(model, world)
         self.recipe, self.world, self.settings = recipe, world, settings
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(world.device).to(memory_format=self.format)
         self.parallel = world.wrap(self.model, unused=drops_blocks(model))
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay, nesterov=recipe.nesterov,
+            self.model.parameters(), lr=torch.tensor(recipe.lr, device=world.device) if settings.graph else recipe.lr,
+            momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov,
+            fused=settings.graph or None,
         )  # fmt: skip
+        self.graphs: dict[torch.Size, Graphed[tuple[Tensor, Tensor]]] = {}
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp is torch.float16)
         self.order = Order(count, recipe.batch, seed=settings.seed, rank=world.rank, ranks=world.size)
         self.rate = LearningRate(recipe, self.optimizer, len(self.order), layers(model))
@@ -173,7 +190,7 @@ class Trainer:
                 now = time.perf_counter()
                 speed = (total[2] - last_look[1]) / max(now - last_look[0], 1e-9)
                 last_look = (now, total[2])
-                lr = self.optimizer.param_groups[0]["lr"]
+                lr = float(self.optimizer.param_groups[0]["lr"])
                 logs.step(self.step, self.order.epoch + 1, lr, *recent, speed, memory.peak(self.world.device))
                 if stop and not over:
                     self.elapsed = now - started
@@ -192,13 +209,9 @@ class Trainer:
             images = self.augment(images, loaded.draws.to(device, non_blocking=True))
         images = images.contiguous(memory_format=self.format)
         self.rate.before(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.settings.autocast(self.world.device):
-            logits = first_tensor(self.parallel(images))
-            loss = F.cross_entropy(logits, labels)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        loss, logits = (
+            self._graph_for(images, labels)(images, labels) if self.settings.graph else self._computed(images, labels)
+        )
         self.step += 1
         with torch.no_grad():
             value = loss.detach().double()
@@ -209,6 +222,22 @@ class Trainer:
             # Noted on the device, so that the step is known without waiting for it.
             bad = torch.where(value.isfinite(), NEVER, float(self.step))
             self.sums[3] = torch.minimum(self.sums[3], bad)
+
+    def _computed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a step, which has moved the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.settings.autocast(self.world.device):
+            logits = first_tensor(self.parallel(images))
+            loss = F.cross_entropy(logits, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), logits.detach()
+
+    def _graph_for(self, images: Tensor, labels: Tensor) -> Graphed[tuple[Tensor, Tensor]]:
+        if images.shape not in self.graphs:
+            self.graphs[images.shape] = graphed(self._computed, images, labels)
+        return self.graphs[images.shape]
 
     def _look(self, wish: Stopping) -> tuple[tuple[float, ...], tuple[float, float], int]:
         """Sums over all ranks, mean loss and error since the last look, and the signal if any rank has had one."""
@@ -239,7 +268,7 @@ class Trainer:
         if result is None:
             self.elapsed = seconds
             self._stop(int(self.world.rows(self.sums.new_tensor([float(wish.requested)])).max()))
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])
         row = Epoch(
             -(-self.step // len(self.order)), self.step, lr, total[0] / count, total[1] / count, *result,
             count / max(seconds, 1e-9), seconds, memory.peak(self.world.device) / 1e6,

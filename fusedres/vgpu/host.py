@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fusedres.cache import cache_folder
 from fusedres.vgpu.errors import Unavailable
 from fusedres.vgpu.ir import ENTRY, Module
 
@@ -62,10 +63,7 @@ def _compiler() -> str | None:
 
 
 def _cache() -> Path:
-    root = os.environ.get("FUSEDRES_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fusedres"
-    )
-    return Path(root) / "vgpu"
+    return cache_folder() / "vgpu"
 
 
 def _cpu() -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedres
 from fusedres.autograd.composed import Composed
 from fusedres.autograd.function import fused_or_composed
 from fusedres.autograd.saved import (
@@ -19,6 +20,7 @@ from fusedres.autograd.saved import (
 from fusedres.context import snapshot
 from fusedres.runtime.autocast import no_autocast
 from fusedres.runtime.backends import backend, current
+from tests.runtime.replays import TIMES
 
 
 class Pair(NamedTuple):
@@ -191,3 +193,16 @@ def test_no_autocast_is_left_as_it_was_entered():
         with no_autocast("cpu"):
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_retained_graph_keeps_what_a_replayed_pass_saved():
+    torch.manual_seed(0)
+    block, x = fusedres.nn.BasicBlock(4, 4), torch.randn(2, 4, 5, 5, requires_grad=True)
+    for _ in range(TIMES):
+        z = block(x)
+        first, second = (torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        (third,) = torch.autograd.grad(z, x, torch.ones_like(z))
+        assert torch.equal(first, third)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(z, x, torch.ones_like(z))

@@ -14,9 +14,14 @@ from fusedres.bench import cudnn, inplace_abn
 from fusedres.bench.cases import ModelCase, block
 from fusedres.bench.contenders import CONTENDERS, GROUPS, contenders_named
 from fusedres.bench.gate import Gate
+from fusedres.bench.harness import Measurement, compare
 from fusedres.bench.ops import op
-from fusedres.bench.setting import Setting, device_named
+from fusedres.bench.rows import OK
+from fusedres.bench.setting import Device, Setting, device_named
 from fusedres.operands import Geometry
+from fusedres.plan.gpus import GPUS
+from fusedres.runtime.plans import Plan
+from tests.bench.tiny import NETWORK, TRAIN
 
 CPU = device_named("cpu")
 
@@ -140,3 +145,17 @@ def test_networks_of_inplace_abn_compute_a_leaky_relu(case):
         assert gate.judge(contender).reason is None
         if case.kind == "block":
             assert gate.judge(replace(contender, plain=None)).reason is not None
+
+
+def test_what_is_called_tuned_without_a_plan_says_so(monkeypatch):
+    rows = compare(NETWORK, TRAIN, contenders_named(["tuned"]), Measurement(timed=False))
+    tuned = next(row for row in rows if row.contender == "tuned")
+    assert (tuned.status, tuned.reason) == (OK, "no plan: it runs as predicted") and tuned.ours
+    gpu = replace(TRAIN, device=Device("cuda", torch.device("cuda", 0)))
+    monkeypatch.setattr("fusedres.bench.contenders.device_gpu", lambda index: GPUS["h100"])
+    remark = CONTENDERS["tuned"].remark
+    assert remark(gpu) == "no plan of this GPU: it runs as predicted"
+    h100 = GPUS["h100"]
+    known = {(h100.name, h100.multiprocessors): Plan.of(h100, measured=False)}
+    monkeypatch.setattr("fusedres.runtime.plans._defaults", known)
+    assert remark(gpu) is None

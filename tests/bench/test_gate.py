@@ -9,8 +9,8 @@ from torch import nn
 
 from fusedres.bench.cases import network
 from fusedres.bench.contenders import CONTENDERS, operands_of
-from fusedres.bench.gate import Gate, allowance, errors, relative_error
-from fusedres.bench.steps import Observed
+from fusedres.bench.gate import Gate
+from fusedres.measure.accuracy import Observed, allowance, errors, relative_error
 from tests.bench.tiny import (
     INFER,
     NETWORK,
@@ -51,8 +51,8 @@ def test_one_wrong_parameter_among_many_is_beyond_its_bound():
     """Its share of the whole gradient is small, so that only a look at each finds it."""
     exact = Observed({}, {"large": torch.full((100,), 10.0), "small": torch.ones(1)})
     found = errors(Observed({}, {"large": torch.full((100,), 10.0), "small": -torch.ones(1)}), exact)
-    assert found["all gradients"] <= allowance("all gradients", 0.0, TRAIN, "network")
-    assert found["gradient of small"] > allowance("gradient of small", 0.0, TRAIN, "network")
+    assert found["all gradients"] <= allowance("all gradients", 0.0, TRAIN.storage, "network")
+    assert found["gradient of small"] > allowance("gradient of small", 0.0, TRAIN.storage, "network")
 
 
 def test_a_gradient_that_is_missing_is_refused():
@@ -114,10 +114,10 @@ def test_errors_are_relative_in_norm():
 
 
 def test_bounds_follow_eagers_error():
-    assert allowance("output", 1e-3, TRAIN, "network") == 1.5e-3
-    assert allowance("output", 0.0, replace(TRAIN, dtype="bf16"), "network") == 2**-8
-    assert allowance("all gradients", 0.2, TRAIN, "network") == pytest.approx(0.3)
-    assert allowance("all gradients", 0.0, TRAIN, "network") == 0.03
+    assert allowance("output", 1e-3, TRAIN.storage, "network") == 1.5e-3
+    assert allowance("output", 0.0, torch.bfloat16, "network") == 2**-8
+    assert allowance("all gradients", 0.2, TRAIN.storage, "network") == pytest.approx(0.3)
+    assert allowance("all gradients", 0.0, TRAIN.storage, "network") == 0.03
 
 
 def test_branches_are_damped_so_that_16_bits_tell_something():

@@ -1,5 +1,6 @@
 """`make gpu`: parts stand on their own, know when to stop, are gone on with, and name only what there is."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from fusedres.bench import gpu, session
+from fusedres.bench import gpu, launches, session
 from fusedres.bench.contenders import contenders_named
 from fusedres.bench.gpu import FAILED, INTERRUPTED, LEFT_OUT, PASSED, TIMED_OUT, Runner
+from fusedres.bench.launches import Writer
 from fusedres.bench.parts import ESSENTIAL_SECONDS, Outcome, Part, dry_parts, real_parts
 from fusedres.bench.rows import new_table, read_rows
 from fusedres.bench.setting import device_named
-from fusedres.bench.summary import compose, rows_of_parts
+from fusedres.bench.summary import compose, rows_of_parts, write
 from fusedres.commands.main import _parser
 from tests.bench.tiny import CPU, row
+from tests.timed_launches import timed
 from tests.vgpu_support import needs_vgpu
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +110,9 @@ def test_an_interruption_is_kept_account_of(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "parts.json").read_text())["one"]["status"] == INTERRUPTED
 
 
+# A command of its own; without it the part fails, and says so.
+TUNE = importlib.util.find_spec("fusedres.commands.tune")
+
 EVERY = {
     "H100": real_parts(Path("out"), "sm_90", BIG), "small": real_parts(Path("out"), "sm_86", SMALL),
     "dry": dry_parts(Path("out"), "vgpu:sm_90"),
@@ -118,8 +124,25 @@ def test_the_essential_parts_take_eight_minutes_at_most(machine):
     essential = [one for one in EVERY[machine] if one.essential]
     assert sum(one.limit for one in essential) <= ESSENTIAL_SECONDS
     assert EVERY[machine][: len(essential)] == tuple(essential)
-    for kind in ("parity", "headline", "kernels", "bounds", "compile"):
-        assert any(one.name.startswith(kind) for one in essential), kind
+    assert [one.name for one in essential] == ["doctor", "tune", "launches", "headline"]
+    for kind in ("parity", "ladder", "kernels", "bounds", "compile"):
+        assert any(one.name.startswith(kind) for one in EVERY[machine]), kind
+
+
+def test_the_headline_is_of_what_was_tuned_and_its_launches_are_measured():
+    doctor, tune, launches, headline = EVERY["H100"][:4]
+    assert doctor.commands[-2][1:] == ("-m", "fusedres", "doctor", "--kernels", "--device", "cuda")
+    assert tune.commands[0][1:] == ("-m", "fusedres", "tune", "resnet50", "--batch", "256", "--dtype", "bf16")
+    for one in (launches, headline):
+        told = " ".join(one.commands[0])
+        assert "--model resnet50 --batch 256 --dtype bf16" in told and one.resumes
+    assert "--contenders eager,compile,tuned " in " ".join(headline.commands[0])
+
+
+def test_a_step_of_the_dry_run_that_needs_a_gpu_says_so(tmp_path):
+    tune = next(one for one in EVERY["dry"] if one.name == "tune")
+    assert Runner(tmp_path, "abc", {}).run([tune])
+    assert "a plan is measured on a GPU" in (tmp_path / "parts.json").read_text()
 
 
 @pytest.mark.parametrize("machine", ["H100", pytest.param("small", marks=pytest.mark.slow), "dry"])
@@ -127,7 +150,10 @@ def test_commands_name_only_what_there_is(machine):
     assert len({one.name for one in EVERY[machine]}) == len(EVERY[machine])
     for one in EVERY[machine]:
         for command in one.commands:
-            if command[1:3] != ("-m", "fusedres"):
+            if command[2] == "fusedres.bench.launches":
+                resumed = [*command[3:], *(["--resume"] if one.resumes else [])]
+                assert launches._parser().parse_args(resumed).csv.name == "launches.csv"
+            if command[1:3] != ("-m", "fusedres") or (command[3] == "tune" and TUNE is None):
                 continue
             options = _parser().parse_args([*command[3:], *(["--resume"] if one.resumes else [])])
             if options.command == "bench":
@@ -167,6 +193,18 @@ def test_a_gpu_that_is_not_there_is_refused(name, message, capsys, tmp_path, mon
 def test_impossible_arguments_are_refused_before_anything_runs(arguments, message, capsys, tmp_path):
     assert gpu.main(["--dry", "--out", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_first_page_is_the_table_of_predicted_against_measured(tmp_path):
+    found = timed()
+    Writer(tmp_path / "launches.csv", found).close()
+    write(tmp_path, [part("kernels")], {}, CPU)
+    text = (tmp_path / "summary.md").read_text()
+    assert text.index("## Predicted against measured") < text.index("| step | launch |") < text.index("## Parts")
+    assert "| not run yet |" in text and f"`fusedres calibrate {tmp_path}`" in text
+    first = max((row for row in found), key=lambda row: row.count * abs(row.measured_s - row.predicted_s))
+    after = text[text.index("| step | launch |") :].splitlines()[2]
+    assert after.startswith(f"| {first.step} | {first.name} | {first.tile} | {first.operands} | {first.count} |")
 
 
 def test_rows_of_all_parts_are_gathered_and_timed_ones_preferred(tmp_path):
@@ -218,7 +256,7 @@ def test_a_part_of_the_dry_run(tmp_path):
 def test_the_whole_dry_run():
     done = subprocess.run(["make", "gpu", "DRY=1", "FRESH=1"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("passed after") == 6
+    assert done.stdout.count("passed after") == 7
 
 
 def collections() -> set[tuple[str, ...]]:

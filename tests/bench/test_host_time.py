@@ -29,11 +29,12 @@ def test_launches_are_counted_and_nothing_is_executed(training, monkeypatch):
     assert through.forward > 0 and (through.backward > 0) == (played.backward > 0) == training
 
 
-def test_the_command_prints_both(capsys):
-    assert main(["--model", "resnet18", "--px", "32", "--steps", "1"]) == 0
+def test_the_command_prints_all(capsys):
+    assert main(["--model", "cifar_resnet20", "--px", "16", "--steps", "1", "--compile"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "resnet18, training step" in lines[0]
-    assert [line.split()[0] for line in lines[2:]] == ["gone", "replayed"]
+    assert "cifar_resnet20, training step" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["gone", "replayed", "compiled", "as"]
+    assert all(float(line.split()[-1]) > 0 for line in lines[2:5])
 
 
 @pytest.mark.parametrize(

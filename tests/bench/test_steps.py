@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from fusedres.bench.steps import Observed, Step, graph_step
+from fusedres.bench.steps import Step, graph_step
+from fusedres.measure.accuracy import Observed
 
 SECOND = torch.device("cuda", 1)
 

@@ -1,5 +1,7 @@
 """fusedres predict: a page of predictions."""
 
+from dataclasses import replace
+
 import pytest
 
 from fusedres.commands.main import main
@@ -28,7 +30,9 @@ def test_the_page_says_that_nothing_was_measured_and_joins_layers_alike():
         "| h100 | 256 | 55.5 (49-63) | 32 (27-44) | 1.73 x | 8,000 | 320 (2) | 25.4 "
         "| stem block_end, layer1.0-layer1.1 moments, layer2.0 stats |"
     ) in text
-    assert "Inference" not in text
+    assert "Inference" not in text and "measured on that GPU" not in text
+    text = page("resnet50", "bf16", [replace(row, measured=True)])
+    assert "| h100 * | 256 |" in text and "*: by constants of the model that were measured on that GPU" in text
 
 
 def test_the_command(tmp_path, capsys):

@@ -104,6 +104,7 @@ def test_a_binary_is_recorded_only_for_the_targets_that_launch_it(models):
     assert blocks == {(16, "sm_80"), (16, "sm_90"), (16, "sm_100"), (64, "gfx942")}
 
 
+@pytest.mark.slow
 def test_every_tile_is_recorded_if_that_is_asked_for():
     default = recorded_binaries(["cifar_resnet20"], ["bf16"], ["sm_90"])
     every = recorded_binaries(["cifar_resnet20"], ["bf16"], ["sm_90"], every_tile=True)

@@ -106,7 +106,7 @@ def test_sums_alone(case: str, target: str, dtype: torch.dtype) -> None:
     norm = operands.norm(torch.float32)
     sums, trace = executed(target, lambda: bn_backward_reduce(operands.arriving, operands.y, norm))
     assert trace.by_kernel() == {"bn_backward_reduce_kernel": 1, "bn_backward_finish_kernel": 1}
-    wide = Normaliser(*(tensor.double() for tensor in norm))
+    wide = Normaliser(*(tensor.double() for tensor in norm.vectors.values()))
     exact = bn_backward_reduce.reference(OutputGrad(operands.g.double(), operands.mask), operands.y, wide)
     eager = bn_backward_reduce.reference(operands.arriving, operands.y, norm)
     for ours, theirs, truth in zip(sums, eager, exact, strict=True):

@@ -154,7 +154,7 @@ def test_finalize(case: str, target: str) -> None:
     norm, trace = executed(target, lambda: bn_finalize(partials, stored), updated)
     assert counted is None or counted.item() == 2**40 + 1
     assert trace.by_kernel() == {"bn_finalize_kernel": 1}
-    for name, ours, theirs, truth in zip(Normaliser._fields, norm, eager, exact, strict=True):
+    for name, ours, theirs, truth in zip(norm.vectors, norm[:4], eager[:4], exact[:4], strict=True):
         assert_as_accurate_as_eager(ours, theirs, truth, name=name)
     for ours, theirs, truth in zip(running, eager_running, exact_running, strict=True):
         assert_as_accurate_as_eager(ours, theirs, truth, name="running statistics")
@@ -215,5 +215,5 @@ def test_numbers_of_running_statistics(channels: int, dtype: torch.dtype, target
         numbers, trace = executed(target, lambda norm=norm: bn_from_running(norm))
         assert trace.by_kernel() == {"bn_running_kernel": 1}
         exact = bn_from_running.reference(norm, torch.float64)
-        for name, ours, theirs in zip(numbers._fields, numbers, exact, strict=True):
+        for name, ours, theirs in zip(numbers.vectors, numbers[:4], exact[:4], strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6, msg=name)

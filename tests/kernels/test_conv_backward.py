@@ -128,7 +128,7 @@ def check(
     if operands.producer is not None:
         du, sums = du
         producer = operands.producer
-        wide = Normaliser(*(vector.double() for vector in producer.norm))
+        wide = Normaliser(*(vector.double() for vector in producer.norm.vectors.values()))
         of_stored = bn_backward_reduce.reference(OutputGrad(du.double()), producer.y.double(), wide)
         for ours, theirs, scale in zip(sums, of_stored, (1.0, 1.0, *2 * [float(wide.scale.max())]), strict=True):
             # Nothing but the order of the sum differs.

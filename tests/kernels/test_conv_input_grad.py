@@ -115,7 +115,7 @@ def check(target: str, conv: Conv, dtype: torch.dtype, form: str, join: str = "n
         assert trace.by_kernel()["bn_backward_finish_kernel"] == 1
         eager, exact = torch.where(u > 0, eager, 0.0), torch.where(u > 0, exact, 0.0)
         tf32 = None if tf32 is None else torch.where(u > 0, tf32, 0.0)
-        wide = Normaliser(*(vector.double() for vector in producer.norm))
+        wide = Normaliser(*(vector.double() for vector in producer.norm.vectors.values()))
         sums_exact = bn_backward_reduce.reference(OutputGrad(g.double()), producer.y.double(), wide)
         for ours, theirs, scale_ in zip(sums, sums_exact, (1.0, 1.0, *2 * [scale.abs().max()]), strict=True):
             # Of the gradient as stored: nothing but the order of the sum differs.

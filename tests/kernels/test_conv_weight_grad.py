@@ -131,7 +131,7 @@ def test_several_parts(case: str, target: str, dtype: torch.dtype) -> None:
         tiles = weight_grad_tiles(shape, on)
         return tuple(replace(tile, parts=tile.filled_parts(shape.pixels, 4)) for tile in tiles)
 
-    with patch("fusedres.ops.conv_weight_grad.weight_grad_tiles", in_parts):
+    with patch("fusedres.plan.conv_tiles.weight_grad_tiles", in_parts):
         check(target, conv, dtype, "dy and u")
 
 
@@ -155,7 +155,7 @@ def test_taps_share_what_is_formed_once(case: str, target: str) -> None:
         narrow = replace(tile, block_k=16, block_c=16, block_pixels=16, num_warps=4, taps=together)
         return (narrow, replace(narrow, parts=narrow.filled_parts(shape.pixels, 3)))
 
-    with patch("fusedres.ops.conv_weight_grad.weight_grad_tiles", shared):
+    with patch("fusedres.plan.conv_tiles.weight_grad_tiles", shared):
         for place in (0, 1):
             with listed(place):
                 check(target, conv, LOW[place], SHARING[case])

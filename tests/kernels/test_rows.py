@@ -206,7 +206,7 @@ def check_added(target: str, case: str, dtype: torch.dtype, *, in_place: bool, t
 
     # Of the same gradient written out: sums differ by its rounding there, and by their order.
     written, _ = executed(target, lambda: conv_input_grad(dy, weight, conv.size, conv.geometry))
-    wide = Normaliser(*(vector.double() for vector in producer.norm))
+    wide = Normaliser(*(vector.double() for vector in producer.norm.vectors.values()))
     behind = torch.where(u > 0, written, 0.0).double()
     expected = bn_backward_reduce.reference(OutputGrad(behind), producer.y.double(), wide)
     sizes = behind.abs().sum((0, 2, 3)).max() * torch.tensor([1.0, 4.0, 4.0, 1.0]) * max(1.0, float(scale.max()))

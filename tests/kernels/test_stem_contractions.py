@@ -47,7 +47,7 @@ def check(target: str, case: str, dtype: torch.dtype) -> None:
         def to(tensor: Tensor) -> Tensor:
             return tensor.double() if statistics == torch.float64 else tensor
 
-        source, numbers = ConvInput(to(u.tensor)), Normaliser(*(to(vector) for vector in vectors))
+        source, numbers = ConvInput(to(u.tensor)), Normaliser(*map(to, vectors.vectors.values()))
         early = output_contraction.reference(to(y), to(mean), source, *rest)
         late = pooled_contraction.reference(OutputGrad(to(dz.g)), index, tuple(y.shape), pool, source, *rest)
         small = early_weight_grad.reference(*late, p * q * conv.size[0], *early, to(weight), numbers)

@@ -276,7 +276,6 @@ LEFT_ALONE = {
     "dropout": (lambda b: setattr(b.denselayer2, "drop_rate", 0.2), "denselayer2 drops values"),
     "hook on a layer": (lambda b: b.denselayer1.register_forward_hook(lambda *_: None), "denselayer1 has hooks"),
     "hook inside": (lambda b: b.denselayer1.conv2.register_forward_hook(lambda *_: None), "conv2 has hooks"),
-    "synchronised": (lambda b: setattr(b.denselayer1, "norm1", nn.SyncBatchNorm(6)), "norm1 is a SyncBatchNorm"),
     "another activation": (lambda b: setattr(b.denselayer3, "relu2", nn.SiLU()), "denselayer3.relu2 is a SiLU"),
     "biased": (lambda b: setattr(b.denselayer1, "conv2", nn.Conv2d(16, 4, 3, padding=1)), "conv2 has a bias"),
 }

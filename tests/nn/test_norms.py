@@ -18,7 +18,8 @@ from tests.vgpu_support import needs_vgpu
 resnet = pytest.importorskip("torchvision").models.resnet
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
-norm_act = pytest.importorskip("timm").layers.norm_act
+timm = pytest.importorskip("timm")
+norm_act = timm.layers.norm_act
 
 
 class BuiltOtherwise(nn.BatchNorm2d):
@@ -82,6 +83,10 @@ KINDS = {
     "built otherwise": BuiltOtherwise,
     "no running statistics": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
     "timm's with no activation": lambda channels: norm_act.BatchNormAct2d(channels, apply_act=False),
+    "synchronised, but alone": nn.SyncBatchNorm,
+    "timm's synchronised, but alone": lambda channels: timm.layers.convert_sync_batchnorm(
+        norm_act.BatchNormAct2d(channels, apply_act=False)
+    ),
     **FROZEN,
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -291,8 +296,6 @@ OTHERS = {
     "its own check": (Lenient, "bn is a Lenient, which has its own _check_input_dim"),
     "a number that is computed": (Doubled, "bn is a Doubled, not a plain BatchNorm2d"),
     "another number of dimensions": (nn.BatchNorm3d, "bn is a BatchNorm3d, not a plain BatchNorm2d"),
-    "synchronised": (nn.SyncBatchNorm, "bn is a SyncBatchNorm, which is not fused yet"),
-    "timm's synchronised": (norm_act.SyncBatchNormAct, "bn is a SyncBatchNormAct, which is not fused yet"),
     "no batch norm": (lambda channels: nn.GroupNorm(1, channels), "bn is a GroupNorm, not a plain BatchNorm2d"),
     **{
         cls.__name__: (cls, f"bn is a {cls.__name__}, not a plain BatchNorm2d")

@@ -153,7 +153,6 @@ def test_autocast_bf16(schedule, dtype):
 
 
 LEFT_ALONE = {
-    "synchronised": (lambda b: setattr(b, "bn1", nn.SyncBatchNorm(16)), "bn1 is a SyncBatchNorm"),
     "hook on a convolution": (lambda b: b.conv3.register_forward_hook(lambda *_: None), "conv3 has hooks"),
     "hook on the first batch norm": (lambda b: b.bn1.register_forward_hook(lambda *_: None), "bn1 has hooks"),
     "biased last convolution": (lambda b: setattr(b, "conv3", nn.Conv2d(4, 16, 1)), "conv3 has a bias"),

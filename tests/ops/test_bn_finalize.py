@@ -55,7 +55,9 @@ def test_large_mean_keeps_the_variance_in_fp32(each_backend):
 def test_absent_gamma_and_beta_are_one_and_zero(each_backend):
     partials = partials_of(torch.randn(30, K, dtype=torch.float64), [30])
     ones, zeros = torch.ones(K, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
-    for ours, given in zip(bn_finalize(partials, Norm()), bn_finalize(partials, Norm(ones, zeros)), strict=True):
+    for ours, given in zip(
+        bn_finalize(partials, Norm())[:4], bn_finalize(partials, Norm(ones, zeros))[:4], strict=True
+    ):
         assert_close(ours, given, 1e-15)
     only_beta = bn_finalize(partials, Norm(None, ones))
     assert_close(only_beta.shift, 1 - only_beta.mean * only_beta.invstd)
@@ -97,7 +99,7 @@ def test_bias_moves_nothing_but_the_running_mean(each_backend):
     variances = [torch.ones(K, dtype=torch.float64) for _ in range(2)]
     without = bn_finalize(partials, Norm(None, None, means[0], variances[0]))
     with_bias = bn_finalize(partials, Norm(None, None, means[1], variances[1], bias))
-    assert all(torch.equal(a, b) for a, b in zip(without, with_bias, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(without[:4], with_bias[:4], strict=True))
     assert torch.equal(*variances)
     assert_close(means[1] - means[0], 0.1 * bias)
 
@@ -107,7 +109,7 @@ def test_low_precision_parameters_and_running_statistics(each_backend):
     gamma, beta = torch.randn(K).bfloat16(), torch.randn(K).bfloat16()
     running_mean, running_var = torch.zeros(K).bfloat16(), torch.ones(K).bfloat16()
     norm = bn_finalize(partials_of(rows, [64]), Norm(gamma, beta, running_mean, running_var))
-    assert {part.dtype for part in norm} == {torch.float32}
+    assert {part.dtype for part in norm.vectors.values()} == {torch.float32}
     exact = gamma.double() * (rows.double().var(0, correction=0) + 1e-5) ** -0.5
     assert_close(norm.scale, exact, 1e-6)
     assert running_mean.dtype == torch.bfloat16

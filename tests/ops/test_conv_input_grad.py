@@ -146,7 +146,9 @@ def test_at_the_end_of_a_block(bits, dtype, each_backend):
     grad = at_producer(du, Producer(y, norm, out, pack_relu_mask(out) if bits else None))
     exact = du.double() * (out > 0)
     assert torch.equal(grad.g.double(), exact)
-    sums = bn_backward_reduce.reference(OutputGrad(exact), y.double(), Normaliser(*(v.double() for v in norm)))
+    sums = bn_backward_reduce.reference(
+        OutputGrad(exact), y.double(), Normaliser(*(v.double() for v in norm.vectors.values()))
+    )
     for name, ours, theirs in zip(sums._fields, grad.sums, sums, strict=True):
         assert_close(ours, theirs, 1e-13 if dtype == torch.float64 else 1e-6, name=name)
 

@@ -301,3 +301,39 @@ def test_a_machine_without_a_gpu_has_none_to_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="gpu: expected a machine with a GPU for 'here', and PyTorch sees none"):
         gpu_named("here")
+
+
+@pytest.mark.parametrize(("make", "size"), BLOCKS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_call_launches_is_compiled_before_it_once(make, size, grad, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(chooser, "is_wanted", lambda device: True)
+    monkeypatch.setattr(chooser, "target_name", lambda index: "sm_90")
+    monkeypatch.setattr(chooser, "compile_missing", lambda binaries, target: compiled.append((set(binaries), target)))
+    chooser.forget_choices()
+    block = fusedres.fuse(make().to("meta", torch.bfloat16)).train(grad)
+    x = torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=grad)
+    x = x.contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        with fusedres.record("sm_90") as trace, assume_gpu(H100), torch.set_grad_enabled(grad):
+            z = block(x)
+            if grad:
+                z.backward(torch.empty_like(z))
+    assert compiled == [({launch.binary for launch in trace.launches}, "sm_90")]
+    chooser.forget_choices()
+
+
+def test_what_was_chosen_on_paper_is_chosen_on_the_gpu(monkeypatch):
+    found, choose = [], chooser.choose
+
+    def noted(*given, **how):
+        found.append((given, how))
+        return choose(*given, **how)
+
+    monkeypatch.setattr("fusedres.patterns.door.choose", noted)
+    choice(Bottleneck(256, 64), (256, 256, 56, 56))
+    (((pattern, call, gpu), how),) = found
+    chosen = choose(pattern, call, gpu, **how)
+    monkeypatch.setattr(chooser, "_weighed", lambda *_: pytest.fail("weighed again"))
+    monkeypatch.setattr(chooser, "is_wanted", lambda device: False)
+    assert choose(pattern, dataclasses.replace(call, device="cuda"), gpu, **how) is chosen

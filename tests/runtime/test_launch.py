@@ -14,7 +14,9 @@ from fusedres.runtime.launch import (
     MAX_GRID,
     Trace,
     launch,
+    look_into_folders,
     record,
+    target_name,
     target_of,
     wants_kernels,
     why_not_on,
@@ -391,3 +393,17 @@ def test_descriptors_are_launched_and_replayed_on_a_gpu_on_every_thread():
             x = torch.randn(130, 72, device="cuda").half()
             arguments = (copied_boxes, x) if call is replayed else (replayed, copied_boxes, x)
             assert torch.equal(call(*arguments), x)
+
+
+def test_folders_of_binaries_are_looked_into_once_for_a_device(monkeypatch):
+    used = []
+    monkeypatch.setattr("fusedres.runtime.launch.use_for", used.append)
+    monkeypatch.setattr("fusedres.runtime.launch._device_target", lambda index: TARGETS[("sm_80", "gfx942")[index]])
+    caches = look_into_folders, target_name
+    for cache in caches:
+        cache.cache_clear()
+    for index in (0, 1, 0):
+        look_into_folders(index)
+    for cache in caches:
+        cache.cache_clear()
+    assert used == ["sm_80", "gfx942"]

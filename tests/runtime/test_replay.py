@@ -44,6 +44,26 @@ def many_kinds_of_calls(x, pair, factor):
     return {"x": x}["x"], (torch.addmm(first[:3], rows[:, :2], torch.ones(2, 3)), largest, where), halves[1], factor
 
 
+def test_operands_of_the_last_replay_are_freed_behind_their_last_use(monkeypatch):
+    held, left, made = [], [], torch.empty_strided
+
+    def watching(*args, **kwargs):
+        left.append([tensor() is not None for tensor in held])
+        return made(*args, **kwargs)
+
+    def function(x, unused, y):
+        doubled = x * 2
+        return torch.empty(3).copy_(doubled), y + doubled
+
+    monkeypatch.setattr(torch, "empty_strided", watching)
+    for _ in range(TIMES):
+        given = [torch.full((3,), float(i)) for i in range(3)]
+        held[:] = map(weakref.ref, given)
+        result = replay.replayed_at_last(function, given, lambda: None)
+        assert_same(result, (torch.zeros(3), torch.full((3,), 2.0)))
+    assert left == [[False, False, True]] * (TIMES - 2) and given == []
+
+
 def operands(seed=0, size=(2, 4, 3, 5)):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, generator=generator).to(memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """fusedres.runtime.torch_private: each name is still there in this PyTorch, and means what we take it for."""
 
 import ast
+import weakref
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,13 @@ def test_in_backward(observed):
     assert private.in_backward() is False
 
 
+def test_saves_by_hooks():
+    assert private.saves_by_hooks() is False
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert private.saves_by_hooks() is True
+    assert private.saves_by_hooks() is False
+
+
 def test_current_node(observed):
     z, (_, node, _, _) = observed
     assert node is z.grad_fn
@@ -95,6 +103,39 @@ def test_forward_class(observed):
     assert of_context is private.forward_class(z.grad_fn) is Observed
     assert private.forward_class((z * 2).grad_fn) is None
     assert private.forward_class(None) is None
+
+
+class Cleared(torch.autograd.Function):
+    """x^2, which lets go of x in its backward pass; ``freed``: whether nothing held it any more."""
+
+    freed: bool | None = None
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dz):
+        (x,) = ctx.saved_tensors
+        dx, left = 2 * x * dz, weakref.ref(x)
+        del x
+        private.clear_saved(ctx)
+        Cleared.freed = left() is None
+        return dx
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_clear_saved(retained):
+    x = torch.ones(3, requires_grad=True)
+    z = Cleared.apply(x * 3)
+    z.sum().backward(retain_graph=retained)
+    assert torch.equal(x.grad, torch.full((3,), 18.0)) and Cleared.freed is not retained
+    if retained:
+        z.sum().backward()
+        assert torch.equal(x.grad, torch.full((3,), 36.0)) and Cleared.freed is True
+    with pytest.raises(RuntimeError, match="second time"):
+        z.sum().backward()
 
 
 def test_is_batch_of_gradients(observed):
@@ -124,15 +165,6 @@ def test_hooks_on_every_module():
     assert not private.hooks_on_every_module()
 
 
-def test_is_compiled():
-    inside, alone = nn.Linear(1, 1), nn.Linear(1, 1)
-    assert not private.is_compiled(inside)
-    assert private.is_compiled(torch.compile(inside, backend="eager"))
-    assert not private.is_compiled(inside)
-    alone.compile(backend="eager")
-    assert private.is_compiled(alone)
-
-
 def test_end_workers():
     batches = DataLoader(range(4), num_workers=1, persistent_workers=True)
     private.end_workers(batches)  # none have begun
@@ -140,6 +172,31 @@ def test_end_workers():
     assert [worker.is_alive() for worker in workers] == [True]
     private.end_workers(batches)
     assert [worker.is_alive() for worker in workers] == [False]
+
+
+def test_COMPILERS_TENSORS():
+    seen = []
+
+    @torch.compiler.allow_in_graph
+    def followed(x):
+        seen.append(type(x))
+        return x * 2
+
+    torch.compile(lambda x: followed(x), backend="aot_eager", fullgraph=True)(torch.ones(2))
+    assert set(seen) == set(private.COMPILERS_TENSORS)
+
+
+def test_constant_to_compilers():
+    class Once(nn.Module):
+        @private.constant_to_compilers
+        def told(self):
+            return len({object(): None for _ in range(3)}), torch.compiler.is_dynamo_compiling()
+
+        def forward(self, x):
+            number, seen = self.told()
+            return x * number + seen
+
+    assert torch.equal(torch.compile(Once(), backend="eager", fullgraph=True)(torch.ones(2)), torch.full((2,), 3.0))
 
 
 def test_is_transformed():

@@ -66,10 +66,6 @@ def like(conv: nn.Conv2d, **keywords: Any) -> nn.Conv2d:
     return nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **{**kept, **keywords})
 
 
-def full_batch_norm(bn: nn.BatchNorm2d) -> nn.Module:
-    return nn.SyncBatchNorm.convert_sync_batchnorm(bn)
-
-
 LEFT_ALONE: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "forward hook on a convolution": (hooked("register_forward_hook", "conv1"), "conv1 has hooks"),
     "forward pre-hook on a batch norm": (hooked("register_forward_pre_hook", "bn2"), "bn2 has hooks"),
@@ -106,10 +102,6 @@ FUSED_OTHERWISE: dict[str, tuple[Callable[[nn.Module], Any], str, dict[str, str]
         lambda b: nn.utils.parametrize.register_parametrization(b.bn1, "weight", nn.Softplus()),
         "bn1 is a ParametrizedBatchNorm2d",
         {"bn1": "bn1 is a ParametrizedBatchNorm2d, not a plain BatchNorm2d"},
-    ),
-    "synchronised batch norm": (
-        replaced("bn2", full_batch_norm), "bn2 is a SyncBatchNorm",
-        {"bn2": "bn2 is a SyncBatchNorm, which is not fused yet"},
     ),
     "batch norm removed": (replaced("bn3", lambda _: nn.Identity()), "bn3 is an Identity", {}),
     "group norm": (replaced("bn1", lambda bn: nn.GroupNorm(2, bn.num_features)), "bn1 is a GroupNorm", {}),

@@ -10,6 +10,9 @@ from torch import nn
 import fusedres
 from fusedres.models import cifar_resnet, densenet, preact_resnet
 from fusedres.nn.fused import Fused
+from fusedres.operands import Norm, NormNumbers
+from fusedres.patterns import eager
+from fusedres.patterns.choose import Choice, listening
 from fusedres.swap.swap import Frozen
 from tests.comparison import relative_error
 from tests.nn.twins import randomised, tensor
@@ -148,3 +151,18 @@ def test_on_kernels(dtype, monkeypatch):
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
         fusedres.freeze(3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_eager_pytorch_is_weighed_for_a_frozen_model_too(name):
+    model = fusedres.freeze(made(name).float()).to("meta")
+    chosen: list[Choice] = []
+    with torch.no_grad(), fusedres.record("sm_90"), listening(chosen.append):
+        out = model(torch.empty(*X, device="meta"))
+    assert out.shape[:2] == (2, 5 if name not in ("zero-pad shortcuts", "pre-activation", "dense") else 10)
+    assert chosen and all({"eager", "block_end"} == {*choice.estimates} for choice in chosen)
+
+
+def test_what_eager_pytorch_does_of_a_folded_norm():
+    y = torch.randn(2, 3, 4, 4)
+    assert eager.normalised(y, Norm(bias=torch.ones(3), numbers=NormNumbers(batch_stats=False))) is y

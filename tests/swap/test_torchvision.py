@@ -145,7 +145,6 @@ def test_dissected_by_a_feature_extractor(pair):
 
 
 def test_compiled(pair):
-    """Compilers get the plain modules and fuse them in their own way."""
     fused, plain = pair
     torch._dynamo.reset()
     compiled = torch.compile(fused, backend="eager", fullgraph=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import batch_norm, conv2d, max_pool2d
 
-from fusedres.explain.meta_autocast import meta_autocast
 from fusedres.traffic.account import Account
+from fusedres.traffic.meta_autocast import meta_autocast
 
 X = torch.empty(2, 8, 6, 4, device="meta")
 W = torch.empty(16, 8, 3, 3, device="meta")

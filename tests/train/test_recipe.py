@@ -119,3 +119,13 @@ def test_every_recipe_names_its_source_and_unknown_ones_are_refused():
     assert all(recipe(name).source for name in names())
     with pytest.raises(ValueError, match=r"recipe: expected one of he2015-cifar, .*, got 'adam'"):
         recipe("adam")
+
+
+def test_a_rate_that_is_a_tensor_is_written_to():
+    held = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=held, fused=True)
+    rate = LearningRate(recipe("he2015-cifar").lasting(4, "epochs"), optimizer, 2, layers=20)
+    seen = [(rate.before(step), float(held)) for step in range(rate.total)]
+    assert optimizer.param_groups[0]["lr"] is held
+    assert all(written == pytest.approx(asked) for asked, written in seen)
+    assert len({asked for asked, _ in seen}) > 1

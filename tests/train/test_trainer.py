@@ -288,6 +288,11 @@ def test_a_batch_that_the_data_do_not_fill_is_refused():
         make(source=images(6))
 
 
+def test_a_graph_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="graph: expected a GPU, which has graphs, got cpu"):
+        make(settings=Settings(graph=True))
+
+
 def test_a_broken_image_stops_the_training():
     class Broken(Arrays):
         def fetch(self, indices, draws):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Clock", "CpuClock", "CudaClock", "Timing", "clock_for", "interleave"]
+__all__ = ["Clock", "CpuClock", "CudaClock", "Timing", "cache_bytes", "clock_for", "interleave"]
 
 # A turn shorter than this would measure the wait for the GPU as much as the work.
 TURN_SECONDS = 0.05
@@ -43,6 +43,12 @@ class Timing:
         return cls(median, low, high, len(seconds))
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Of the L2 cache of a device, or as much as a large one has where nobody tells."""
+    told = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(told, "L2_cache_size", 0) or 64 * 2**20
+
+
 class Clock(Protocol):
     """Something that can say how long a step takes."""
 
@@ -67,15 +73,15 @@ class CudaClock:
     """The time between two events of a GPU's stream.
 
     With ``clear_cache`` a buffer of twice the L2 cache's size is overwritten before each step, outside of the time, so
-    that no step finds its operands there; it also keeps the GPU busy while the step is being launched.
+    that no step finds its operands there; it also keeps the GPU busy while the step is being launched, the longer the
+    more often it is done.
     """
 
-    def __init__(self, device: torch.device, *, clear_cache: bool = False) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, clear_cache: bool | int = False) -> None:
+        self.device, self.clearings = device, max(1, int(clear_cache))
         self.buffer = None
         if clear_cache:
-            cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
-            self.buffer = torch.empty(2 * cache, dtype=torch.int8, device=device)
+            self.buffer = torch.empty(2 * cache_bytes(device), dtype=torch.int8, device=device)
 
     def seconds(self, step: Step, times: int = 1) -> float:
         torch.cuda.synchronize(self.device)
@@ -86,7 +92,8 @@ class CudaClock:
 
     def _between_events(self, step: Step, times: int) -> float:
         if self.buffer is not None:
-            self.buffer.zero_()
+            for _ in range(self.clearings):
+                self.buffer.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(times):
@@ -96,7 +103,7 @@ class CudaClock:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def clock_for(device: torch.device, *, clear_cache: bool = False) -> Clock:
+def clock_for(device: torch.device, *, clear_cache: bool | int = False) -> Clock:
     """Events on a GPU, wall-clock time elsewhere."""
     return CudaClock(device, clear_cache=clear_cache) if device.type == "cuda" else CpuClock()
 

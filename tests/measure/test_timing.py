@@ -1,11 +1,11 @@
-"""fusedres.bench.timing: fair turns and right quantiles, on a clock that is not the machine's."""
+"""fusedres.measure.timing: fair turns and right quantiles, on a clock that is not the machine's."""
 
 import contextlib
 
 import pytest
 import torch
 
-from fusedres.bench.timing import CpuClock, CudaClock, Timing, in_turn, interleave
+from fusedres.measure.timing import CpuClock, CudaClock, Timing, in_turn, interleave
 
 
 class FakeTime:
@@ -128,3 +128,7 @@ def test_a_gpus_clock_clears_the_cache_outside_of_the_time(monkeypatch):
     clock.buffer = Buffer()
     assert clock.seconds(lambda: calls.append("step"), 2) == 4e-3
     assert calls == ["synchronize", *["clear", "event", "step", "event", "wait"] * 2]
+    calls.clear()
+    clock.clearings = 3
+    assert clock.seconds(lambda: calls.append("step"), 1) == 4e-3
+    assert calls == ["synchronize", "clear", "clear", "clear", "event", "step", "event", "wait"]

@@ -1,0 +1,235 @@
+"""``fusedres tune``: its arguments and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from fusedres.arguments import check_file, check_packages, positive
+from fusedres.commands.model_names import RULE, say_whose
+
+DESCRIPTION = """Measures on this machine's GPU what fuse(model) is to take for each block of a model: eager PyTorch or
+a rung of the ladder, and tiles and library calls inside it. What is wrong is left out, and the whole step is never
+slower than eager PyTorch's. The plan is kept in the cache folder (FUSEDRES_CACHE), where fuse(model) finds it. A tuning
+that was interrupted goes on."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``fusedres``."""
+    parser = commands.add_parser(
+        "tune",
+        help="measure on this GPU what is fastest for a model, so that it is never slower than eager PyTorch",
+        description=DESCRIPTION,
+        epilog="examples: fusedres tune resnet50 | fusedres tune timm.resnet50d --batch 1 --infer | "
+        "fusedres tune resnet50 --predict --gpu a100 | fusedres tune --show",
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=RULE)
+    parser.add_argument("--batch", type=positive, default=256, help="images of a step (default: 256)")
+    parser.add_argument("--px", type=positive, help="height and width of the images (default: the model's own)")
+    parser.add_argument("--dtype", default="bf16", help="bf16 or fp16 (by autocast), or fp32 (default: bf16)")
+    parser.add_argument("--infer", action="store_true", help="inference in place of a training step")
+    parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it there (default: beside the plan)")
+    paper = parser.add_argument_group("without a GPU")
+    paper.add_argument("--predict", action="store_true", help="write what is predicted, and measure nothing")
+    paper.add_argument("--gpu", default="h100", help="which GPU is predicted (default: h100)")
+    paper.add_argument("--out", type=Path, metavar="FILE.json", help="of the predicted plan (default: in the cache)")
+    plans = parser.add_argument_group("plans")
+    plans.add_argument("--show", action="store_true", help="list the plans in the cache folder, and stop")
+    plans.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="take over what plans of other machines hold, and stop"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Tune, print, draw; ValueError for what was asked wrongly, before anything runs."""
+    if options.show:
+        return _show()
+    if options.merge:
+        return _merge(options.merge)
+    if options.model is None:
+        raise ValueError("model: expected one to tune, or --show or --merge")
+    check_file(options.picture, "picture", ".png")
+    check_file(options.out, "out", ".json")
+    if options.picture is not None:
+        check_packages("matplotlib")
+    if options.out is not None and not options.predict:
+        raise ValueError("out: expected --predict with it; what is measured is kept in the cache folder")
+    import torch
+
+    if options.predict or not torch.cuda.is_available():
+        return _on_paper(options)
+    return _on_this_gpu(options)
+
+
+def _on_this_gpu(options: argparse.Namespace) -> int:
+    import torch
+
+    from fusedres.models.sources import source
+    from fusedres.tuning.tune import tune
+    from fusedres.tuning.tuner import Unusable
+
+    dtype, found = _dtype(options.dtype), source(options.model).of_images()
+    say_whose([options.model])
+    channels, height, width = found.size if options.px is None else (found.size[0], options.px, options.px)
+    model = found.made().cuda().to(memory_format=torch.channels_last).train(not options.infer)
+    images = torch.randn(options.batch, channels, height, width, device="cuda")
+    images = images.contiguous(memory_format=torch.channels_last)
+    autocast = torch.autocast("cuda", dtype=dtype) if dtype.itemsize == 2 else nullcontext()
+    try:
+        with autocast, torch.set_grad_enabled(not options.infer), _progress() as progress:
+            told = tune(model, images, title=options.model, fresh=options.fresh, progress=progress)
+    except Unusable as error:
+        print(f"fusedres tune: error: the GPU failed ({error}); run it again, and it goes on", file=sys.stderr)
+        return 1
+    picture = options.picture
+    if picture is None and told.path is not None:
+        picture = told.path.with_suffix(".png")
+    _print(told.title, told.blocks, told.step, picture)
+    print(f"plan: {told.path or 'kept in memory only'}")
+    return 0
+
+
+def _on_paper(options: argparse.Namespace) -> int:
+    import torch
+
+    from fusedres.explain.step import check_images
+    from fusedres.models.sources import source
+    from fusedres.plan.gpus import gpu_named
+    from fusedres.runtime import plans
+    from fusedres.traffic.meta_autocast import meta_autocast
+    from fusedres.tuning.tune import estimate
+
+    dtype, gpu, found = _dtype(options.dtype), gpu_named(options.gpu), source(options.model).of_images()
+    say_whose([options.model])
+    channels, height, width = found.size if options.px is None else (found.size[0], options.px, options.px)
+    images = torch.empty(options.batch, channels, height, width, device="meta")
+    images = images.contiguous(memory_format=torch.channels_last)
+    model = found.on_meta()
+    check_images(model, images, infer=options.infer)
+    with _progress() as progress:
+        told = estimate(
+            model, images, gpu, infer=options.infer, title=options.model, progress=progress,
+            autocast=lambda: meta_autocast(dtype if dtype.itemsize == 2 else None),
+        )  # fmt: skip
+    title = f"{next(iter(told.plan.steps))}, {gpu.name}"
+    kinds = _count(len(told.blocks), "kind")
+    cost = (
+        f"{kinds} of blocks, {told.candidates} candidates, {told.binaries} binaries to compile, about "
+        f"{told.seconds:.0f} s on an {gpu.name} (predicted)"
+    )
+    if not options.predict:
+        print(f"fusedres tune: PyTorch sees no GPU here; with one this would measure {cost}", file=sys.stderr)
+        print("fusedres tune --predict writes the plan that is predicted", file=sys.stderr)
+        return 2
+    _print(title, told.blocks, told.step, options.picture, predicted=True)
+    print(f"measuring would take: {cost}")
+    path = options.out or plans.folder() / f"predicted-{gpu.name}.json"
+    known = plans.read_or_set_aside(path) if options.out is None else None
+    plan = told.plan
+    if known is not None and known.why_not(gpu) is None:
+        known.add(plan)
+        plan = known
+    if not plans.write(plan, path):
+        return 1
+    print(f"plan: {path}; fuse(model, plan={str(path)!r}) goes by it")
+    return 0
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _print(title: str, blocks: Sequence[Any], step: Any, picture: Path | None, *, predicted: bool = False) -> None:
+    # Imported here, since they need the packages of the extra [cli].
+    from rich.console import Console
+
+    from fusedres.tuning.table import draw, notes, table
+
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=120)
+    console.print(table(title, blocks, predicted=predicted))
+    for line in notes(blocks, step):
+        console.print(line, soft_wrap=True)
+    if picture is not None:
+        try:
+            draw(picture, title, blocks, predicted=predicted)
+        except ImportError:
+            console.print("no picture: matplotlib is not installed (pip install fusedres[cli])")
+        except OSError as error:
+            console.print(f"no picture: {error}", soft_wrap=True)
+        else:
+            console.print(f"picture: {picture.resolve()}", soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Any], None]]:
+    """A bar of blocks on a terminal; elsewhere a line for each of them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        said: set[int] = set()
+
+        def line(told: Any) -> None:
+            if told.done not in said:
+                said.add(told.done)
+                print(f"[{told.done}/{told.of}] {told.words}{_gain(told)}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def moved(told: Any) -> None:
+            bar.update(task, completed=told.done, total=told.of, description=f"{told.words}{_gain(told)}")
+
+        yield moved
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'s' * (number != 1)}"
+
+
+def _gain(told: Any) -> str:
+    return f"; {told.gained_ms:.2f} of {told.eager_ms:.2f} ms gained so far" if told.eager_ms else ""
+
+
+def _show() -> int:
+    from fusedres.runtime import plans
+
+    found = plans.plans_here()
+    print(f"{plans.folder()}: {_count(len(found), 'plan')}")
+    for path, plan in found.items():
+        if plan is None:
+            print(f"{path.name}: no plan")
+            continue
+        made = ", ".join(f"{name} {value}" for name, value in plan.made_with.items() if value)
+        print(f"{path.name}: {plan.words}; {len(plan.blocks)} blocks, {len(plan.decisions)} choices; {made}")
+        for title, step in plan.steps.items():
+            if "failed" in step:
+                print(f"  {title}: {step['failed']}")
+            else:
+                eager, tuned = step["eager_ms"][1], step["tuned_ms"][1]
+                print(f"  {title}: {eager:.3g} ms eager, {tuned:.3g} ms tuned, {eager / tuned:.2f} x")
+    return 0
+
+
+def _merge(files: Sequence[Path]) -> int:
+    from fusedres.runtime import plans
+
+    for path in plans.merge(files):
+        print(f"written: {path}")
+    return 0
