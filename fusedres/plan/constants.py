@@ -6,15 +6,13 @@ aside, said once, and done without.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusedres.cache import cache_folder, say_once, set_aside
+from fusedres.cache import cache_folder, read_json, say_once, set_aside, slug
 
 # Another number where the model of time gives its constants another meaning.
 FORMAT = 1
@@ -108,8 +106,7 @@ def folder() -> Path:
 
 def path_for(gpu: str, multiprocessors: int) -> Path:
     """Of the constants of a GPU, by its name."""
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return folder() / f"{slug}-{multiprocessors}.json"
+    return folder() / f"{slug(gpu)}-{multiprocessors}.json"
 
 
 def read(path: Path) -> Constants:
@@ -120,9 +117,10 @@ def read(path: Path) -> Constants:
         OSError: it can not be read.
     """
     try:
-        return Constants.of_json(json.loads(path.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise NotConstants(f"it is no JSON: {error}") from error
+        told = read_json(path)
+    except ValueError as error:
+        raise NotConstants(str(error)) from error
+    return Constants.of_json(told)
 
 
 def measured_for(gpu: str, multiprocessors: int) -> Mapping[str, float]:

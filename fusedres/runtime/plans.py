@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fusedres.cache import cache_folder, say_once, set_aside, write_json
+from fusedres.cache import cache_folder, read_json, say_once, set_aside, slug, write_json
 from fusedres.compiler.targets import triton
 from fusedres.context import here
 from fusedres.plan.decisions import KINDS, Decisions
@@ -206,11 +206,7 @@ def path_for(gpu: Gpu) -> Path:
 
 def _path(gpu: str, multiprocessors: int, made_with: Mapping[str, str]) -> Path:
     told = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:8]
-    return folder() / f"{_slug(gpu)}-{multiprocessors}-{told}.json"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder() / f"{slug(gpu)}-{multiprocessors}-{told}.json"
 
 
 def read(path: Path) -> Plan:
@@ -221,9 +217,10 @@ def read(path: Path) -> Plan:
         OSError: it can not be read.
     """
     try:
-        return Plan.of_json(json.loads(path.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise NotAPlan(f"it is no JSON: {error}") from error
+        told = read_json(path)
+    except ValueError as error:
+        raise NotAPlan(str(error)) from error
+    return Plan.of_json(told)
 
 
 def read_or_set_aside(path: Path) -> Plan | None:

@@ -146,11 +146,8 @@ def tuned_on(
     def keep() -> None:
         plans.write(plan, part)
 
-    def say(place: int, words: str) -> None:
-        if progress is not None:
-            progress(Progress(place, len(blocks), words, *tuner.gained(blocks)))
-
-    tuner = Tuner(bench, plan, keep=keep, say=say)
+    tuner = Tuner(bench, plan, keep=keep)
+    tuner.say = _telling(progress, tuner, blocks)
     keys = [key_of(block.site) for block in blocks]
     step = plan.steps.get(title, {})
     if step.get("blocks") != keys or "failed" in step or not all(plan.blocks.get(key, {}).get("done") for key in keys):
@@ -162,8 +159,20 @@ def tuned_on(
         part.unlink(missing_ok=True)
     plans.set_default(gpu, known)
     forget_choices()
-    say(len(blocks), "done")
+    tuner.say(len(blocks), "done")
     return Tuning(title, tuple(known.blocks[key] for key in keys), step, known, path if written else None)
+
+
+def _telling(
+    progress: Callable[[Progress], None] | None, tuner: Tuner, blocks: Sequence[Block]
+) -> Callable[[int, str], None]:
+    """Tells ``progress`` what a tuner says."""
+
+    def say(place: int, words: str) -> None:
+        if progress is not None:
+            progress(Progress(place, len(blocks), words, *tuner.gained(blocks)))
+
+    return say
 
 
 def _unfinished(part: Path, gpu: Gpu) -> Plan | None:
@@ -233,12 +242,8 @@ def estimate(
         said: list[str] = []
         on_paper(lambda: said.append(gone_through()), gpu)
     plan, bench = Plan.of(gpu, measured=False), Paper(gpu, blocks)
-
-    def say(place: int, words: str) -> None:
-        if progress is not None:
-            progress(Progress(place, len(blocks), words, *tuner.gained(blocks)))
-
-    tuner = Tuner(bench, plan, say=say, inside=inside)
+    tuner = Tuner(bench, plan, inside=inside)
+    tuner.say = _telling(progress, tuner, blocks)
     tuner.tune(blocks)
     found = tuner.whole_step(f"{title or _title(model)}, {said[0]}", blocks)
     for kind in KINDS:
@@ -286,7 +291,6 @@ class _Step:
     Attributes:
         args, kwargs: of its forward.
         training: whether a backward pass follows.
-        grad: whether autograd follows.
     """
 
     args: tuple[Any, ...]
