@@ -32,6 +32,7 @@ from fusedres.arguments import check_file, check_packages, positive
 from fusedres.bench.declared import gpu_of
 from fusedres.bench.harness import description
 from fusedres.bench.machine import machine
+from fusedres.bench.rows import parsed, types_of
 from fusedres.bench.setting import Device, device_named
 from fusedres.compiler.known import form_of
 from fusedres.explain.explanation import DTYPES
@@ -367,8 +368,9 @@ def _step(network: nn.Module, images: Tensor, dtype: torch.dtype, infer: bool) -
 
 
 COLUMNS = [one.name for one in fields(TimedLaunch)]
-_WHOLE = ("count", "moved", "flops", "multiprocessors")
-_SECONDS = ("predicted_s", "measured_s", "low_s", "high_s", "events_s")
+_TYPES = types_of(TimedLaunch)
+# What measuring fills in.
+_MEASURED = ("measured_s", "low_s", "high_s", "events_s", "reason", "date")
 
 
 def read_launches(path: Path) -> list[TimedLaunch]:
@@ -383,21 +385,11 @@ def read_launches(path: Path) -> list[TimedLaunch]:
             if reader.fieldnames is None or set(COLUMNS) - set(reader.fieldnames):
                 missing = ", ".join(sorted(set(COLUMNS) - set(reader.fieldnames or ())))
                 raise ValueError(f"{path}: expected a table of launches, and it has no column {missing}")
-            return [_row(one) for one in reader]
+            return [TimedLaunch(**{name: parsed(_TYPES[name], one[name] or "") for name in COLUMNS}) for one in reader]
     except OSError as error:
         raise ValueError(f"{path}: expected a table of launches: {error.strerror}") from error
     except (csv.Error, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a table of launches: {error}") from error
-
-
-def _row(cells: Mapping[str, str]) -> TimedLaunch:
-    values: dict[str, Any] = {name: cells[name] or "" for name in COLUMNS}
-    for name in _WHOLE:
-        values[name] = int(cells[name])
-    for name in _SECONDS:
-        values[name] = float(cells[name]) if cells[name] else None
-    values["known"] = cells["known"] == "True"
-    return TimedLaunch(**values)
 
 
 class Writer:
@@ -525,7 +517,7 @@ def run(
                     continue
                 same = by_key.get(work.row.key)
                 if same is not None:
-                    row = replace(work.row, **{name: getattr(same, name) for name in (*_SECONDS[1:], "reason", "date")})
+                    row = replace(work.row, **{name: getattr(same, name) for name in _MEASURED})
                 elif time.monotonic() > end:
                     row = replace(work.row, reason=TIME_OVER)
                 else:

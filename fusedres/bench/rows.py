@@ -129,14 +129,25 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-_TYPES = {name: tuple(typing.get_args(hint)) or (hint,) for name, hint in typing.get_type_hints(Row).items()}
 
 
-def _parsed(name: str, text: str) -> Any:
-    if text == "" and type(None) in _TYPES[name]:
+def types_of(row: type) -> dict[str, tuple[type, ...]]:
+    """What the cells of a table of such rows hold, by column."""
+    return {name: tuple(typing.get_args(hint)) or (hint,) for name, hint in typing.get_type_hints(row).items()}
+
+
+def parsed(types: tuple[type, ...], text: str) -> Any:
+    """What a cell holds.
+
+    Raises:
+        ValueError: it is none of these types.
+    """
+    if text == "" and type(None) in types:
         return None
-    kind = _TYPES[name][0]
-    return text == "True" if kind is bool else kind(text)
+    return text == "True" if types[0] is bool else types[0](text)
+
+
+_TYPES = types_of(Row)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -152,7 +163,7 @@ def read_rows(path: Path) -> list[Row]:
         if header != list(COLUMNS):
             raise ValueError(f"{path}: expected the columns of this version of fusedres, got {header}")
         return [
-            Row(**{name: _parsed(name, text) for name, text in zip(COLUMNS, line, strict=True)})
+            Row(**{name: parsed(_TYPES[name], text) for name, text in zip(COLUMNS, line, strict=True)})
             for line in reader
             if len(line) == len(COLUMNS)
         ]

@@ -129,43 +129,42 @@ def test_where_nothing_can_be_written_the_process_goes_by_its_memory(tmp_path):
     assert plans.default_for(GPU) is found.plan
 
 
-def test_on_a_full_disk_too(tmp_path):
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("no file system can be mounted here")
-    try:
-        with pytest.raises(OSError, match="No space"):
-            (tmp_path / "filler").write_bytes(b"x" * 2**20)
-        before = sorted(file.name for file in tmp_path.iterdir())
-        with pytest.warns(UserWarning, match="memory only"):
-            found = tuned(tmp_path / "plan.json")
-        assert found.path is None
-        assert plans.default_for(GPU) is found.plan
-        left = {file.name for file in tmp_path.iterdir()} - set(before)
-        assert left <= {"plan.lock"}
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def test_a_disk_that_fills_up_later_leaves_the_old_plan_whole(tmp_path):
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, of 256 KiB."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         pytest.skip("no file system can be mounted here")
-    try:
-        path = tmp_path / "plan.json"
-        tuned_on("little", BLOCKS[:1], FakeBench(BLOCKS[:1], 7), GPU, path)
-        old = path.read_bytes()
-        with pytest.raises(OSError, match="No space"):
-            (tmp_path / "filler").write_bytes(b"x" * 2**20)
-        with pytest.warns(UserWarning, match="memory only"):
-            assert tuned(path).path is None
-        assert path.read_bytes() == old
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def fill(disk):
+    with pytest.raises(OSError, match="No space"):
+        (disk / "filler").write_bytes(b"x" * 2**20)
+
+
+def test_on_a_full_disk_too(disk):
+    fill(disk)
+    before = sorted(file.name for file in disk.iterdir())
+    with pytest.warns(UserWarning, match="memory only"):
+        found = tuned(disk / "plan.json")
+    assert found.path is None
+    assert plans.default_for(GPU) is found.plan
+    left = {file.name for file in disk.iterdir()} - set(before)
+    assert left <= {"plan.lock"}
+
+
+def test_a_disk_that_fills_up_later_leaves_the_old_plan_whole(disk):
+    path = disk / "plan.json"
+    tuned_on("little", BLOCKS[:1], FakeBench(BLOCKS[:1], 7), GPU, path)
+    old = path.read_bytes()
+    fill(disk)
+    with pytest.warns(UserWarning, match="memory only"):
+        assert tuned(path).path is None
+    assert path.read_bytes() == old
 
 
 def test_progress_is_told():
