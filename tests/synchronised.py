@@ -126,7 +126,8 @@ def in_processes(module: str, folder: Path, world: int, *arguments: str, timeout
         subprocess.Popen([*command, str(rank), str(world), str(folder), *arguments], cwd=root) for rank in range(world)
     ]
     try:
-        assert [process.wait(timeout=timeout) for process in processes] == [0] * world
+        codes = [process.wait(timeout=timeout) for process in processes]
+        assert codes == [0] * world, f"the processes ended with {codes}"
     finally:
         for process in processes:
             process.kill()
