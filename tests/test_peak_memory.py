@@ -20,9 +20,8 @@ from tests.vgpu_support import needs_vgpu
 RUNGS = ("auto", "memory", *SCHEDULES)
 HOW = (None, "reentrant", "not reentrant")
 REPLAYED = 4
-# On a GPU, pixels enough that activations outweigh what does not grow with them: gradients of weights, and the partial
-# sums of these, of which there are at most as many as multiprocessors want.
-LARGE = (8, 64)
+# On a GPU, images enough that activations outweigh gradients of weights, which do not grow with them.
+LARGE = (2, 64)
 SMALL = (2, 8)
 
 

@@ -21,6 +21,7 @@ from fusedres.plan.shapes import (
     ConvVariant,
     InParts,
     Pipelined,
+    most_parts,
     neighbours,
     other_parts,
     power_above,
@@ -100,6 +101,7 @@ def backward_tile(
         -(-conv.pixels // (OUTSIDE * tile.block_pixels)),
         -(-MOST_WAVES * wave // pieces),
         moved // (16 * taps * conv.c * conv.k),  # written and read, half of what the operands take
+        most_parts(conv),
     )
     own = replace(tile, parts=tile.whole_waves(conv.pixels, pieces, wave, most, part))
 
@@ -108,7 +110,7 @@ def backward_tile(
         yield from other_parts(own)
 
     decided = taken(TILE, lambda: site_of(f"both gradients{' bits' * bits}", conv), conv.pixels, [own], more)
-    return replace(decided, parts=decided.filled_parts(conv.pixels, decided.parts))
+    return replace(decided, parts=decided.filled_parts(conv.pixels, min(decided.parts, most_parts(conv))))
 
 
 def one_pass_pays(conv: ConvVariant, target: Target, pieces: int) -> bool:

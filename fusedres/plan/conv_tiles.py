@@ -20,6 +20,7 @@ from fusedres.plan.shapes import (
     InParts,
     Pipelined,
     halves,
+    most_parts,
     neighbours,
     other_parts,
     power_above,
@@ -235,6 +236,7 @@ def _parts(tile: WeightGradTile, conv: ConvVariant, target: Target) -> int:
         -(-MOST_WAVES * wave // pieces),
         # Beyond those that give every multiprocessor one, written and read, half of what the contraction reads.
         max(FEW_PARTS, target.multiprocessors // pieces, read // (16 * max(1, weights))),
+        most_parts(conv),
     )
     return tile.whole_waves(conv.pixels, pieces, wave, most, part)
 
@@ -312,4 +314,4 @@ def weight_grad_tile(conv: ConvVariant, target: Target) -> WeightGradTile | None
             yield from other_parts(one)
 
     tile = chosen(tiles, lambda: site_of("weight gradient", conv), conv.pixels, more)
-    return replace(tile, parts=tile.filled_parts(conv.pixels, tile.parts))
+    return replace(tile, parts=tile.filled_parts(conv.pixels, min(tile.parts, most_parts(conv))))

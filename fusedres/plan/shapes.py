@@ -142,6 +142,12 @@ class InParts:
         return max(1, -(-pixels // parts // self.block_pixels)) * self.block_pixels
 
 
+def most_parts(conv: ConvVariant) -> int:
+    """Of a weight's gradient, fp32: together no larger than the operand u, which plain PyTorch keeps where it is formed
+    on load here, so that a step's peak of memory is not above plain's."""
+    return max(1, conv.pixels * conv.itemsize // (4 * conv.k * conv.taps))
+
+
 def depthwise(conv: ConvVariant) -> bool:
     """Whether a group has too few channels for tensor cores to gain by packing groups side by side."""
     return conv.groups > 1 and conv.c * conv.k < 4
