@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--weights", type=Path, metavar="FILE", help="start from these instead of random ones")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="digits", help="cifar10, cifar100, digits or imagefolder:PATH")
+    data.add_argument("--data", default="digits", help="cifar10, cifar100, digits, mnist5k or imagefolder:PATH")
     data.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR's files lie (default: data)")
     data.add_argument("--download", action=argparse.BooleanOptionalAction, default=True, help="CIFAR if it is missing")
     data.add_argument("--validation", type=whole, default=0, metavar="N", help="hold out N training images (He: 5000)")

@@ -33,8 +33,11 @@ class Result(NamedTuple):
 def views(source: Source, kind: str) -> tuple[View | None, ...]:
     """The views over which ``kind``, one of `KINDS`, averages.
 
-    "ten-crop" is Krizhevsky's standard test, "multi-scale" that of He 2015, section 3.4: the network is run over the
-    whole image and its mirror image at every scale, and its global average pooling makes it fully convolutional.
+    "ten-crop" is the standard test of Krizhevsky 2012 (sections 2 and 4.1): corners and centre of the central square,
+    mirrored too. "multi-scale" is that of He 2015, section 3.4: the network is run over the whole image at every scale,
+    and its global average pooling makes it fully convolutional. That mirror images take part, and that the scores which
+    are averaged are probabilities, He does not state; both are so in the paper that is followed there (Simonyan and
+    Zisserman, arXiv:1409.1556, sections 3.2 and 4.2).
 
     Raises:
         ValueError: no such kind, or one that the papers do not use on images in memory.

@@ -27,7 +27,7 @@ from fusedres.train.stopping import Stopped, stopping
 __all__ = ["TrainOptions", "run"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT_RECIPES = {"cifar10": "he2015-cifar", "cifar100": "he2015-cifar", "digits": "digits"}
+DEFAULT_RECIPES = {"cifar10": "he2015-cifar", "cifar100": "he2015-cifar", "digits": "digits", "mnist5k": "digits"}
 
 
 @dataclass(frozen=True)
