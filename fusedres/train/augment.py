@@ -121,7 +121,7 @@ class Augment:
     def _recolour(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Krizhevsky 2012, section 4.1: add the principal axes, each by a normal multiple of its eigenvalue.
 
-        An eigenvalue is a variance, so that the scale of pixels matters. The paper does not state it; here it is 0 to 1.
+        An eigenvalue is a variance, so that the scale of pixels matters, which the paper does not state: 0 to 1 here.
         """
         assert isinstance(self.crop, ScaleCrop)
         if self.crop.colour == 0:
