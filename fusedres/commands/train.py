@@ -25,10 +25,13 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network; repeatable")
     what.add_argument("--plain", action="store_true", help="the unfused twin")
     what.add_argument("--schedule", default="auto", help="of the fused blocks (default: auto)")
-    what.add_argument("--weights", type=Path, metavar="FILE", help="start from these instead of random ones")
+    what.add_argument(
+        "--weights", type=Path, nargs="+", default=[], metavar="FILE",
+        help="start from these instead of random ones; with --evaluate, test these, several as an ensemble",
+    )  # fmt: skip
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="digits", help="cifar10, cifar100, digits or imagefolder:PATH")
+    data.add_argument("--data", default="digits", help="cifar10, cifar100, digits, mnist5k or imagefolder:PATH")
     data.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR's files lie (default: data)")
     data.add_argument("--download", action=argparse.BooleanOptionalAction, default=True, help="CIFAR if it is missing")
     data.add_argument("--validation", type=whole, default=0, metavar="N", help="hold out N training images (He: 5000)")
@@ -61,7 +64,11 @@ def add_parser(commands: Any) -> None:
     results.add_argument("--out", type=Path, metavar="FOLDER", help="(default: runs/MODEL-DATA-...)")
     results.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, bit for bit")
     results.add_argument("--tensorboard", action="store_true", help="write its files too")
-    results.add_argument("--evaluate", action="store_true", help="only test --weights")
+    results.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="only test --weights; checkpoints know their networks, a state_dict is of --model",
+    )
     results.add_argument(
         "--test", choices=["single", "ten-crop", "multi-scale"], default="single", help="of image folders at the end"
     )
@@ -75,4 +82,4 @@ def _run(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         say_whose([options.model])
     given = {name: getattr(options, name) for name in TrainOptions.__dataclass_fields__}
-    return run(TrainOptions(**given | {"option": tuple(options.option)}))
+    return run(TrainOptions(**given | {name: tuple(given[name]) for name in ("option", "weights")}))

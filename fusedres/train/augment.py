@@ -119,7 +119,10 @@ class Augment:
         return self.mean.mean((1, 2), keepdim=True)
 
     def _recolour(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Krizhevsky 2012, section 4.1: add the principal axes, each by a normal multiple of its eigenvalue."""
+        """Krizhevsky 2012, section 4.1: add the principal axes, each by a normal multiple of its eigenvalue.
+
+        An eigenvalue is a variance, so that the scale of pixels matters, which the paper does not state: 0 to 1 here.
+        """
         assert isinstance(self.crop, ScaleCrop)
         if self.crop.colour == 0:
             return images

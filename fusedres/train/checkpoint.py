@@ -7,11 +7,11 @@ import random
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["differences", "load", "load_weights", "random_state", "restore_random_state", "save", "write"]
+__all__ = ["Weights", "differences", "load", "random_state", "read_weights", "restore_random_state", "save", "write"]
 
 FORMAT = 1
 
@@ -65,21 +65,39 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is truncated or not written by torch.save: {error}") from error
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Give ``model`` the weights in ``path``: a state_dict, or a checkpoint.
+class Weights(NamedTuple):
+    """What ``path`` holds: a state_dict, and of a checkpoint the configuration of its training (else None)."""
+
+    path: Path
+    state: dict[str, torch.Tensor]
+    config: dict[str, Any] | None
+
+    def give(self, model: torch.nn.Module) -> None:
+        """Load them into ``model``.
+
+        Raises:
+            ValueError: they are of another network or number of classes; the model is unchanged.
+        """
+        check_weights(model, self.state, str(self.path))
+        model.load_state_dict(self.state)
+
+
+def read_weights(path: Path) -> Weights:
+    """The weights in ``path``, a state_dict or a checkpoint. Runs no code that the file may hold.
 
     Raises:
-        ValueError: no such file, or weights of another network or number of classes; the model is unchanged.
+        ValueError: there is no such file, or it holds something else.
     """
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}")
-    state = _read(path)
+    state, config = _read(path), None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
+        state, config = state["model"], state.get("config")
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"weights: {path} holds no state_dict")
-    check_weights(model, state, str(path))
-    model.load_state_dict(state)
+    if config is not None and not isinstance(config, dict):
+        raise ValueError(f"weights: {path}: config: expected that of a training, got {type(config).__name__}")
+    return Weights(path, state, config)
 
 
 def check_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

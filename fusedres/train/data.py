@@ -9,16 +9,18 @@ from pathlib import Path
 
 import torch
 
+from fusedres.train import mnist
 from fusedres.train.cifar import CIFAR10, CIFAR100, load_cifar
 from fusedres.train.recipe import PadCrop, ScaleCrop
 from fusedres.train.sources import Arrays, Data, DataError, Files, Folder, Source, split
 
 __all__ = ["KINDS", "open_data"]
 
-KINDS = ("cifar10", "cifar100", "digits", "imagefolder:PATH")
+KINDS = ("cifar10", "cifar100", "digits", "mnist5k", "imagefolder:PATH")
 FOLDER = "imagefolder:"
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 DIGIT_SIDE = 8
+SIDES = {"cifar10": 32, "cifar100": 32, "mnist5k": mnist.SIDE}
 
 
 def open_data(
@@ -55,8 +57,10 @@ def open_data(
         raise ValueError(f"recipe: expected one for images of one size (such as he2015-cifar) for {name}")
     elif name == "digits":
         data = _digits(px or DIGIT_SIDE)
-    elif px not in (None, 32):
-        raise ValueError(f"px: the images of {name} are 32 pixels wide, got {px}")
+    elif px not in (None, SIDES[name]):
+        raise ValueError(f"px: the images of {name} are {SIDES[name]} pixels wide, got {px}")
+    elif name == "mnist5k":
+        data = Data(name, tuple(map(str, range(10))), 1, *mnist.load_mnist5k(), background=0.0)
     else:
         form = CIFAR10 if name == "cifar10" else CIFAR100
         train, test = load_cifar(form, root, download=download)

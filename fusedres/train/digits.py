@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-__all__ = ["Digits", "batches", "load_digits", "shift"]
+__all__ = ["Digits", "batches", "every_fifth", "load_digits", "shift"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ def load_digits(px: int = 8) -> Digits:
     if px != 8:
         images = F.interpolate(images, size=(px, px), mode="bilinear", align_corners=False)
 
-    order = labels.argsort(stable=True)
-    is_test = torch.zeros(len(labels), dtype=torch.bool)
-    is_test[order[::5]] = True
+    is_test = every_fifth(labels)
     std, mean = torch.std_mean(images[~is_test])
     images = (images - mean) / std
     return Digits(
@@ -61,6 +59,13 @@ def load_digits(px: int = 8) -> Digits:
         test_labels=labels[is_test],
         background=float(-mean / std),
     )
+
+
+def every_fifth(labels: torch.Tensor) -> torch.Tensor:
+    """Which images are for testing: in order of class, every fifth."""
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    is_test[labels.argsort(stable=True)[::5]] = True
+    return is_test
 
 
 def shift(images: torch.Tensor, max_shift: int, *, background: float, generator: torch.Generator) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fusedres.train.loading import Order, close, loader
 from fusedres.train.sources import DataError, Folder, Source, View
 from fusedres.train.stopping import Stopping
 
-__all__ = ["KINDS", "Evaluator", "Result", "views"]
+__all__ = ["KINDS", "Evaluator", "Result", "Scores", "mean_of_scores", "views"]
 
 KINDS = ("single", "ten-crop", "multi-scale")
 
@@ -30,11 +30,21 @@ class Result(NamedTuple):
     error5: float
 
 
+class Scores(NamedTuple):
+    """Logarithms of probabilities (N, classes), and labels (N,)."""
+
+    logs: torch.Tensor
+    labels: torch.Tensor
+
+
 def views(source: Source, kind: str) -> tuple[View | None, ...]:
     """The views over which ``kind``, one of `KINDS`, averages.
 
-    "ten-crop" is Krizhevsky's standard test, "multi-scale" that of He 2015, section 3.4: the network is run over the
-    whole image and its mirror image at every scale, and its global average pooling makes it fully convolutional.
+    "ten-crop" is the standard test of Krizhevsky 2012 (sections 2 and 4.1): corners and centre of the central square,
+    mirrored too. "multi-scale" is that of He 2015, section 3.4: the network is run over the whole image at every scale,
+    and its global average pooling makes it fully convolutional. That mirror images take part, and that the scores which
+    are averaged are probabilities, He does not state; both are so in the paper that is followed there (Simonyan and
+    Zisserman, arXiv:1409.1556, sections 3.2 and 4.2).
 
     Raises:
         ValueError: no such kind, or one that the papers do not use on images in memory.
@@ -86,23 +96,31 @@ class Evaluator:
 
     def __call__(self, model: nn.Module, wish: Stopping | None = None) -> Result | None:
         """The `Result` of ``model``, which is left in the mode it was in; None if ``wish`` stopped any rank."""
+        scores = self.scores(model, wish)
+        return None if scores is None else self.result(scores)
+
+    def scores(self, model: nn.Module, wish: Stopping | None = None) -> Scores | None:
+        """What ``model`` says of the images of this rank, over all views; None if ``wish`` stopped any rank."""
         wish = wish or Stopping()
         training = model.training
         model.eval()
         self.world.share_buffers(model)
         try:
             with torch.no_grad():
-                logs = [self._logs(model, batches, wish) for batches in self.loaders]
+                scores = [self._scores(model, batches, wish) for batches in self.loaders]
         finally:
             model.train(training)
         if self.world.rows(torch.tensor([float(wish.requested)], device=self.world.device)).any():
             return None
-        labels = logs[0][1]
-        together = _mean_of_probabilities([log for log, _ in logs])
-        first5 = together.topk(min(5, together.shape[1]), 1).indices
+        return mean_of_scores(scores)
+
+    def result(self, scores: Scores) -> Result:
+        """The `Result` of the ``scores`` of all ranks together."""
+        logs, labels = scores
+        first5 = logs.topk(min(5, logs.shape[1]), 1).indices
         hits = first5 == labels[:, None]
         sums = torch.stack([
-            -together.gather(1, labels[:, None]).double().sum(),
+            -logs.gather(1, labels[:, None]).double().sum(),
             hits[:, 0].sum().double(),
             hits.sum().double(),
             torch.tensor(float(len(labels)), dtype=torch.float64),
@@ -115,8 +133,8 @@ class Evaluator:
         for batches in self.loaders:
             close(batches)
 
-    def _logs(self, model: nn.Module, batches: Any, wish: Stopping) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logarithms of the probabilities of the images of this rank, in order, and their labels."""
+    def _scores(self, model: nn.Module, batches: Any, wish: Stopping) -> Scores:
+        """Those of the images of this rank, over one view."""
         logs, labels = [], []
         for loaded in batches:
             if isinstance(loaded, DataError):
@@ -134,8 +152,13 @@ class Evaluator:
             logs.append(_mean_of_probabilities(list(by_view.unbind(1))).cpu())
             labels.append(loaded.labels)
         if not logs:
-            return torch.empty(0, 1), torch.empty(0, dtype=torch.int64)
-        return torch.cat(logs), torch.cat(labels)
+            return Scores(torch.empty(0, 1), torch.empty(0, dtype=torch.int64))
+        return Scores(torch.cat(logs), torch.cat(labels))
+
+
+def mean_of_scores(scores: Sequence[Scores]) -> Scores:
+    """The mean of the probabilities that several views or models give the same images."""
+    return Scores(_mean_of_probabilities([one.logs for one in scores]), scores[0].labels)
 
 
 def _mean_of_probabilities(logs: Sequence[torch.Tensor]) -> torch.Tensor:

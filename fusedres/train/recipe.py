@@ -100,53 +100,66 @@ class Recipe:
         return replace(self, unit=unit, length=length, schedule=schedule)
 
 
+# What a paper does not state is said to be unstated; it is then as in the source that is named, or a choice of ours.
+# Unstated everywhere: the value of padded pixels (a mean that is subtracted first makes it 0) unless it is given below,
+# and that half of the images are mirrored. Papers that say "momentum" alone are taken to mean Nesterov's not.
 # He 2015: "Deep Residual Learning", arXiv:1512.03385; He 2016: "Identity Mappings", arXiv:1603.05027.
 _RECIPES = (
-    # Section 4.2: batch 128, 0.1 with drops at 32k and 48k of 64k iterations, weight decay 1e-4, momentum 0.9; pad 4,
-    # crop 32, flip, per-pixel mean. The 110-layer network starts at 0.01 until the training error is below 80 %.
+    # Section 4.2: batch 128, 0.1 divided by 10 at 32k and 48k of 64k iterations, weight decay 1e-4, momentum 0.9; pad
+    # 4, crop 32, flip, per-pixel mean. The 110-layer network starts at 0.01 until the training error is below 80 %;
+    # that of 1202 layers is trained like it.
     Recipe(
         "he2015-cifar", "arXiv:1512.03385, section 4.2", "iterations", 64_000, 128, Drops((32_000, 48_000)),
         PadCrop(), warm_up=WarmUp(0.01, until_error=0.8, min_layers=110), mean="pixel",
     ),
     # Section 3.4: batch 256, 0.1 divided by 10 when the error plateaus, up to 60·10⁴ iterations, weight decay 1e-4,
-    # momentum 0.9; shorter side in [256, 480], crop 224, flip, per-pixel mean, Krizhevsky's colour augmentation;
-    # testing with 10 crops or at {224, 256, 384, 480, 640}. How long a plateau is, the paper does not say.
+    # momentum 0.9; shorter side in [256, 480], crop 224, flip, per-pixel mean, Krizhevsky's colour augmentation
+    # (Krizhevsky 2012, section 4.1: deviation 0.1); testing with his 10 crops or at {224, 256, 384, 480, 640}.
+    # Unstated: how long a plateau is, and which error tells it; the side for single and ten crops, which is
+    # Krizhevsky's (section 2: 256).
     Recipe(
         "he2015-imagenet", "arXiv:1512.03385, section 3.4", "iterations", 600_000, 256, Plateau(),
         ScaleCrop(), mean="pixel",
     ),
-    # Appendix: as He 2015, with 0.01 for the first 400 iterations whatever the depth.
+    # Appendix: 0.1 divided by 10 at 32k and 48k iterations, 0.01 for the first 400 whatever the depth, batch 128,
+    # weight decay 1e-4, momentum 0.9, translation and flipping as He 2015. Unstated: the length and the mean, which are
+    # those of He 2015.
     Recipe(
         "he2016-preact", "arXiv:1603.05027, appendix", "iterations", 64_000, 128, Drops((32_000, 48_000)),
         PadCrop(), warm_up=WarmUp(0.01, fraction=400 / 64_000), mean="pixel",
     ),
-    # Appendix: 0.1 without warm-up, drops at 30 and 60 epochs, batch 256. Its length, 90, is not stated there.
+    # Appendix: 0.1 without warm-up, divided by 10 at 30 and 60 epochs, batch 256, weight decay and momentum as on
+    # CIFAR, augmentation as He 2015. Unstated: the length (90 is that of later papers, DenseNet's for one), the mean.
     Recipe(
         "he2016-preact-imagenet", "arXiv:1603.05027, appendix", "epochs", 90, 256, Drops((30, 60)),
         ScaleCrop(), mean="pixel",
     ),
-    # "Deep Networks with Stochastic Depth", section 4: 500 epochs, batch 128, 0.1 with drops after 250 and 375,
-    # weight decay 1e-4, Nesterov momentum 0.9 without dampening.
+    # "Deep Networks with Stochastic Depth", section 4: 500 epochs, batch 128, 0.1 divided by 10 after 250 and 375,
+    # weight decay 1e-4, Nesterov momentum 0.9 without dampening; translation by 4 pixels, flip. Unstated: the mean.
     Recipe(
         "stochastic-depth", "arXiv:1603.09382, section 4", "epochs", 500, 128, Drops((250, 375)),
         PadCrop(), nesterov=True,
     ),
     # "Wide Residual Networks", section 3: 200 epochs, batch 128, 0.1 times 0.2 at 60, 120 and 160, weight decay 5e-4,
-    # Nesterov momentum 0.9; crops from images padded by 4 reflected pixels, flip, mean and deviation.
+    # Nesterov momentum 0.9 without dampening; crops from images padded by 4 reflected pixels, flip. Unstated: whether
+    # mean and deviation are those of channels. The paper whitens (ZCA) in some experiments, this recipe does not.
     Recipe(
         "wide-resnet", "arXiv:1605.07146, section 3", "epochs", 200, 128, Drops((60, 120, 160), 0.2),
         PadCrop(mode="reflect"), nesterov=True, weight_decay=5e-4,
     ),
-    # "Aggregated Residual Transformations", section 5.3: 300 epochs, batch 128, drops at 150 and 225, decay 5e-4.
-    # Batch 128 and Nesterov momentum are those of the authors' code; the first version of the paper has a batch of 256.
+    # "Aggregated Residual Transformations", appendix A: 300 epochs, batch 128, 0.1 reduced at 150 and 225, weight decay
+    # 5e-4, momentum 0.9; crop 32 of images padded with zeros to 40, flip. Unstated: the factor, Nesterov and the mean,
+    # which are those of the code that it refers to for the rest (fb.resnet.torch).
     Recipe(
-        "resnext-cifar", "arXiv:1611.05431, section 5.3", "epochs", 300, 128, Drops((150, 225)),
+        "resnext-cifar", "arXiv:1611.05431, appendix A", "epochs", 300, 128, Drops((150, 225)),
         PadCrop(), nesterov=True, weight_decay=5e-4,
     ),
     # "Densely Connected Convolutional Networks", section 4.2: 300 epochs, batch 64, 0.1 divided by 10 at 50 % and 75 %,
-    # weight decay 1e-4, Nesterov momentum 0.9 without dampening; channel means and deviations.
+    # weight decay 1e-4, Nesterov momentum 0.9 without dampening. Section 4.1: mirroring and shifting, channel means and
+    # deviations. Unstated: by how much is shifted, which is He 2015's.
     Recipe("densenet", "arXiv:1608.06993, section 4.2", "epochs", 300, 64, Drops((150, 225)), PadCrop(), nesterov=True),
-    # The same section, ImageNet: 90 epochs, batch 256, drops at 30 and 60.
+    # The same sections, ImageNet: 90 epochs, batch 256, 0.1 divided by 10 at 30 and 60; testing on one or ten crops of
+    # 224. Unstated: the mean, and which augmentation of the three that it refers to; this is He 2015's.
     Recipe(
         "densenet-imagenet", "arXiv:1608.06993, section 4.2", "epochs", 90, 256, Drops((30, 60)),
         ScaleCrop(), nesterov=True,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,7 +18,7 @@ from fusedres.train import checkpoint, memory, trainer
 from fusedres.train.augment import Augment, measure
 from fusedres.train.data import open_data
 from fusedres.train.distributed import World, world
-from fusedres.train.evaluation import KINDS, Evaluator, Result, views
+from fusedres.train.evaluation import KINDS, Evaluator, Result, Scores, mean_of_scores, views
 from fusedres.train.logs import Logs
 from fusedres.train.network import Network, build, known_options
 from fusedres.train.recipe import Plateau, Recipe, recipe
@@ -27,7 +28,7 @@ from fusedres.train.stopping import Stopped, stopping
 __all__ = ["TrainOptions", "run"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT_RECIPES = {"cifar10": "he2015-cifar", "cifar100": "he2015-cifar", "digits": "digits"}
+DEFAULT_RECIPES = {"cifar10": "he2015-cifar", "cifar100": "he2015-cifar", "digits": "digits", "mnist5k": "digits"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class TrainOptions:
     seed: int = 0
     out: Path | None = None
     resume: bool = False
-    weights: Path | None = None
+    weights: tuple[Path, ...] = ()
     evaluate: bool = False
     test: str = "single"
     tensorboard: bool = False
@@ -112,10 +113,12 @@ def run(options: TrainOptions) -> int:
 
 
 def _check(options: TrainOptions) -> None:
-    if options.evaluate and options.weights is None:
+    if options.evaluate and not options.weights:
         raise ValueError("evaluate: expected together with --weights FILE")
-    if options.resume and options.weights is not None:
+    if options.resume and options.weights:
         raise ValueError("weights: expected without --resume, which has weights of its own")
+    if len(options.weights) > 1 and not options.evaluate:
+        raise ValueError(f"weights: expected one file to start from, or --evaluate, got {len(options.weights)} files")
     if options.test not in KINDS:
         raise ValueError(f"test: expected one of {', '.join(KINDS)}, got {options.test!r}")
     if options.amp is not None and options.amp not in DTYPES:
@@ -139,8 +142,17 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
+class _Member(NamedTuple):
+    """A network by its name, what its images go through, and the file of its weights if it has been read from one."""
+
+    name: str
+    network: Network
+    augment: Augment
+    file: Path | None = None
+
+
 class _Setting:
-    """Data, network and how images are read: what training and testing share."""
+    """Data, networks and how images are read: what training and testing share."""
 
     def __init__(self, options: TrainOptions, here: World) -> None:
         self.options, self.here = options, here
@@ -149,17 +161,8 @@ class _Setting:
         here.wait()
         self.data = data = self.data or self._open(False)
         views(data.test, options.test)
+        self.statistics = cache(lambda mean: measure(data.train, mean))
         trainer.seed_everything(options.seed)
-        self.network = self.build()
-        if options.weights is not None:
-            checkpoint.load_weights(self.network.model, options.weights)
-        crop = data.train.crop if isinstance(data.train, Folder) else self.recipe.crop
-        self.augment = Augment(
-            measure(data.train, self.recipe.mean),
-            crop,
-            background=data.background,
-            channels=self.network.channels if self.network.channels != data.channels else None,
-        )
         cores = os.cpu_count() or 1
         default = min(8, cores) if isinstance(data.train, Folder) else 0
         self.settings = trainer.Settings(
@@ -178,17 +181,51 @@ class _Setting:
             download=download,
         )  # fmt: skip
 
-    def build(self) -> Network:
+    def build(self, name: str, option: Mapping[str, Any]) -> Network:
         assert self.data is not None
-        options = self.options
         return build(
-            options.model, classes=len(self.data.classes), channels=self.data.channels, fused=not options.plain,
-            schedule=options.schedule, options=known_options(options.option),
+            name, classes=len(self.data.classes), channels=self.data.channels, fused=not self.options.plain,
+            schedule=self.options.schedule, options=option,
         )  # fmt: skip
 
-    def evaluator(self, source: Any, kind: str) -> Evaluator:
+    def asked_for(self) -> _Member:
+        """The network of --model, with random weights."""
+        return self._member(self.options.model, known_options(self.options.option), self.recipe.mean)
+
+    def read(self, path: Path) -> _Member:
+        """The network whose weights are in ``path``: a checkpoint says which, a state_dict is of that of --model."""
+        weights = checkpoint.read_weights(path)
+        member = self.asked_for() if weights.config is None else self._member(*self._told(path, weights.config))
+        weights.give(member.network.model)
+        return member._replace(file=path)
+
+    def _told(self, path: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], Any]:
+        """Name and options of the network of a checkpoint, and the mean that it was trained with."""
+        name, option, how = (config.get(key) for key in ("model", "option", "recipe"))
+        mean = how.get("mean") if isinstance(how, Mapping) else None
+        if not (isinstance(name, str) and isinstance(option, Mapping) and mean in ("pixel", "channel")):
+            raise ValueError(
+                f"weights: {path}: config: expected model, option and recipe.mean, got {name!r}, {option!r}, {mean!r}"
+            )
+        if (":" in name or name.endswith(".py")) and name != self.options.model:
+            # A file of weights is not to choose which file's code is run.
+            raise ValueError(f"weights: {path} is of a network in a file; expected --model {name} together with it")
+        return name, option, mean
+
+    def _member(self, name: str, option: Mapping[str, Any], mean: Literal["pixel", "channel"]) -> _Member:
+        data, network = self.data, self.build(name, option)
+        assert data is not None
+        augment = Augment(
+            self.statistics(mean),
+            data.train.crop if isinstance(data.train, Folder) else self.recipe.crop,
+            background=data.background,
+            channels=network.channels if network.channels != data.channels else None,
+        )
+        return _Member(name, network, augment)
+
+    def evaluator(self, source: Any, kind: str, augment: Augment) -> Evaluator:
         return Evaluator(
-            source, self.augment, self.here, batch=self.recipe.batch, workers=self.settings.workers, kind=kind,
+            source, augment, self.here, batch=self.recipe.batch, workers=self.settings.workers, kind=kind,
             channels_last=self.options.channels_last, autocast=lambda: self.settings.autocast(self.here.device),
         )  # fmt: skip
 
@@ -214,13 +251,15 @@ class _Setting:
             "processes": self.here.size,
         }
 
-    def explain(self) -> memory.DoesNotFit:
-        """Why there was not enough memory."""
-        images = self.augment(self.data.train.fetch(torch.arange(1), None), None)  # type: ignore[union-attr]
+    def explain(self, member: _Member) -> memory.DoesNotFit:
+        """Why there was not enough memory to train it."""
+        images = member.augment(self.data.train.fetch(torch.arange(1), None), None)  # type: ignore[union-attr]
         _, C, H, W = images.shape
         share = self.recipe.batch // self.here.size
         return memory.DoesNotFit(
-            memory.explanation(lambda: self.build().model, (C, H, W), share, self.here.device, amp=self.settings.amp)
+            memory.explanation(
+                lambda: self.asked_for().network.model, (C, H, W), share, self.here.device, amp=self.settings.amp
+            )
         )
 
 
@@ -228,11 +267,14 @@ def _train(options: TrainOptions, here: World, console: Console) -> int:
     setting = _Setting(options, here)
     data, chosen = setting.data, setting.recipe
     assert data is not None
+    member = setting.asked_for()
+    for path in options.weights:
+        checkpoint.read_weights(path).give(member.network.model)
     folder = options.folder()
     held_out, source = ("validation", data.validation) if data.validation is not None else ("test", data.test)
-    evaluator = setting.evaluator(source, "single")
+    evaluator = setting.evaluator(source, "single", member.augment)
     training = trainer.Trainer(
-        setting.network.model, chosen, data.train, evaluator, setting.augment, here,
+        member.network.model, chosen, data.train, evaluator, member.augment, here,
         setting.settings, config=setting.config(), folder=folder, validation=data.validation is not None,
     )  # fmt: skip
     if options.resume:
@@ -254,16 +296,16 @@ def _train(options: TrainOptions, here: World, console: Console) -> int:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            raise setting.explain() from error
+            raise setting.explain(member) from error
         finally:
             evaluator.close()
     if here.main:
         checkpoint.write(folder / "model.pt", training.model.state_dict())
     if source is not data.test or options.test != "single":
-        _test(options, setting, training.model, console)
+        _test(options, setting, [member], console)
     else:
         last = training.history[-1]
-        _report(console, "single", Result(last.held_out_loss, last.held_out_error, last.held_out_error5))
+        _report(console, "test (single)", Result(last.held_out_loss, last.held_out_error, last.held_out_error5))
     console.print(f"best {held_out} error {training.best:.2%}; weights, log and curves: {folder.resolve()}")
     return 0
 
@@ -292,29 +334,41 @@ def _headline(options: TrainOptions, setting: _Setting, training: trainer.Traine
     )
 
 
-def _report(console: Console, kind: str, result: Result) -> None:
+def _report(console: Console, what: str, result: Result) -> None:
     console.print(
-        f"test ({kind}): loss {result.loss:.4f}, error {result.error:.2%}, accuracy {1 - result.error:.2%},"
+        f"{what}: loss {result.loss:.4f}, error {result.error:.2%}, accuracy {1 - result.error:.2%},"
         f" top-5 error {result.error5:.2%}"
     )
 
 
 def _evaluate(options: TrainOptions, here: World, console: Console) -> int:
     setting = _Setting(options, here)
-    network = setting.network.model.to(here.device)
-    if options.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    _test(options, setting, network, console)
+    _test(options, setting, [setting.read(path) for path in options.weights], console)
     return 0
 
 
-def _test(options: TrainOptions, setting: _Setting, model: torch.nn.Module, console: Console) -> None:
+def _test(options: TrainOptions, setting: _Setting, members: Sequence[_Member], console: Console) -> None:
+    """Report on each, and where there are several on the ensemble: the mean of the probabilities that they give."""
     assert setting.data is not None
-    evaluator = setting.evaluator(setting.data.test, options.test)
+    what = f"test ({options.test})"
     if options.test == "multi-scale":
         torch.backends.cudnn.benchmark = False  # nearly every image is of another shape
+    scores: list[Scores] = []
+    for member in members:
+        evaluator = setting.evaluator(setting.data.test, options.test, member.augment)
+        scores.append(_scores(setting, member.network.model, evaluator))
+        title = what if len(members) == 1 else f"{member.file}, {member.name}: {what}"
+        _report(console, title, evaluator.result(scores[-1]))
+    if len(members) > 1:
+        _report(console, f"ensemble of {len(members)}: {what}", evaluator.result(mean_of_scores(scores)))
+
+
+def _scores(setting: _Setting, model: torch.nn.Module, evaluator: Evaluator) -> Scores:
+    model = model.to(setting.here.device)
+    if setting.settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     try:
-        result = evaluator(model)
+        scores = evaluator.scores(model)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
@@ -322,5 +376,5 @@ def _test(options: TrainOptions, setting: _Setting, model: torch.nn.Module, cons
         raise memory.DoesNotFit(message) from error
     finally:
         evaluator.close()
-    assert result is not None
-    _report(console, options.test, result)
+    assert scores is not None  # nobody wished to stop
+    return scores

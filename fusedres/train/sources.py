@@ -86,8 +86,9 @@ class Folder:
     """Image files, decoded when they are asked for.
 
     Under ``draws`` an image's shorter side becomes one of ``crop.sides`` and a random square of ``crop.size`` is cut
-    out, by columns 0 to 2; without them the image is seen through ``view``, where ten crops (four corners, centre,
-    mirrored) come as (10, C, H, W) and a whole image with its mirror image as (2, C, H, W).
+    out, by columns 0 to 2; without them the image is seen through ``view``, where ten crops (of its central square the
+    four corners and the centre, and their mirror images) come as (10, C, H, W) and a whole image with its mirror image
+    as (2, C, H, W).
     """
 
     def __init__(self, files: Iterable[Path], labels: torch.Tensor, crop: ScaleCrop, view: View | None = None) -> None:
@@ -112,7 +113,8 @@ class Folder:
             return T.pil_to_tensor(T.crop(image, top, left, size, size))
         image = T.resize(image, self.view.side)
         if self.view.kind == "ten":
-            return torch.stack([T.pil_to_tensor(crop) for crop in T.ten_crop(image, self.view.size)])
+            square = T.center_crop(image, self.view.side)
+            return torch.stack([T.pil_to_tensor(crop) for crop in T.ten_crop(square, self.view.size)])
         if self.view.kind == "whole":
             whole = T.pil_to_tensor(image)
             return torch.stack([whole, whole.flip(-1)])

@@ -115,7 +115,7 @@ def test_weights_come_from_a_state_dict_or_a_checkpoint(tmp_path):
     checkpoint.write(tmp_path / "model.pt", source.state_dict())
     for name in ("checkpoint.pt", "model.pt"):
         model = network()
-        checkpoint.load_weights(model, tmp_path / name)
+        checkpoint.read_weights(tmp_path / name).give(model)
         assert torch.equal(model[2].weight, source[2].weight)
     torch.load(tmp_path / "model.pt", weights_only=True)  # what others read
 
@@ -133,13 +133,13 @@ def test_weights_of_another_network_change_nothing(tmp_path, other, message):
     model = network()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_weights(model, tmp_path / "model.pt")
+        checkpoint.read_weights(tmp_path / "model.pt").give(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_other_files_are_no_weights(tmp_path):
     with pytest.raises(ValueError, match="weights: there is no file"):
-        checkpoint.load_weights(network(), tmp_path / "model.pt")
+        checkpoint.read_weights(tmp_path / "model.pt")
     torch.save([1, 2], tmp_path / "model.pt")
     with pytest.raises(ValueError, match="holds no state_dict"):
-        checkpoint.load_weights(network(), tmp_path / "model.pt")
+        checkpoint.read_weights(tmp_path / "model.pt")

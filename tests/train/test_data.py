@@ -89,7 +89,7 @@ def test_views_of_an_image(folder):
     assert torch.equal(single, T.pil_to_tensor(T.center_crop(image, 32)))
 
     ten = source.with_view(View("ten", 36, 32)).fetch(torch.tensor([2]), None)[0]
-    whole = T.pil_to_tensor(image)
+    whole = T.pil_to_tensor(T.center_crop(image, 36))
     assert ten.shape == (10, 3, 32, 32)
     assert torch.equal(ten[4], single)
     for i, (rows, columns) in enumerate(
@@ -130,12 +130,18 @@ def test_a_truncated_image_is_named(folder):
 @pytest.mark.parametrize(
     ("name", "crop", "options", "message"),
     [
-        ("mnist", PadCrop(), {}, "data: expected one of cifar10, cifar100, digits, imagefolder:PATH, got 'mnist'"),
+        (
+            "mnist",
+            PadCrop(),
+            {},
+            "data: expected one of cifar10, cifar100, digits, mnist5k, imagefolder:PATH, got 'mnist'",
+        ),
         ("digits", CROP, {}, "recipe: expected one for images of one size"),
         ("imagefolder:/nowhere", PadCrop(), {}, "recipe: expected one that scales its images"),
         ("imagefolder:/nowhere", CROP, {}, "there is no folder /nowhere/train; expected /nowhere/train/CLASS/"),
         ("digits", PadCrop(), {"px": 4}, "px must be at least 8"),
         ("cifar10", PadCrop(), {"px": 64}, "px: the images of cifar10 are 32 pixels wide, got 64"),
+        ("mnist5k", PadCrop(), {"px": 32}, "px: the images of mnist5k are 28 pixels wide, got 32"),
         ("digits", PadCrop(), {"validation": 1437}, "validation must be between 1 and 1436"),
     ],
 )

@@ -58,7 +58,7 @@ def single(path):
 
 
 def ten(path):
-    image = T.resize(read_image(path), 36)
+    image = T.center_crop(T.resize(read_image(path), 36), 36)
     corners = [T.crop(image, top, left, 32, 32) for top in (0, image.height - 32) for left in (0, image.width - 32)]
     five = [*corners, T.center_crop(image, 32)]
     return [*five, *(T.hflip(crop) for crop in five)]

@@ -309,7 +309,7 @@ def test_best_weights_are_kept(tmp_path):
     trainer = make(tmp_path)
     trainer.run(STILL, Stopping())
     model = Net()
-    checkpoint.load_weights(model, tmp_path / "best.pt")
+    checkpoint.read_weights(tmp_path / "best.pt").give(model)
     assert trainer.held_out(model.to(memory_format=torch.channels_last)).error == trainer.best
 
 
