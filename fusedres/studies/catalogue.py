@@ -1,0 +1,46 @@
+"""The studies by name. Imports nothing, so that their names are there at once."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from fusedres.studies.study import Study
+
+__all__ = ["STUDIES", "check", "found", "listed"]
+
+
+class Entry(NamedTuple):
+    """The module that holds a study, under the study's name in capitals, and one line about it."""
+
+    module: str
+    line: str
+
+
+STUDIES = {
+    "degradation": Entry("degradation", "depth against training error, plain and residual (He 2015, figures 1, 4, 6)"),
+}
+"""In the order of the papers."""
+
+
+def listed() -> str:
+    """Each study's name with its line."""
+    width = max(map(len, STUDIES))
+    return "\n".join(f"{name:{width}}  {entry.line}" for name, entry in STUDIES.items())
+
+
+def check(name: str) -> None:
+    """Raise the ValueError that lists the studies if ``name`` is none of them."""
+    if name not in STUDIES:
+        raise ValueError(f"study: expected some of these, or all, got {name!r}\n{listed()}")
+
+
+def found(name: str) -> Study:
+    """The study called ``name``.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    check(name)
+    return getattr(import_module(f"fusedres.studies.{STUDIES[name].module}"), name.upper())
