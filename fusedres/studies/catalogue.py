@@ -20,6 +20,10 @@ class Entry(NamedTuple):
 
 STUDIES = {
     "degradation": Entry("degradation", "depth against training error, plain and residual (He 2015, figures 1, 4, 6)"),
+    "lesion": Entry("lesion", "blocks and layers of trained networks deleted (Veit 2016, figures 3, 5a)"),
+    "permute": Entry("permute", "blocks of a trained network in another order (Veit 2016, figure 5b)"),
+    "paths": Entry("paths", "lengths of paths, and which of them carry gradient (Veit 2016, figure 6)"),
+    "shattered": Entry("shattered", "how gradients of near and of unrelated inputs correlate (Balduzzi 2017)"),
 }
 """In the order of the papers."""
 
