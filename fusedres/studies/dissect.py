@@ -15,7 +15,7 @@ from fusedres.ops.zero_pad_shortcut import zero_pad_shortcut
 from fusedres.studies.study import Setting
 from fusedres.studies.training import Spec, named
 
-__all__ = ["DissectedBlock", "Part", "blocks_of", "dissected", "residual_network", "stages_of"]
+__all__ = ["DissectedBlock", "Part", "blocks_of", "dissected", "plain_copy", "residual_network", "stages_of"]
 
 Part = Literal[
     "whole", "shortcut", "gradient by shortcut", "gradient by residual", "without layer 1", "without layer 2"
@@ -79,13 +79,18 @@ def stages_of(model: nn.Module) -> Sequence[nn.Sequential]:
     return [child for child in model.children() if isinstance(child, nn.Sequential)]
 
 
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a network without fused passes, in evaluation mode, whose modules' hooks run."""
+    return fusedres.unfuse(copy.deepcopy(model)).eval()
+
+
 def dissected(model: nn.Module) -> nn.Module:
     """A plain copy of a network of residual blocks, in evaluation mode, whose blocks are all `DissectedBlock`.
 
     Raises:
         ValueError: its stages are not of such blocks.
     """
-    copied = fusedres.unfuse(copy.deepcopy(model)).eval()
+    copied = plain_copy(model)
     stages = stages_of(copied)
     if not stages or not all(isinstance(block, plain.ResidualBlock) for stage in stages for block in stage):
         raise ValueError(f"model: expected stages of residual blocks, got a {type(model).__name__} without")

@@ -88,13 +88,13 @@ def _found(table: Table) -> Finding:
 def _draw(figure: Figure, table: Table) -> None:
     figure.set_size_inches(14, 4.5)
     panels = figure.subplots(1, 3)
+    panels[1].set_yscale("log")
     shown = ((PATHS_SHARE, "lengths of paths"), (NORM, "gradient by length"), (CARRIED, "both: effective paths"))
     for axes, (series, title) in zip(panels, shown, strict=True):
         lines(axes, table, [series], marker=".")
         axes.set(xlabel="length of the path, blocks", ylabel=series, title=title)
         axes.get_legend().remove()
-    panels[1].set(yscale="log", ylabel="norm of the gradient at the input")
-    panels[1].set_ylim(bottom=min(point.mean for point in table.of(NORM) if point.mean > 0) / 10)
+    panels[1].set(ylabel="norm of the gradient at the input")
     figure.suptitle("paths through a residual network (Veit et al. 2016, figure 6)")
 
 

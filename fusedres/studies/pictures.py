@@ -18,6 +18,8 @@ def lines(
 ) -> None:
     """Each series as a line with a band of one deviation, under its name or the one it is mapped to.
 
+    On a logarithmic axis the band reaches as far below the line as above it, since a deviation can exceed the mean.
+
     Args:
         axes: to draw on; its labels are the caller's.
         table: holds the series; those it does not hold are left out.
@@ -34,6 +36,8 @@ def lines(
         (line,) = axes.plot(x, mean, label=label, **{"linewidth": 1, **style})
         if any(std):
             low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+            if axes.get_yscale() == "log":
+                low = [m * m / h for m, h in zip(mean, high, strict=True)]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

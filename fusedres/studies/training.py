@@ -29,6 +29,8 @@ __all__ = ["Images", "Spec", "Trained", "error_of", "images", "named", "total_st
 
 BATCH = 360
 """Images that are tested at a time."""
+DRAW = 1_000_000
+"""Between the seeds of two draws: more than anybody takes seeds."""
 
 
 class Images(NamedTuple):
@@ -45,11 +47,13 @@ class Spec(NamedTuple):
         label: names it in tables and pictures.
         make: takes ``classes``, ``channels`` and ``fused``, by name.
         change: of the recipe, for this network.
+        draw: 0, 1, ... have weights and an order of images of their own under one seed.
     """
 
     label: str
     make: Callable[..., nn.Module]
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe
+    draw: int = 0
 
 
 class Trained(NamedTuple):
@@ -131,6 +135,8 @@ def trained(
     opened = open_data(data, chosen.crop, root=data_dir)
     augment = Augment(measure(opened.train, chosen.mean), chosen.crop, background=opened.background)
     here = World(0, 1, device)
+    if spec.draw:
+        seed = (seed + spec.draw * DRAW) % 2**63
     seed_everything(seed)
     model = spec.make(classes=len(opened.classes), channels=opened.channels, fused=fused)
     config = {
