@@ -11,6 +11,7 @@ from typing import Any
 
 from fusedres.arguments import check_file, check_packages, positive
 from fusedres.commands.model_names import RULE, say_whose
+from fusedres.commands.progress import progress
 
 DESCRIPTION = """Measures on this machine's GPU what fuse(model) is to take for each block of a model: eager PyTorch or
 a rung of the ladder, and tiles and library calls inside it. What is wrong is left out, and the whole step is never
@@ -82,8 +83,8 @@ def _on_this_gpu(options: argparse.Namespace) -> int:
     images = images.contiguous(memory_format=torch.channels_last)
     autocast = torch.autocast("cuda", dtype=dtype) if dtype.itemsize == 2 else nullcontext()
     try:
-        with autocast, torch.set_grad_enabled(not options.infer), _progress() as progress:
-            told = tune(model, images, title=options.model, fresh=options.fresh, progress=progress)
+        with autocast, torch.set_grad_enabled(not options.infer), _progress() as tell:
+            told = tune(model, images, title=options.model, fresh=options.fresh, progress=tell)
     except Unusable as error:
         print(f"fusedres tune: error: the GPU failed ({error}); run it again, and it goes on", file=sys.stderr)
         return 1
@@ -112,9 +113,9 @@ def _on_paper(options: argparse.Namespace) -> int:
     images = images.contiguous(memory_format=torch.channels_last)
     model = found.on_meta()
     check_images(model, images, infer=options.infer)
-    with _progress() as progress:
+    with _progress() as tell:
         told = estimate(
-            model, images, gpu, infer=options.infer, title=options.model, progress=progress,
+            model, images, gpu, infer=options.infer, title=options.model, progress=tell,
             autocast=lambda: meta_autocast(dtype if dtype.itemsize == 2 else None),
         )  # fmt: skip
     title = f"{next(iter(told.plan.steps))}, {gpu.name}"
@@ -174,29 +175,8 @@ def _print(title: str, blocks: Sequence[Any], step: Any, picture: Path | None, *
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Any], None]]:
-    """A bar of blocks on a terminal; elsewhere a line for each of them."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        said: set[int] = set()
-
-        def line(told: Any) -> None:
-            if told.done not in said:
-                said.add(told.done)
-                print(f"[{told.done}/{told.of}] {told.words}{_gain(told)}", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def moved(told: Any) -> None:
-            bar.update(task, completed=told.done, total=told.of, description=f"{told.words}{_gain(told)}")
-
-        yield moved
+    with progress() as tell:
+        yield lambda told: tell(f"{told.words}{_gain(told)}", told.done, told.of)
 
 
 def _count(number: int, what: str) -> str:

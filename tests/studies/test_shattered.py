@@ -1,18 +1,18 @@
 """fusedres.studies.shattered: the autocorrelation of known signals, gradients, and what the paper finds."""
 
-import csv
 import math
 
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from fusedres.commands.main import main
 from fusedres.studies import shattered
+from fusedres.studies.shattered import SHATTERED
+from fusedres.studies.study import Row, Table
+from tests.studies.tiny import drawn, table_of, untrained
 
 
 def test_autocorrelation_of_a_wave_is_a_cosine():
@@ -62,14 +62,46 @@ def test_gradients_of_deep_plain_networks_are_white_and_of_residual_ones_are_not
     assert deep + 0.3 < residual < shallow
 
 
-def test_the_study_writes_its_curves(tmp_path, capsys):
-    assert main(["study", "shattered", "--model", "cifar_resnet20", "--draws", "1", "--out", str(tmp_path)]) == 0
-    with (tmp_path / "shattered.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = list(dict.fromkeys(row["network"] for row in rows))
-    assert names == ["plain, 1 layer", "plain, 24 layers", "residual, 50 layers", "cifar_resnet20",
-                     "cifar_resnet20 without shortcuts", "white noise", "brown noise"]  # fmt: skip
-    assert len(rows) == 7 * 128
-    assert all(row["autocorrelation"] == "1.0" for row in rows if row["lag"] == "0")
-    assert (tmp_path / "shattered.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert "cifar_resnet20: autocorrelation" in capsys.readouterr().out
+def test_gradients_of_unrelated_inputs_correlate_as_the_theorems_say():
+    """Theorem 1's 1/2^L exactly; in residual networks the correlation at L = 32 is above a plain one's at L = 5."""
+    generator = torch.Generator().manual_seed(0)
+
+    def mean(kind, depth):
+        return sum(shattered.correlation(kind, depth, generator) for _ in range(10)) / 10
+
+    for depth in (1, 2, 4, 6):
+        assert mean("plain", depth) == pytest.approx(0.5**depth, rel=0.2)
+    one, many = mean("residual", 1), mean("residual", 32)
+    assert one == pytest.approx(0.75, rel=0.05)  # (1 + 1/2)/(1 + 1): a block adds half to the product, 1 to the square
+    assert many > 3 * 0.5**5
+    assert one / 32**0.75 < many < one / 32**0.45
+
+
+def test_fits_find_a_rate_and_a_power():
+    rows = [Row("correlation, plain", L, 0.4**L) for L in range(1, 9)]
+    rows += [Row("correlation, residual", L, 0.7 * L**-0.6) for L in (1, 2, 4, 64)]
+    assert shattered.fits(Table({0: rows})) == pytest.approx((0.4, -0.6))
+
+
+@pytest.mark.parametrize(
+    ("rate", "power", "verdict"),
+    [(0.5, -0.5, "agrees"), (0.8, -0.1, "not decided"), (0.4, -1.2, "not decided"), (0.9, -2, "disagrees")],
+)
+def test_a_verdict_asks_for_the_rate_and_a_slower_power(rate, power, verdict):
+    rows = [Row("correlation, plain", L, rate**L) for L in range(1, 9)]
+    rows += [Row("correlation, residual", L, L**power) for L in (1, 2, 4, 64)]
+    rows += [Row(name, 10, 0.0) for name in (*shattered.CONNECTED, *shattered.NOISE)]
+    assert SHATTERED.found(Table({0: rows})).verdict == verdict
+
+
+def test_curves_examples_and_correlations_are_measured_and_drawn(monkeypatch):
+    monkeypatch.setattr(shattered, "_between", lambda setting: {"ResNet-20": "cifar_resnet20"})
+    table = table_of(SHATTERED, untrained(SHATTERED, {}, draws=1))
+    curves = [name for name in table.series if "gradient" not in name and "correlation" not in name]
+    assert curves == [*shattered.CONNECTED, "ResNet-20", *shattered.NOISE]
+    for name in curves:
+        assert table.at(name, 0).mean == 1
+        assert len(table.of(name)) == 128
+        assert max(abs(point.mean) for point in table.of(f"{name}, gradient")) == pytest.approx(1)
+    assert len(drawn(SHATTERED, table)) == 6
+    assert "autocorrelation at lag 10" in SHATTERED.found(table).words

@@ -1,0 +1,87 @@
+"""Strength of layers' responses: He et al. 2015, arXiv:1512.03385, figure 7."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fusedres.studies.dissect import plain_copy
+from fusedres.studies.pictures import lines
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.training import Images, Spec, logits_of, named
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RESPONSES"]
+
+IMAGES = 1000
+SORTED = ", sorted"
+
+
+def _networks(setting: Setting) -> Sequence[Spec]:
+    deepest = [named("ResNet-110", "cifar_resnet110")] if setting.full else []
+    plain = [named(f"plain-{depth}", f"cifar_plain{depth}") for depth in (20, 56)]
+    return [*plain, *(named(f"ResNet-{depth}", f"cifar_resnet{depth}") for depth in (20, 56)), *deepest]
+
+
+def responses(model: nn.Module, images: Images) -> list[float]:
+    """The standard deviation of every batch norm's output: of each 3x3 layer before ReLU and addition, in order."""
+    model, deviations = plain_copy(model), []
+
+    def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        deviations.append(float(output.std()))
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(keep)
+    logits_of(model, images, len(images.labels))
+    return deviations
+
+
+def _measure(lab: Lab) -> Iterable[Row]:
+    train, _ = lab.images
+    images = Images(train.pixels[:IMAGES], train.labels[:IMAGES])
+    for label in lab.networks:
+        deviations = responses(lab.model(label), images)
+        for suffix, values in (("", deviations), (SORTED, sorted(deviations, reverse=True))):
+            for i, value in enumerate(values, start=1):
+                yield Row(label + suffix, i, value)
+
+
+def _labels(table: Table) -> list[str]:
+    return [series for series in table.series if not series.endswith(SORTED)]
+
+
+def _found(table: Table) -> Finding:
+    values = {label: [point.mean for point in table.of(label)] for label in _labels(table)}
+    means = {label: fmean(of) for label, of in values.items()}
+    # The mean over layers is known no better than their spread allows.
+    errors = {label: stdev(of) / len(of) ** 0.5 for label, of in values.items()}
+    pairs = [("plain-20", "ResNet-20"), ("plain-56", "ResNet-56"), ("ResNet-20", "ResNet-56")]
+    effects = [(means[large] - means[small]) / (errors[large] + errors[small]) for large, small in pairs]
+    verdict = "agrees" if min(effects) > 1 else "disagrees" if min(effects) < -1 else "not decided"
+    words = ", ".join(f"{label} {mean:.2f} ± {errors[label]:.2f}" for label, mean in means.items())
+    return Finding(f"mean standard deviation of the layers' responses: {words}", verdict)  # type: ignore[arg-type]
+
+
+def _draw(figure: Figure, table: Table) -> None:
+    figure.set_size_inches(9, 7)
+    original, magnitude = figure.subplots(2, 1)
+    for axes, suffix, order in ((original, "", "in order"), (magnitude, SORTED, "sorted by magnitude")):
+        for i, label in enumerate(_labels(table)):
+            style = "--" if label.startswith("plain") else "-"
+            lines(axes, table, {label + suffix: label}, linestyle=style, color=f"C{i}")
+        axes.set(xlabel=f"layer, {order}", ylabel="standard deviation")
+    figure.suptitle("responses of 3×3 layers after batch norm (He et al. 2015, figure 7)")
+
+
+RESPONSES = Study(
+    "responses", "He et al. 2015, arXiv:1512.03385, figure 7",
+    "layers of residual networks respond less than those of plain ones, and less the deeper the network is",
+    _networks, _measure, _found, _draw, epochs=12,
+)  # fmt: skip
