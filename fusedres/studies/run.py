@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -25,6 +26,9 @@ __all__ = ["Record", "run"]
 class Record:
     """What a folder holds of a study, ``NAME.json``: its setting, the rows of each seed, what was found.
 
+    With the rows of a seed come the seconds that all threads of the process took for them; networks that were there
+    took none.
+
     Args:
         folder: of the results.
         study: whose they are.
@@ -39,6 +43,7 @@ class Record:
         self.path = folder / f"{study.name}.json"
         self.study, self.setting = study, setting
         self.rows: dict[int, list[Row]] = {}
+        self.seconds: dict[int, float] = {}
         if not fresh and self.path.exists():
             self._read()
 
@@ -46,6 +51,7 @@ class Record:
         try:
             held = read_json(self.path)
             old = {int(seed): [Row(*row) for row in rows] for seed, rows in held["rows"].items()}
+            seconds = {int(seed): float(value) for seed, value in held.get("seconds", {}).items()}
             odd = differences(held["setting"], self.setting.as_json())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"out: {self.path} is no result of a study ({error}); --fresh begins anew") from error
@@ -53,7 +59,7 @@ class Record:
             raise ValueError(
                 f"out: {self.path} is of another setting: {'; '.join(odd)}; choose another folder, or --fresh"
             )
-        self.rows = old
+        self.rows, self.seconds = old, seconds
 
     def save(self, finding: Finding | None = None) -> None:
         """Write it."""
@@ -63,6 +69,7 @@ class Record:
             "paper": self.study.paper,
             "setting": self.setting.as_json(),
             "rows": {str(seed): rows for seed, rows in self.rows.items()},
+            "seconds": {str(seed): value for seed, value in self.seconds.items()},
             "made": {"date": str(date.today()), "torch": torch.__version__, "fusedres": version("fusedres")},
         }
         if finding is not None:
@@ -117,6 +124,7 @@ def run(
     lengths = [total_steps(spec.change(recipe), count) for spec in specs]
     for i_seed, seed in enumerate(left):
         networks = {}
+        started = time.process_time()
         for i, spec in enumerate(specs):
             before = i_seed * sum(lengths) + sum(lengths[:i])
             networks[spec.label] = trained(
@@ -129,6 +137,7 @@ def run(
             if networks[spec.label].diverged:
                 say(f"{spec.label}, seed {seed}: diverged after {len(networks[spec.label].history)} epochs")
         record.rows[seed] = list(study.measure(Lab(setting, seed, networks, recipe, data_dir)))
+        record.seconds[seed] = time.process_time() - started
         record.save()
     table = Table({seed: record.rows[seed] for seed in seeds})
     finding = study.found(table)
