@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -27,7 +28,7 @@ class Record:
     """What a folder holds of a study, ``NAME.json``: its setting, the rows of each seed, what was found.
 
     With the rows of a seed come the seconds that all threads of the process took for them; networks that were there
-    took none.
+    took none. With all rows comes what made the last of them: the day, torch, this library's version and commit.
 
     Args:
         folder: of the results.
@@ -44,6 +45,7 @@ class Record:
         self.study, self.setting = study, setting
         self.rows: dict[int, list[Row]] = {}
         self.seconds: dict[int, float] = {}
+        self.made: dict[str, str | None] = {}
         if not fresh and self.path.exists():
             self._read()
 
@@ -52,6 +54,7 @@ class Record:
             held = read_json(self.path)
             old = {int(seed): [Row(*row) for row in rows] for seed, rows in held["rows"].items()}
             seconds = {int(seed): float(value) for seed, value in held.get("seconds", {}).items()}
+            made = dict(held["made"])
             odd = differences(held["setting"], self.setting.as_json())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"out: {self.path} is no result of a study ({error}); --fresh begins anew") from error
@@ -59,7 +62,14 @@ class Record:
             raise ValueError(
                 f"out: {self.path} is of another setting: {'; '.join(odd)}; choose another folder, or --fresh"
             )
-        self.rows, self.seconds = old, seconds
+        self.rows, self.seconds, self.made = old, seconds, made
+
+    def add(self, seed: int, rows: Sequence[Row], seconds: float) -> None:
+        """Take the rows of a seed."""
+        self.rows[seed], self.seconds[seed] = list(rows), seconds
+        self.made = {
+            "date": str(date.today()), "torch": torch.__version__, "fusedres": version("fusedres"), "commit": _commit(),
+        }  # fmt: skip
 
     def save(self, finding: Finding | None = None) -> None:
         """Write it."""
@@ -70,7 +80,7 @@ class Record:
             "setting": self.setting.as_json(),
             "rows": {str(seed): rows for seed, rows in self.rows.items()},
             "seconds": {str(seed): value for seed, value in self.seconds.items()},
-            "made": {"date": str(date.today()), "torch": torch.__version__, "fusedres": version("fusedres")},
+            "made": self.made,
         }
         if finding is not None:
             held["finding"] = finding._asdict()
@@ -136,8 +146,8 @@ def run(
             )  # fmt: skip
             if networks[spec.label].diverged:
                 say(f"{spec.label}, seed {seed}: diverged after {len(networks[spec.label].history)} epochs")
-        record.rows[seed] = list(study.measure(Lab(setting, seed, networks, recipe, data_dir)))
-        record.seconds[seed] = time.process_time() - started
+        rows = list(study.measure(Lab(setting, seed, networks, recipe, data_dir)))
+        record.add(seed, rows, time.process_time() - started)
         record.save()
     table = Table({seed: record.rows[seed] for seed in seeds})
     finding = study.found(table)
@@ -148,6 +158,20 @@ def run(
     say(f"here:  {finding.words}, {_where(setting, seeds)}")
     say(f"verdict: {finding.verdict}")
     return finding
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, with "-dirty" where it was changed; None if it is in none."""
+    root = Path(__file__).parents[2]
+    # Not asked of git: an installed package may well lie within a checkout, of something else.
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return told.stdout.strip() or None
 
 
 def _where(setting: Setting, seeds: Sequence[int]) -> str:
