@@ -15,7 +15,9 @@ from fusedres.studies.training import Spec
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["CHANCE", "Verdict", "alike", "built", "compare", "ends", "error_bars", "in_words", "labels", "together"]
+__all__ = [
+    "CHANCE", "MARGIN", "Verdict", "alike", "built", "compare", "ends", "error_bars", "in_words", "labels", "together",
+]  # fmt: skip
 
 Verdict = Literal["agrees", "disagrees", "not decided"]
 
@@ -47,8 +49,8 @@ def labels(table: Table) -> list[str]:
 
 
 def in_words(table: Table, names: Iterable[str], scale: Callable[[float], str] = "{:.1%}".format) -> str:
-    """Each series with its value at 0, and its deviation where there are several."""
-    points = [table.at(name, 0) for name in names]
+    """Each series with its last value, and its deviation where there are several."""
+    points = [table.last(name) for name in names]
     return ", ".join(f"{p.series} {scale(p.mean)}{f' ± {scale(p.std)}' if p.samples > 1 else ''}" for p in points)
 
 
