@@ -44,10 +44,16 @@ def _measure(lab: Lab) -> Iterable[Row]:
 
 def _found(table: Table) -> Finding:
     drops, plateau = (table.at(name, 0) for name in LABELS)
-    first, last = (table.of("plateau, rate")[i] for i in (0, -1))
     verdict = alike(plateau.mean - drops.mean, [drops, plateau])
-    words = f"the plateaus bring the rate from {first.mean:.2g} to {last.mean:.2g}"
+    rates = [[rate for _, rate in _rates(table, seed, "plateau")] for seed in table.rows]
+    first, last = (" or ".join(f"{rate:.2g}" for rate in sorted({one[i] for one in rates})) for i in (0, -1))
+    words = f"the plateaus bring the rate from {first} to {last}"
     return Finding(f"test error: {in_words(table, LABELS)}; {words}", verdict)
+
+
+def _rates(table: Table, seed: int, label: str) -> list[tuple[float, float]]:
+    """The epochs of one seed with their learning rates; a mean of seeds would be none of them."""
+    return [(row.x, row.value) for row in table.rows[seed] if row.series == f"{label}, rate"]
 
 
 def _draw(figure: Figure, table: Table) -> None:
@@ -56,9 +62,13 @@ def _draw(figure: Figure, table: Table) -> None:
     for i, label in enumerate(LABELS):
         for part, style in (("training", "--"), ("test", "-")):
             lines(errors, table, [f"{label}, {part}"], scale=100, color=f"C{i}", linestyle=style)
-        lines(rates, table, {f"{label}, rate": label}, color=f"C{i}", drawstyle="steps-pre")
-    errors.set(xlabel="epoch", ylabel="error, %")
+        for seed in table.rows:
+            name = label if seed == min(table.rows) else None
+            rates.plot(*zip(*_rates(table, seed, label), strict=True), label=name, color=f"C{i}", drawstyle="steps-pre")
+    errors.set(xlabel="epoch", ylabel="error, %", ylim=(0, 20))
     rates.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    rates.grid(alpha=0.3)
+    rates.legend(fontsize="small")
     figure.suptitle("the rate falls at fixed times, or where the error does not (He et al. 2015, sections 3.4, 4.2)")
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("sklearn")
 
 from fusedres.studies.plateau import LABELS, PLATEAU
 from fusedres.studies.run import run
-from fusedres.studies.study import Setting
+from fusedres.studies.study import Row, Setting
 from fusedres.train.recipe import Drops, Plateau
 from tests.studies.made_up import drawn, errors, of_the_paper, shown, table
 
@@ -32,6 +32,12 @@ def of(drops, plateau):
 )
 def test_errors_alike_agree(verdict, rows):
     assert PLATEAU.found(rows).verdict == verdict
+
+
+def test_the_rates_of_every_seed_are_told():
+    rows = of([0.06, 0.06], [0.06, 0.06])
+    rows.rows[1][-1:] = [Row("plateau, rate", 4, 0.01)]
+    assert PLATEAU.found(rows).words.endswith("the plateaus bring the rate from 0.8 to 0.01 or 0.27")
 
 
 @pytest.mark.parametrize("full", [False, True])
