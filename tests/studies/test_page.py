@@ -85,14 +85,16 @@ def test_what_is_measured_keeps_the_day_on_which_it_was(tmp_path):
 
 
 def test_pictures_lie_beside_the_page(tmp_path):
-    pytest.importorskip("matplotlib")
+    read_picture = pytest.importorskip("matplotlib.image").imread
     for name in ("options", "warmup"):
         written(tmp_path, name)
     (tmp_path / "warmup.png").unlink()
-    assert main([str(tmp_path), str(tmp_path / "docs.md")]) == 0
-    text = (tmp_path / "docs.md").read_text()
+    assert main([str(tmp_path), str(tmp_path / "new" / "docs.md")]) == 0
+    text = (tmp_path / "new" / "docs.md").read_text()
     assert re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE) == ["docs/options.png"]
-    assert (tmp_path / "docs" / "options.png").read_bytes() == (tmp_path / "options.png").read_bytes()
+    drawn, reduced = (read_picture(tmp_path / folder / "options.png") for folder in (".", "new/docs"))
+    assert drawn.shape[:2] == reduced.shape[:2] and abs(drawn[..., :3] - reduced[..., :3]).max() < 0.1
+    assert (tmp_path / "new" / "docs" / "options.png").stat().st_size < (tmp_path / "options.png").stat().st_size / 2
 
 
 def test_nothing_is_written_without_results(tmp_path, capsys):
