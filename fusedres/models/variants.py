@@ -43,7 +43,7 @@ def variant_resnet(
             "constant_scaling_shortcut" (the shortcut alone), "exclusive_gating", "shortcut_gating", "conv_shortcut"
             (a 1x1 projection everywhere), "dropout_shortcut". Figure 4: "original", "bn_after_add",
             "relu_before_add", "relu_only", "full_preactivation".
-        bottleneck: bottlenecks instead of basic blocks (the variants of figure 4 but for the original).
+        bottleneck: bottlenecks instead of basic blocks (the variants of figure 4).
         num_classes, in_channels, fused: as in `cifar_resnet`.
         shortcut: where the shape changes, "zero_pad" or "projection".
         options: the block's own: ``shortcut_scale``, ``residual_scale``, ``gate_bias``, ``dropout``.
@@ -54,7 +54,7 @@ def variant_resnet(
     check_choice("variant", variant, VARIANTS)
     check_choice("shortcut", shortcut, SHORTCUTS)
     ordered = variant in ORDER_VARIANTS
-    if bottleneck and not (ordered or variant == "full_preactivation"):
+    if bottleneck and not (ordered or variant in ("original", "full_preactivation")):
         raise ValueError(f"bottleneck must be False for {variant!r}, got True")
     common: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "fused": fused}
     if variant in ("original", "conv_shortcut", "full_preactivation") or ordered:
@@ -62,13 +62,15 @@ def variant_resnet(
     if variant == "full_preactivation":
         kind = "bottleneck" if bottleneck else "basic"
         return preact_resnet(depth, block=kind, shortcut=shortcut, **common)  # type: ignore[arg-type]
-    if variant in ("original", "conv_shortcut"):
+    if variant in ("original", "conv_shortcut") and not bottleneck:
         kind = "projection_always" if variant == "conv_shortcut" else shortcut
         return cifar_resnet(depth, shortcut=kind, **common)  # type: ignore[arg-type]
     n = cifar_depth(depth, 3 if bottleneck else 2)
     check_sizes(num_classes, in_channels)
     blocks = library(fused)
-    if ordered:
+    if variant == "original":
+        name, own = "Bottleneck", {}
+    elif ordered:
         name, own = ("ActivationBottleneck" if bottleneck else "ActivationBasicBlock"), {"order": variant}
     else:
         name, own = SHORTCUT_VARIANTS[variant]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from fusedres.studies.compared import MARGIN, Verdict, compare, in_words, together
 from fusedres.studies.pictures import lines
 from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
 from fusedres.studies.training import Spec, named
@@ -31,20 +32,20 @@ def _labels(table: Table, kind: str) -> list[str]:
 
 
 def _found(table: Table) -> Finding:
-    words, gaps, spreads = [], [], []
+    ends, parts = [], []
     for kind in ("plain", "ResNet"):
-        shallow, *_, deep = _labels(table, kind)
-        errors = [table.last(f"{label}, training") for label in (shallow, deep)]
-        words.append(f"{shallow} {errors[0].mean:.1%}, {deep} {errors[1].mean:.1%}")
-        gaps.append(errors[1].mean - errors[0].mean)
-        spreads.append(errors[0].std + errors[1].std)
-    if gaps[0] > max(spreads[0], 0.01) and gaps[1] < gaps[0] / 2:
-        verdict = "agrees"
-    elif gaps[0] < -spreads[0]:
-        verdict = "disagrees"
-    else:
-        verdict = "not decided"
-    return Finding(f"training error at the end: {'; '.join(words)}", verdict)  # type: ignore[arg-type]
+        shallow, *_, deep = (table.last(f"{label}, training") for label in _labels(table, kind))
+        ends += [shallow.series, deep.series]
+        gap = deep.mean - shallow.mean
+        higher = compare(gap, [shallow, deep])
+        parts.append(higher if kind == "plain" else _not(higher, gap))
+    words = in_words(table, ends).replace(", training", "")
+    return Finding(f"training error at the end: {words}", together(parts))
+
+
+def _not(higher: Verdict, gap: float) -> Verdict:
+    """Whether a gap is none; one that hides in the spread is not decided."""
+    return "agrees" if gap <= MARGIN else "disagrees" if higher == "agrees" else "not decided"
 
 
 def _draw(figure: Figure, table: Table) -> None:
@@ -55,8 +56,7 @@ def _draw(figure: Figure, table: Table) -> None:
             for part, style in (("training", "--"), ("test", "-")):
                 series = f"{label}, {part}"
                 lines(axes, table, [series], scale=100, linestyle=style, color=f"C{i}")
-        axes.set(xlabel="epoch", title="plain networks" if kind == "plain" else "residual networks")
-    panels[0].set(ylabel="error, %")
+        axes.set(xlabel="epoch", ylabel="error, %", title="plain networks" if kind == "plain" else "residual networks")
     figure.suptitle("depth against error (He et al. 2015, figure 6)")
 
 

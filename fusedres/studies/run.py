@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -25,6 +27,9 @@ __all__ = ["Record", "run"]
 class Record:
     """What a folder holds of a study, ``NAME.json``: its setting, the rows of each seed, what was found.
 
+    With the rows of a seed come the seconds that all threads of the process took for them; networks that were there
+    took none. With all rows comes what made the last of them: the day, torch, this library's version and commit.
+
     Args:
         folder: of the results.
         study: whose they are.
@@ -39,6 +44,8 @@ class Record:
         self.path = folder / f"{study.name}.json"
         self.study, self.setting = study, setting
         self.rows: dict[int, list[Row]] = {}
+        self.seconds: dict[int, float] = {}
+        self.made: dict[str, str | None] = {}
         if not fresh and self.path.exists():
             self._read()
 
@@ -46,6 +53,8 @@ class Record:
         try:
             held = read_json(self.path)
             old = {int(seed): [Row(*row) for row in rows] for seed, rows in held["rows"].items()}
+            seconds = {int(seed): float(value) for seed, value in held.get("seconds", {}).items()}
+            made = dict(held["made"])
             odd = differences(held["setting"], self.setting.as_json())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"out: {self.path} is no result of a study ({error}); --fresh begins anew") from error
@@ -53,7 +62,14 @@ class Record:
             raise ValueError(
                 f"out: {self.path} is of another setting: {'; '.join(odd)}; choose another folder, or --fresh"
             )
-        self.rows = old
+        self.rows, self.seconds, self.made = old, seconds, made
+
+    def add(self, seed: int, rows: Sequence[Row], seconds: float) -> None:
+        """Take the rows of a seed."""
+        self.rows[seed], self.seconds[seed] = list(rows), seconds
+        self.made = {
+            "date": str(date.today()), "torch": torch.__version__, "fusedres": version("fusedres"), "commit": _commit(),
+        }  # fmt: skip
 
     def save(self, finding: Finding | None = None) -> None:
         """Write it."""
@@ -63,7 +79,8 @@ class Record:
             "paper": self.study.paper,
             "setting": self.setting.as_json(),
             "rows": {str(seed): rows for seed, rows in self.rows.items()},
-            "made": {"date": str(date.today()), "torch": torch.__version__, "fusedres": version("fusedres")},
+            "seconds": {str(seed): value for seed, value in self.seconds.items()},
+            "made": self.made,
         }
         if finding is not None:
             held["finding"] = finding._asdict()
@@ -117,6 +134,7 @@ def run(
     lengths = [total_steps(spec.change(recipe), count) for spec in specs]
     for i_seed, seed in enumerate(left):
         networks = {}
+        started = time.process_time()
         for i, spec in enumerate(specs):
             before = i_seed * sum(lengths) + sum(lengths[:i])
             networks[spec.label] = trained(
@@ -128,7 +146,8 @@ def run(
             )  # fmt: skip
             if networks[spec.label].diverged:
                 say(f"{spec.label}, seed {seed}: diverged after {len(networks[spec.label].history)} epochs")
-        record.rows[seed] = list(study.measure(Lab(setting, seed, networks, recipe, data_dir)))
+        rows = list(study.measure(Lab(setting, seed, networks, recipe, data_dir)))
+        record.add(seed, rows, time.process_time() - started)
         record.save()
     table = Table({seed: record.rows[seed] for seed in seeds})
     finding = study.found(table)
@@ -139,6 +158,20 @@ def run(
     say(f"here:  {finding.words}, {_where(setting, seeds)}")
     say(f"verdict: {finding.verdict}")
     return finding
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, with "-dirty" where it was changed; None if it is in none."""
+    root = Path(__file__).parents[2]
+    # Not asked of git: an installed package may well lie within a checkout, of something else.
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return told.stdout.strip() or None
 
 
 def _where(setting: Setting, seeds: Sequence[int]) -> str:
