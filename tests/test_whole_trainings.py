@@ -32,7 +32,7 @@ KINDS = (
     "cifar_resnet20", "cifar_plain20", "resnet18", "resnet50", "preact_resnet110", "resnet110_exclusive_gating",
     "resnet110_shortcut_gating", "resnet110_constant_scaling", "resnet110_bn_after_add", "resnet110_relu_before_add",
     "resnet110_relu_only", "densenet40_k12", "densenet_bc100_k12", "stochastic_resnet110",
-    "wide_resnet40_1", "resnext29_8x64",
+    "wide_resnet40_1", "resnext29_8x64", "iresnet50", "mobilenet_v2", "seresnet50",
 )  # fmt: skip
 
 

@@ -13,11 +13,29 @@ from fusedres.models.cifar import cifar_stem
 from fusedres.models.imagenet import imagenet_stem
 from fusedres.models.network import check_choice, check_sizes, library
 from fusedres.nn.dense import FusedDenseEnds
+from fusedres.swap.registry import register_class
 
-__all__ = ["DenseNet", "densenet", "densenet121", "densenet169", "densenet201", "imagenet_densenet"]
+__all__ = [
+    "DenseNet",
+    "densenet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "imagenet_densenet",
+]
 
-COUNTS = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32)}
-"""Layers of each dense block, by depth, all with growth 32."""
+COUNTS = {
+    121: (6, 12, 24, 16),
+    161: (6, 12, 36, 24),
+    169: (6, 12, 32, 32),
+    201: (6, 12, 48, 32),
+    264: (6, 12, 64, 48),
+}
+"""Layers of each dense block, by depth."""
+GROWTH = {161: 48}
+"""Channels that a layer adds, by depth; 32 in all others."""
 
 
 class DenseNet(nn.Module):
@@ -68,6 +86,9 @@ class FusedDenseNet(FusedDenseEnds, DenseNet):
     """A `DenseNet` with a fused stem and a fused end; its dense blocks and transitions are what they are."""
 
 
+register_class(DenseNet, FusedDenseNet)
+
+
 def densenet(
     depth: int,
     growth: int = 12,
@@ -107,10 +128,10 @@ def densenet(
 def imagenet_densenet(
     depth: int, *, dropout: float = 0.0, num_classes: int = 1000, in_channels: int = 3, fused: bool = True
 ) -> DenseNet:
-    """DenseNet-121, 169 or 201; torchvision's weights load.
+    """DenseNet-121, 161, 169, 201 or 264; torchvision's weights load, which has no 264.
 
     Args:
-        depth: 121, 169 or 201.
+        depth: 121, 169, 201 or 264 with 32 new channels a layer, or 161 with 48.
         dropout, num_classes, in_channels, fused: as in `densenet`.
 
     Raises:
@@ -118,14 +139,16 @@ def imagenet_densenet(
     """
     check_choice("depth", depth, COUNTS)
     check_sizes(num_classes, in_channels)
+    growth = GROWTH.get(depth, 32)
+    channels = 2 * growth
     stem: OrderedDict[str, nn.Module] = OrderedDict(
-        conv0=imagenet_stem(in_channels),
-        norm0=nn.BatchNorm2d(64),
+        conv0=imagenet_stem(in_channels, channels),
+        norm0=nn.BatchNorm2d(channels),
         relu0=nn.ReLU(inplace=True),
         pool0=nn.MaxPool2d(3, 2, 1),
     )
     return (FusedDenseNet if fused else DenseNet)(
-        stem, 64, COUNTS[depth], growth=32, bottleneck=4, compression=0.5, dropout=dropout,
+        stem, channels, COUNTS[depth], growth=growth, bottleneck=4, compression=0.5, dropout=dropout,
         num_classes=num_classes, fused=fused,
     )  # fmt: skip
 
@@ -133,6 +156,11 @@ def imagenet_densenet(
 def densenet121(**options: Any) -> DenseNet:
     """DenseNet-121; keywords as `imagenet_densenet`'s."""
     return imagenet_densenet(121, **options)
+
+
+def densenet161(**options: Any) -> DenseNet:
+    """DenseNet-161; keywords as `imagenet_densenet`'s."""
+    return imagenet_densenet(161, **options)
 
 
 def densenet169(**options: Any) -> DenseNet:
@@ -143,3 +171,8 @@ def densenet169(**options: Any) -> DenseNet:
 def densenet201(**options: Any) -> DenseNet:
     """DenseNet-201; keywords as `imagenet_densenet`'s."""
     return imagenet_densenet(201, **options)
+
+
+def densenet264(**options: Any) -> DenseNet:
+    """DenseNet-264; keywords as `imagenet_densenet`'s."""
+    return imagenet_densenet(264, **options)

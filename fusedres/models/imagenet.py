@@ -17,9 +17,9 @@ WIDTHS = (64, 128, 256, 512)
 SHORTCUTS = ("projection", "zero_pad", "projection_always")
 
 
-def imagenet_stem(in_channels: int) -> nn.Conv2d:
+def imagenet_stem(in_channels: int, channels: int = 64) -> nn.Conv2d:
     """The 7x7 convolution of stride 2 that every ImageNet network begins with."""
-    return nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+    return nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False)
 
 
 def imagenet_resnet(

@@ -14,6 +14,7 @@ from fusedres.nn.network import network_pass, through
 from fusedres.nn.plain.variants import gated_modules
 from fusedres.nn.pooling import global_pool
 from fusedres.nn.stem import FusedStem
+from fusedres.swap.registry import register_class
 
 __all__ = ["FusedResNet", "ResNet", "build", "cifar_depth", "initialise", "library", "residual_stages"]
 
@@ -98,6 +99,8 @@ class FusedResNet(FusedStem, ResNet):
         return global_pool(self.avgpool, x)
 
 
+register_class(ResNet, FusedResNet)
+
 MakeBlock = Callable[[int, int, int, int], nn.Module]
 """Block number l from its index, input channels, width and stride."""
 
@@ -176,7 +179,7 @@ def initialise(model: ResNet, zero_init_residual: bool = False) -> ResNet:
     return model
 
 
-def check_sizes(num_classes: int, in_channels: int) -> None:
+def check_sizes(num_classes: int, in_channels: int = 3) -> None:
     """Refuse a classifier without classes and images without channels."""
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, SupportsIndex):

@@ -13,6 +13,9 @@ from fusedres.models.cifar import cifar_plain, cifar_resnet, resnext, stochastic
 from fusedres.models.densenet import COUNTS as DENSE_COUNTS
 from fusedres.models.densenet import densenet, imagenet_densenet
 from fusedres.models.imagenet import COUNTS, imagenet_plain, imagenet_resnet
+from fusedres.models.iresnet import DEPTHS as IMPROVED_DEPTHS
+from fusedres.models.iresnet import iresnet
+from fusedres.models.libraries import library_network
 from fusedres.models.preact import imagenet_preact_resnet, preact_resnet, wide_resnet
 from fusedres.models.variants import ORDER_VARIANTS, VARIANTS, highway, variant_resnet
 
@@ -26,11 +29,13 @@ class Entry(NamedTuple):
         build: takes ``num_classes``, ``fused`` and the network's own options.
         side: height and width of its images.
         num_classes: of the data set.
+        library_name: ``"timm.resnest50d"`` where the network is timm's or torchvision's, None where it is our own.
     """
 
     build: Callable[..., nn.Module]
     side: int
     num_classes: int
+    library_name: str | None = None
 
 
 def _cifar(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Entry:
@@ -40,6 +45,16 @@ def _cifar(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Entry
 def _imagenet(build: Callable[..., nn.Module], *args: Any, **options: Any) -> Entry:
     return Entry(partial(build, *args, **options), 224, 1000)
 
+
+def _of(library_name: str, *, side: int = 224, num_classes: int = 1000) -> Entry:
+    return Entry(partial(library_network, library_name), side, num_classes, library_name)
+
+
+_REGNETS = ("400mf", "800mf", "1_6gf", "3_2gf", "8gf", "16gf", "32gf")
+_OF_TORCHVISION = (
+    "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "mobilenet_v2",
+    *(f"regnet_{kind}_{size}" for kind in "xy" for size in _REGNETS),
+)  # fmt: skip
 
 _NETWORKS: dict[str, Entry] = {
     **{f"resnet{depth}": _imagenet(imagenet_resnet, depth) for depth in COUNTS},
@@ -73,6 +88,13 @@ _NETWORKS: dict[str, Entry] = {
     },
     "resnext29_8x64": _cifar(resnext, 29, cardinality=8, base_width=64),
     "resnext29_16x64": _cifar(resnext, 29, cardinality=16, base_width=64),
+    **{name: _of(f"torchvision.{name}") for name in _OF_TORCHVISION},
+    "seresnet50": _of("timm.seresnet50"),
+    "resnet50d": _of("timm.resnet50d"),
+    **{f"iresnet{depth}": _imagenet(iresnet, depth) for depth in IMPROVED_DEPTHS},
+    "resnest50": _of("timm.resnest50d"),
+    "resnest101": _of("timm.resnest101e", side=256),
+    "fasterrcnn_resnet50_fpn": _of("torchvision.fasterrcnn_resnet50_fpn", side=800, num_classes=91),
 }
 
 
@@ -102,12 +124,13 @@ def create(name: str, *, num_classes: int | None = None, fused: bool = True, **o
     Args:
         name: one of `names`.
         num_classes: width of the classifier (the data set's own if None).
-        fused: build from `fusedres.nn` blocks; otherwise from their plain PyTorch twins.
-        options: the network's own, such as ``in_channels``.
+        fused: build from `fusedres.nn` blocks, or fuse what is a library's; otherwise its plain PyTorch twin.
+        options: the network's own, such as ``in_channels``, or the library's, such as ``weights``.
 
     Raises:
         ValueError: no such network, or an option out of range.
-        TypeError: an argument is of another type.
+        TypeError: an argument is of another type, or an option that the network has not.
+        ImportError: the library that has the network is not installed.
     """
     found = entry(name)
     return found.build(num_classes=found.num_classes if num_classes is None else num_classes, fused=fused, **options)

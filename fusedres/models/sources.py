@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from torch import nn
 
 from fusedres import models
 from fusedres.arguments import check_packages
+from fusedres.models.libraries import of_timm, of_torchvision
 
 Size = tuple[int, int, int]
 IMAGENET: Size = (3, 224, 224)
@@ -158,8 +159,10 @@ def names(library: str) -> tuple[str, ...]:
 
 def namesake(name: str) -> str | None:
     """In words, whose model ``name`` is where both fusedres and torchvision have one; None where it is one's alone."""
-    # What is made for images of another size is not torchvision's.
-    if name not in models.names() or models.entry(name).side != IMAGENET[1] or name not in _bare_names("torchvision"):
+    # What is made for images of another size is not torchvision's, and what is torchvision's is one.
+    known = models.entry(name) if name in models.names() else None
+    own = known is not None and known.library_name is None and known.side == IMAGENET[1]
+    if not own or name not in _bare_names("torchvision"):
         return None
     return f"{name}: fusedres's own; torchvision.{name} is torchvision's"
 
@@ -207,25 +210,25 @@ def _near(name: str, known: tuple[str, ...], most: int) -> list[str]:
 def _of_fusedres(name: str, bare: str) -> Source | None:
     if bare not in models.names():
         return None
-    side = models.entry(bare).side
+    _, side, _, library_name = models.entry(bare)
+    if library_name is not None:
+        return replace(source(library_name), name=name)
     return Source(name, partial(models.create, bare, fused=False), (3, side, side), "fusedres")
 
 
 def _of_torchvision(name: str, bare: str) -> Source | None:
     if not _installed("torchvision"):
         return None
-    from torchvision.models import get_model_builder, list_models, quantization
+    from torchvision.models import list_models, quantization
 
     if bare not in list_models():
         return None
     if bare in list_models(module=quantization):
         plain = bare.removeprefix("quantized_")
         raise ValueError(f"model: {name} computes in int8, where nothing is fused; expected torchvision.{plain}")
-    make = get_model_builder(bare)
-    # The weights of backbones are downloaded where nothing else is said.
-    unweighted = {key: None for key in inspect.signature(make).parameters if key in ("weights", "weights_backbone")}
-    folder = make.__module__.split(".")[2]
-    return Source(name, partial(make, **unweighted), IMAGENET, "torchvision", TAKES.get(folder, IMAGES))
+    build = of_torchvision(bare)
+    folder = build.func.__module__.split(".")[2]
+    return Source(name, build, IMAGENET, "torchvision", TAKES.get(folder, IMAGES))
 
 
 def _of_timm(name: str, bare: str) -> Source | None:
@@ -234,7 +237,7 @@ def _of_timm(name: str, bare: str) -> Source | None:
     import timm
 
     size = timm.models.get_pretrained_cfg_value(bare, "input_size") or IMAGENET
-    return Source(name, partial(timm.create_model, bare), size, "timm")
+    return Source(name, of_timm(bare), size, "timm")
 
 
 def _of_transformers(name: str, bare: str) -> Source | None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fusedres
 from fusedres import models
+from fusedres.models.iresnet import improved_resnet
 from fusedres.patterns.choose import AUTO
 from tests.comparison import relative_error
 from tests.nn.twins import randomised
@@ -37,6 +38,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "highway": lambda **o: models.highway(stages=((8, 8), (12, 12)), **o),
     "dense": lambda **o: models.densenet(10, 4, **o),
     "dense, bottlenecks": lambda **o: models.densenet(16, 4, bc=True, **o),
+    "improved": lambda **o: improved_resnet((2, 4), (8, 16), **o),
 }  # fmt: skip
 IMAGENET: dict[str, Callable[..., nn.Module]] = {
     "resnet18": lambda **o: models.resnet18(**o),
@@ -45,7 +47,28 @@ IMAGENET: dict[str, Callable[..., nn.Module]] = {
     "plain18": lambda **o: models.plain(18, **o),
     "pre-activation 50": lambda **o: models.imagenet_preact_resnet(50, **o),
     "densenet121": lambda **o: models.densenet121(**o),
+    **{
+        name: lambda name=name, **o: models.create(name, **o)
+        for name in (
+            "densenet161",
+            "iresnet50",
+            "vgg16_bn",
+            "mobilenet_v2",
+            "regnet_x_400mf",
+            "regnet_y_400mf",
+            "seresnet50",
+            "resnet50d",
+            "resnest50",
+        )
+    },
 }
+LARGER = [
+    name
+    for name in models.names()
+    if name in ("densenet264", "iresnet101", "iresnet152")
+    or (models.entry(name).library_name is not None and name not in IMAGENET and "rcnn" not in name)
+]
+"""Of the same blocks as smaller ones."""
 RANDOM = ("stochastic depth", "dropout_shortcut")
 """Twins draw from torch's generator, in the same order."""
 
@@ -116,6 +139,12 @@ def test_a_step_in_fp64_is_the_plain_twins(make, schedule):
 @pytest.mark.parametrize("make", IMAGENET.values(), ids=IMAGENET)
 def test_a_step_of_an_imagenet_network_in_fp64_is_the_plain_twins(make, schedule):
     check_fp64(make, schedule, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER)
+def test_a_step_of_a_larger_network_in_fp64_is_the_plain_twins(name):
+    check_fp64(lambda **o: models.create(name, **o), AUTO, 64)
 
 
 @pytest.mark.parametrize("schedule", [pytest.param(AUTO, marks=pytest.mark.slow), "moments"])

@@ -12,17 +12,20 @@ def test_a_network_by_name() -> None:
     assert model(torch.rand(2, 1, 16, 16)).shape == (2, 7)
 
 
-DEEP = ("1001", "1202", "190", "250")
+DEEP = ("1001", "1202", "190", "250", "16gf", "32gf")
 """What takes seconds to build."""
 
 
 QUICK = (
     "resnet18", "plain18", "cifar_resnet20", "preact_resnet110", "highway19",
-    "densenet40_k12", "wide_resnet16_8", "resnext29_8x64",
+    "densenet40_k12", "wide_resnet16_8", "resnext29_8x64", "iresnet50",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names()])
+OWN = [name for name in names() if entry(name).library_name is None]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OWN])
 def test_every_name_builds_with_and_without_fused_blocks(name: str) -> None:
     """With the same keys and shapes, and the classes of its data set."""
     with torch.device("meta"):

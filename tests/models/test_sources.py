@@ -18,6 +18,13 @@ NAMES = [
     ("resnet18", "fusedres", "fusedres.models.network.ResNet", IMAGENET, IMAGES),
     ("cifar_resnet20", "fusedres", "fusedres.models.network.ResNet", (3, 32, 32), IMAGES),
     ("vgg11_bn", "torchvision", "torchvision.models.vgg.VGG", IMAGENET, IMAGES),
+    ("vgg16_bn", "torchvision", "torchvision.models.vgg.VGG", IMAGENET, IMAGES),
+    ("resnest50", "timm", "timm.models.resnet.ResNet", IMAGENET, IMAGES),
+    ("iresnet50", "fusedres", "fusedres.models.network.ResNet", IMAGENET, IMAGES),
+    (
+        "fasterrcnn_resnet50_fpn", "torchvision", "torchvision.models.detection.faster_rcnn.FasterRCNN", IMAGENET,
+        TAKES["detection"],
+    ),
     ("fcn_resnet50", "torchvision", "torchvision.models.segmentation.fcn.FCN", IMAGENET, IMAGES),
     ("torchvision.resnet18", "torchvision", "torchvision.models.resnet.ResNet", IMAGENET, IMAGES),
     (
@@ -104,15 +111,16 @@ def test_every_library_is_enumerated_as_its_models_are_named():
     with pytest.raises(ValueError, match="library: expected one of fusedres, torchvision, timm, hf, got 'keras'"):
         names("keras")
     assert not any("quantized" in name for name in found["torchvision"])
+    found["fusedres"] = tuple(name for name in found["fusedres"] if models.entry(name).library_name is None)
     for library, some in found.items():
         assert all(source(name).library == library for name in some[:: max(1, len(some) // 5)])
 
 
 def test_it_is_said_whose_a_model_is_where_two_libraries_have_it():
     assert namesake("resnet50") == "resnet50: fusedres's own; torchvision.resnet50 is torchvision's"
-    assert [namesake(name) for name in ("torchvision.resnet50", "vgg11", "plain18", "cifar_resnet20", "nothing")] == (
-        [None] * 5
-    )
+    assert [
+        namesake(name) for name in ("torchvision.resnet50", "vgg11", "vgg16", "plain18", "cifar_resnet20", "nothing")
+    ] == ([None] * 6)
 
 
 @pytest.mark.parametrize(

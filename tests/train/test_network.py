@@ -37,6 +37,14 @@ def test_a_network_of_torchvision_is_fused_and_asks_for_colours():
     assert fused.model(torch.rand(2, 3, 32, 32)).shape == (2, 5)
 
 
+def test_a_network_of_the_papers_that_a_library_has_is_that_of_the_library():
+    fused, twin = (build("regnet_y_400mf", classes=5, channels=1, fused=fused) for fused in (True, False))
+    assert "regnet_y_400mf" in names() and fused.channels == twin.channels == 3
+    assert type(twin.model).__module__ == "torchvision.models.regnet" and isinstance(fused.model, type(twin.model))
+    assert any(isinstance(module, Fused) for module in fused.model.modules())
+    assert fused.model.fc.out_features == twin.model.fc.out_features == 5
+
+
 FILE = """
 from torch import nn
 
@@ -99,6 +107,7 @@ def test_options_reach_the_network():
         ("cifar_resnet20", {"num_classes": 3}, "option: expected some of .*, got num_classes"),
         ("cifar_resnet20", {"shortcut": "none"}, "shortcut"),
         ("vgg11", {"color": 1}, "option: vgg11: "),
+        ("vgg16", {"color": 1}, "option: vgg16: "),
     ],
 )
 def test_unknown_names_and_options_are_refused(name, options, message):
