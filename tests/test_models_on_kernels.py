@@ -13,6 +13,8 @@ from fusedres import vgpu
 from fusedres.models import cifar_resnet
 from fusedres.plan.schedule import SCHEDULES
 from tests.comparison import assert_as_accurate_as_eager, assert_close, seeded
+from tests.models.test_exactness import KINDS, OF_LIBRARIES
+from tests.nn.twins import randomised
 from tests.vgpu_support import skip_module_without_vgpu
 
 skip_module_without_vgpu()
@@ -129,6 +131,33 @@ def test_resnet20_trains_on_kernels(target: str) -> None:
     assert_agree(ours, theirs, 1e-5)
     assert trace.by_kernel()["bn_finalize_kernel"] == 19  # two in each of nine blocks, and the stem
     assert len({launch.binary for launch in trace.launches}) <= 52  # one of them the stem's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["auto", "moments"])
+def test_an_improved_resnet_trains_on_kernels(schedule: str) -> None:
+    """Its passes are found by what the code of its blocks computes."""
+    model = fusedres.fuse(KINDS["improved"](num_classes=5), schedule=schedule)
+    ours, theirs, trace = on_both(model, "sm_90", torch.randn(2, 3, 24, 24), torch.tensor([0, 2]))
+    assert_agree(ours, theirs, 1e-5)
+    launches = trace.by_kernel()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert launches["bn_finalize_kernel"] + launches["moments_finalize_kernel"] == norms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OF_LIBRARIES)
+def test_networks_of_libraries_infer_on_kernels(kind: str) -> None:
+    """With statistics that are kept, which few images do not make extreme."""
+    pytest.importorskip("timm")
+    model = randomised(OF_LIBRARIES[kind](num_classes=5)).eval()
+    x = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        with fusedres.backend("vgpu:sm_90"), fusedres.record() as trace:
+            z = model(x)
+        with fusedres.backend("reference"):
+            assert_close(z, model(x), 1e-5)
+    assert trace.by_kernel()["conv_bn_act_kernel"] > 0
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ DEPTHS = (50, 101, 152)
 
 
 class ImprovedBottleneck(nn.Module):
-    """1x1, 3x3, 1x1, whose outer batch norms and ReLUs depend on the block's place in its stage (figure 1c).
+    """1x1, 3x3, 1x1, whose outer batch norms and ReLUs depend on the block's place in its stage.
 
     The first block of a stage normalises what it adds, the last normalises and rectifies the sum, and those after the
     first normalise and rectify their input; but the second only rectifies it, since the first has normalised it.
@@ -45,7 +45,7 @@ class ImprovedBottleneck(nn.Module):
         self.conv3 = conv1x1(channels, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels) if first or last else None
         self.relu = nn.ReLU()
-        # Max-pooling, where a strided projection would leave out three of four pixels (section 3.2).
+        # Max-pooling, where a strided projection would leave out three of four pixels.
         self.downsample = (
             nn.Sequential(nn.MaxPool2d(3, stride, 1), conv1x1(in_channels, out_channels), nn.BatchNorm2d(out_channels))
             if first

@@ -40,6 +40,26 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "dense, bottlenecks": lambda **o: models.densenet(16, 4, bc=True, **o),
     "improved": lambda **o: improved_resnet((2, 4), (8, 16), **o),
 }  # fmt: skip
+STAGES = {"layers": (1, 2, 1, 1), "channels": (8, 8, 8, 16)}
+OF_LIBRARIES: dict[str, Callable[..., nn.Module]] = {
+    "inverted residuals": lambda **o: models.create(
+        "mobilenet_v2", inverted_residual_setting=[[1, 8, 1, 1], [6, 12, 2, 2]], width_mult=0.25, dropout=0.0, **o
+    ),
+    "squeeze and excitation": lambda **o: models.create("seresnet50", stem_width=16, **STAGES, **o),
+    "deep stem": lambda **o: models.create("resnet50d", stem_width=8, **STAGES, **o),
+    "split attention": lambda **o: models.create("resnest50", stem_width=8, **STAGES, **o),
+}
+EVERY = [
+    *(pytest.param(make, 12, id=name) for name, make in KINDS.items()),
+    *(pytest.param(make, 40, id=name, marks=pytest.mark.slow) for name, make in OF_LIBRARIES.items()),
+]
+# The bias before the batch norm of a small split attention has a gradient of the plain twin's rounding alone, which is
+# more than 1e-9 allows; resnest50 and 101 are tried below.
+ROUNDING = "split attention"
+NAMED = (
+    "densenet161", "iresnet50", "vgg16_bn", "mobilenet_v2", "regnet_x_400mf", "regnet_y_400mf", "seresnet50",
+    "resnet50d", "resnest50",
+)  # fmt: skip
 IMAGENET: dict[str, Callable[..., nn.Module]] = {
     "resnet18": lambda **o: models.resnet18(**o),
     "resnet50": lambda **o: models.resnet50(**o),
@@ -47,28 +67,16 @@ IMAGENET: dict[str, Callable[..., nn.Module]] = {
     "plain18": lambda **o: models.plain(18, **o),
     "pre-activation 50": lambda **o: models.imagenet_preact_resnet(50, **o),
     "densenet121": lambda **o: models.densenet121(**o),
-    **{
-        name: lambda name=name, **o: models.create(name, **o)
-        for name in (
-            "densenet161",
-            "iresnet50",
-            "vgg16_bn",
-            "mobilenet_v2",
-            "regnet_x_400mf",
-            "regnet_y_400mf",
-            "seresnet50",
-            "resnet50d",
-            "resnest50",
-        )
-    },
+    **{name: lambda name=name, **o: models.create(name, **o) for name in NAMED},
 }
 LARGER = [
     name
     for name in models.names()
     if name in ("densenet264", "iresnet101", "iresnet152")
     or (models.entry(name).library_name is not None and name not in IMAGENET and "rcnn" not in name)
+    if name not in ("vgg16", "vgg19")
 ]
-"""Of the same blocks as smaller ones."""
+"""Of the same blocks as smaller ones. VGG without batch norms has nothing that is fused."""
 RANDOM = ("stochastic depth", "dropout_shortcut")
 """Twins draw from torch's generator, in the same order."""
 
@@ -129,9 +137,9 @@ def check_fp64(make: Callable[..., nn.Module], schedule: str, side: int) -> None
 
 
 @pytest.mark.parametrize("schedule", [AUTO, "moments"])
-@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-def test_a_step_in_fp64_is_the_plain_twins(make, schedule):
-    check_fp64(make, schedule, 12)
+@pytest.mark.parametrize(("make", "side"), [case for case in EVERY if case.id != ROUNDING])
+def test_a_step_in_fp64_is_the_plain_twins(make, side, schedule):
+    check_fp64(make, schedule, side)
 
 
 @pytest.mark.slow
@@ -148,8 +156,8 @@ def test_a_step_of_a_larger_network_in_fp64_is_the_plain_twins(name):
 
 
 @pytest.mark.parametrize("schedule", [pytest.param(AUTO, marks=pytest.mark.slow), "moments"])
-@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-def test_fp32_is_as_close_to_fp64_as_the_plain_twin(make, schedule):
+@pytest.mark.parametrize(("make", "side"), EVERY)
+def test_fp32_is_as_close_to_fp64_as_the_plain_twin(make, side, schedule):
     """RMS over seeds of images: one ReLU that flips within rounding decides a seed, in either network."""
     fused, plain = twins(make, schedule)
     exact = copy.deepcopy(plain).double()
@@ -157,7 +165,7 @@ def test_fp32_is_as_close_to_fp64_as_the_plain_twin(make, schedule):
     squares: dict[str, list[float]] = {}
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(4, 3, 12, 12, generator=generator, dtype=torch.float64)
+        x = torch.randn(4, 3, side, side, generator=generator, dtype=torch.float64)
         x, labels = x.contiguous(memory_format=torch.channels_last), torch.randint(0, 5, (4,), generator=generator)
         done = []
         for model in (fused, plain, exact):
