@@ -35,9 +35,9 @@ def lines(
         if any(std):
             low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        if all(float(value).is_integer() for value in x):
+        if axes.get_xscale() == "linear" and all(float(value).is_integer() for value in x):
             # Epochs and blocks have no halves.
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
