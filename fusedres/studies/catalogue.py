@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 STUDIES = {
     "degradation": Entry("degradation", "depth against training error, plain and residual (He 2015, figures 1, 4, 6)"),
     "options": Entry("options", "shortcuts of option A, B and C, and none (He 2015, table 3)"),
-    "warmup": Entry("warmup", "110 layers with and without a low learning rate at first (He 2015, section 4.2)"),
+    "warmup": Entry("warmup", "a deep network with and without a low learning rate at first (He 2015, section 4.2)"),
     "plateau": Entry("plateau", "the learning rate falls at fixed times or on plateaus (He 2015, sections 3.4, 4.2)"),
     "shortcuts": Entry("shortcuts", "scaled, gated, convolved and dropped shortcuts (He 2016, table 1)"),
     "activations": Entry("activations", "where batch norm and ReLU stand in a block (He 2016, table 2)"),
