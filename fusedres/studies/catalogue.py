@@ -22,7 +22,7 @@ STUDIES = {
     "degradation": Entry("degradation", "depth against training error, plain and residual (He 2015, figures 1, 4, 6)"),
     "options": Entry("options", "shortcuts of option A, B and C, and none (He 2015, table 3)"),
     "responses": Entry("responses", "strength of layers' responses, plain and residual (He 2015, figure 7)"),
-    "warmup": Entry("warmup", "110 layers with and without a low learning rate at first (He 2015, section 4.2)"),
+    "warmup": Entry("warmup", "a deep network with and without a low learning rate at first (He 2015, section 4.2)"),
     "plateau": Entry("plateau", "the learning rate falls at fixed times or on plateaus (He 2015, sections 3.4, 4.2)"),
     "ensemble": Entry("ensemble", "probabilities of several networks averaged (He 2015, tables 4, 5)"),
     "shortcuts": Entry("shortcuts", "scaled, gated, convolved and dropped shortcuts (He 2016, table 1)"),

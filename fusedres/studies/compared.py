@@ -49,9 +49,9 @@ def labels(table: Table) -> list[str]:
 
 
 def in_words(table: Table, names: Iterable[str], scale: Callable[[float], str] = "{:.1%}".format) -> str:
-    """Each series with its last value, and its deviation where there are several."""
+    """The last value of each series, with its deviation where there are several, and whose it is."""
     points = [table.last(name) for name in names]
-    return ", ".join(f"{p.series} {scale(p.mean)}{f' ± {scale(p.std)}' if p.samples > 1 else ''}" for p in points)
+    return "; ".join(f"{scale(p.mean)}{f' ± {scale(p.std)}' if p.samples > 1 else ''} for {p.series}" for p in points)
 
 
 def compare(gap: float, points: Sequence[Point], margin: float = MARGIN) -> Verdict:

@@ -19,10 +19,11 @@ __all__ = ["main", "page"]
 
 HEAD = """# Studies
 
-Experiments of the papers, run by `fusedres study`: without `--full` on small networks and scikit-learn's digits (8x8
-pixels, 1,437 training images, 360 for testing), with it in the paper's own setting. So small a setting can fail to show
-what a paper saw, and a verdict is about the setting that was run. "Not decided" says that the seeds differ by more than
-the networks, or the networks by less than a margin; the rule is `found` of a study's module in `fusedres/studies/`.
+Experiments of the papers, run by `fusedres study`: with `--full` in the paper's own setting, without it for minutes on
+scikit-learn's digits (8x8 pixels, 1,437 training images, 360 for testing), some with fewer layers than the paper's. So
+small a setting can fail to show what a paper saw, and a verdict is about the setting that was run. "Not decided" says
+that the seeds differ by more than the networks, or the networks by less than a margin. The networks and the rule for
+the verdict are `networks` and `found` of a study, in its module in `fusedres/studies/`.
 ± is one deviation over seeds, and so are bands and error bars; seconds are those that a CPU computed for the slowest
 seed, on all threads together, without networks that another study had left in the folder.
 

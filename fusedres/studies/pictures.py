@@ -39,6 +39,9 @@ def lines(
             if axes.get_yscale() == "log":
                 low = [m * m / h for m, h in zip(mean, high, strict=True)]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        if axes.get_xscale() == "linear" and all(float(value).is_integer() for value in x):
+            # Epochs and blocks have no halves.
+            axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 

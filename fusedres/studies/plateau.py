@@ -67,6 +67,7 @@ def _draw(figure: Figure, table: Table) -> None:
             rates.plot(*zip(*_rates(table, seed, label), strict=True), label=name, color=f"C{i}", drawstyle="steps-pre")
     errors.set(xlabel="epoch", ylabel="error, %", ylim=(0, 20))
     rates.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    rates.locator_params(axis="x", integer=True)
     rates.grid(alpha=0.3)
     rates.legend(fontsize="small")
     figure.suptitle("the rate falls at fixed times, or where the error does not (He et al. 2015, sections 3.4, 4.2)")

@@ -54,7 +54,7 @@ def _found(table: Table) -> Finding:
         compare(late[1].mean - late[0].mean, late, margin=1),
         alike(without.mean - with_.mean, [with_, without]),
     ])  # fmt: skip
-    words = ", ".join(f"{point.mean:.1f} with {point.series.removesuffix(', epochs')}" for point in late)
+    words = in_words(table, [point.series for point in late], "{:.1f}".format).replace(", epochs", "")
     return Finding(
         f"epochs until the training error is below {STARTED:.0%}: {words}; test error: {in_words(table, LABELS)}",
         verdict,

@@ -26,6 +26,8 @@ def drawn(study, table):
     for axes in figure.axes:
         assert axes.get_xlabel()
         assert axes.get_ylabel() or axes.get_yticklabels()[0].get_text()
+        if axes.get_xlabel() == "epoch":
+            assert all(float(tick).is_integer() for tick in axes.get_xticks())
         texts = [axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts, *ticks(axes.xaxis), *ticks(axes.yaxis)]
         boxes = [text.get_window_extent() for text in texts if text.get_text()]
         assert all(figure.bbox.contains(*point) for box in boxes for point in (box.min, box.max))

@@ -71,8 +71,8 @@ def test_one_that_diverged_ends_at_chance(tmp_path):
 def test_labels_are_those_with_one_number():
     rows = table({"a": [0.1, 0.3], "b, 20": [0.5, 0.5]}, errors(["a", "b, 20"]))
     assert labels(rows) == ["a", "b, 20"]
-    assert in_words(rows, labels(rows)) == "a 20.0% ± 14.1%, b, 20 50.0% ± 0.0%"
-    assert in_words(table({"a": [0.1]}), ["a"]) == "a 10.0%"
+    assert in_words(rows, labels(rows)) == "20.0% ± 14.1% for a; 50.0% ± 0.0% for b, 20"
+    assert in_words(table({"a": [0.1]}), ["a"]) == "10.0% for a"
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -41,7 +41,8 @@ def test_plain_is_higher_and_residual_is_not(verdict, rows):
 
 def test_the_ends_are_told():
     words = DEGRADATION.found(of([0.04], [0.74], [0.02], [0.01])).words
-    assert words == "training error at the end: plain-20 4.0%, plain-56 74.0%, ResNet-20 2.0%, ResNet-56 1.0%"
+    ends = "4.0% for plain-20; 74.0% for plain-56; 2.0% for ResNet-20; 1.0% for ResNet-56"
+    assert words == f"training error at the end: {ends}"
 
 
 def test_the_picture_has_a_panel_for_each_kind():

@@ -16,6 +16,8 @@ from fusedres.studies.study import Finding, Row, Setting, Study
 
 ROOT = Path(__file__).parents[2]
 
+DOCS = ROOT / "docs" / "studies.md"
+
 
 def study(name):
     """One that trains nothing and finds how many rows there are."""
@@ -49,6 +51,15 @@ def test_a_study_has_what_was_found_and_what_made_it(tmp_path):
     assert made[1] == str(date.today())
     assert bool(made[2]) == (ROOT / ".git").exists()
     assert re.search(r"^\| \[`options`\]\(#options\) \| .* \| agrees \| 12 \|$", text, re.MULTILINE)
+
+
+def test_the_page_in_docs_is_whole():
+    text = DOCS.read_text(encoding="utf-8")
+    found = headings(text)
+    assert found and [name for name in STUDIES if name in found] == found
+    pictures = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+    assert pictures == [f"studies/{name}.png" for name in found]
+    assert {path.name for path in (ROOT / "docs" / "studies").iterdir()} == {f"{name}.png" for name in found}
 
 
 def test_studies_that_are_done_come_in_the_order_of_the_papers(tmp_path):
