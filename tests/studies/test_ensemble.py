@@ -35,6 +35,7 @@ def test_members_and_their_mean_are_measured_and_drawn():
 @pytest.mark.parametrize(
     ("gains", "over_best", "verdict"),
     [([0.01, 0.012], [0.0, 0.002], "agrees"), ([-0.01, 0.02], [0.0, 0.002], "not decided"),
+     ([0.01, 0.012], [0.0, 0.0], "not decided"),
      ([0.01, 0.012], [-0.01, 0.004], "not decided"), ([0.01, 0.012], [-0.01, -0.008], "disagrees"),
      ([-0.02, -0.021], [-0.03, -0.02], "disagrees")],
 )  # fmt: skip
