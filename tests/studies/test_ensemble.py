@@ -46,9 +46,9 @@ def test_a_verdict_asks_for_a_gain_beyond_the_choice_of_images(gains, over_best,
 
 
 @pytest.mark.slow
-def test_trained_networks_together_err_no_more_than_on_average(tmp_path):
-    _, rows = done(ENSEMBLE, tmp_path)
+def test_trained_networks_together_err_less_than_on_average(tmp_path):
+    finding, rows = done(ENSEMBLE, tmp_path)
     errors = {row["series"]: float(row["mean"]) for row in rows}
     members = [errors[spec.label] for spec in ENSEMBLE.networks(Setting())]
-    assert len(set(members)) > 3  # draws of one depth differ
-    assert errors["ensemble"] <= sum(members) / 6
+    assert errors["ensemble"] < sum(members) / 6
+    assert finding.verdict != "disagrees"
