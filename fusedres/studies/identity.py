@@ -117,7 +117,6 @@ def _draw(figure: Figure, table: Table) -> None:
                 x = [point.x for point in table.of(series)]
                 axes.plot(x, [scale**L for L in x], linewidth=1, color=f"C{i}")
             axes.set(xlabel=xlabel, ylabel=f"norm of the {what}, relative", title=f"{what}, {kind}")
-            axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(
         "scaled shortcuts at initial values: measured (points) and λ^L (lines) (He et al. 2016, equation 8)"
     )

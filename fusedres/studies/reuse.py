@@ -1,8 +1,14 @@
-"""Which features the layers of a DenseNet use: Huang et al. 2017, arXiv:1608.06993, section 5 and figure 5."""
+"""Which features the layers of a DenseNet use: Huang et al. 2017, arXiv:1608.06993, section 5 and figure 5.
+
+Weights of all sources are alike at first, and those that are not asked for have to decay before it shows: on digits the
+decay is stronger than the recipe's. How light the features of a transition become depends on it: with 0.01 they have
+0.77 times the weight of the others, with 0.03 1.07 times.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +18,7 @@ from torch import nn
 from fusedres.models.densenet import densenet
 from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
 from fusedres.studies.training import Spec
+from fusedres.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +28,8 @@ __all__ = ["REUSE"]
 BLOCKS = (1, 2, 3)
 CHANCE = (0.02, 0.02, 0.1)
 """Twice the deviation of each of `ratios` at initial values; a classifier has few weights."""
+DECAY = 0.01
+"""Of weights, on digits."""
 
 
 def _networks(setting: Setting) -> Sequence[Spec]:
@@ -29,7 +38,10 @@ def _networks(setting: Setting) -> Sequence[Spec]:
     def make(*, classes: int, channels: int, fused: bool) -> nn.Module:
         return densenet(depth, num_classes=classes, in_channels=channels, fused=fused)
 
-    return [Spec(f"DenseNet-{depth}", make)]
+    def decayed(recipe: Recipe) -> Recipe:
+        return recipe if setting.full else replace(recipe, weight_decay=DECAY)
+
+    return [Spec(f"DenseNet-{depth}", make, decayed)]
 
 
 def targets_of(model: nn.Module) -> Iterable[tuple[str, torch.Tensor, list[int]]]:

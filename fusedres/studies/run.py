@@ -180,6 +180,7 @@ def _where(setting: Setting, seeds: Sequence[int]) -> str:
 
 def _draw(study: Study, table: Table, path: Path, say: Callable[[str], None]) -> None:
     if find_spec("matplotlib") is None:
+        path.unlink(missing_ok=True)
         say("no picture: matplotlib is not installed (pip install fusedres[cli])")
         return
     from matplotlib.figure import Figure

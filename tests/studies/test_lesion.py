@@ -1,15 +1,21 @@
 """fusedres.studies.lesion: what is deleted and put back, and what that costs trained networks."""
 
+from pathlib import Path
+from statistics import median
+
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+from fusedres.models import cifar_plain, cifar_resnet
 from fusedres.studies import lesion
 from fusedres.studies.dissect import blocks_of, dissected
 from fusedres.studies.lesion import LESION
 from fusedres.studies.study import Row, Table
+from fusedres.studies.training import error_of
+from fusedres.studies.training import images as digits
 from tests.studies.tiny import done, drawn, images, network, table_of, untrained
 
 
@@ -63,6 +69,33 @@ def test_a_verdict_asks_that_most_blocks_and_most_layers_differ(residual, plain,
     rows += [Row(lesion.BLOCK, i, value) for i, value in enumerate(residual)]
     rows += [Row(lesion.LAYER, i, value) for i, value in enumerate(plain)]
     assert LESION.found(Table({0: rows})).verdict == verdict
+
+
+def trained_shortly(make):
+    """Of 14 layers, after 60 steps on digits; with the test images."""
+    train, test = digits("digits", "channel", Path())
+    torch.manual_seed(0)
+    model = make(14, in_channels=1, fused=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(60):
+        chosen = torch.randint(len(train.labels), (64,))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(train.pixels[chosen]), train.labels[chosen]).backward()
+        optimizer.step()
+    return dissected(model), test
+
+
+def test_a_block_of_a_residual_network_costs_a_fifth_of_what_a_layer_of_a_plain_one_does():
+    """Points of test error, the median over blocks and over layers; the whole networks err by less than a third."""
+    costs = []
+    for make, parts in ((cifar_resnet, ["shortcut"]), (cifar_plain, ["without layer 1", "without layer 2"])):
+        model, test = trained_shortly(make)
+        whole = error_of(model, test)
+        assert whole < 1 / 3
+        costs.append(median(row.value for row in lesion.delete_each(model, test, "", parts)) - whole)
+    residual, plain = costs
+    assert residual < plain / 5
+    assert plain > 0.3
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """fusedres.studies.paths: lengths are binomial, and gradients of all paths are the gradient."""
 
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from fusedres.studies import paths
-from fusedres.studies.dissect import blocks_of, dissected
+from fusedres.studies.dissect import DissectedBlock, blocks_of, dissected
 from fusedres.studies.paths import PATHS
 from fusedres.studies.study import Row, Table
+from fusedres.studies.training import Images
 from tests.studies.tiny import done, drawn, images, network, table_of, untrained
 
 
@@ -49,6 +52,53 @@ def test_lengths_of_paths_are_binomial_and_weigh_the_gradients(model):
     assert [table.at(paths.NORM, length).std for length in (0, 9)] == [0, 0]
     assert all(block.part == "whole" for block in blocks_of(model))
     assert paths.middle(dict(enumerate(of[paths.PATHS_SHARE]))) == (2, 7)
+
+
+class Scaling(torch.nn.Module):
+    """A block whose residual is ``scale`` times what it is given."""
+
+    downsample = None
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+
+    def shortcut(self, x):
+        return x
+
+    def residual(self, x):
+        return self.scale * x
+
+    def forward(self, x):
+        return (self.residual(x) + self.shortcut(x)).relu()
+
+
+def test_what_paths_of_linear_blocks_carry_is_binomial():
+    """Over a path of k blocks the gradient is scale**k times that over none: of all gradient, C(n, k) scale**k /
+    (1 + scale)**n goes over paths of length k."""
+    n, scale = 7, 0.25
+    blocks = [DissectedBlock(Scaling(scale)) for _ in range(n)]
+    flat = torch.nn.Flatten()
+    pixels, labels = images(side=4)
+    pictures = Images(pixels.double().abs(), labels % 16)
+    rows = paths.path_gradients(torch.nn.Sequential(*blocks, flat), pictures, 2, torch.Generator().manual_seed(0))
+    table = Table({0: list(rows)})
+    alone = table.at(paths.NORM, 0).mean
+    for k in range(n + 1):
+        assert table.at(paths.NORM, k).mean == pytest.approx(alone * scale**k)
+        assert table.at(paths.PATHS_SHARE, k).mean == math.comb(n, k) / 2**n
+        expected = math.comb(n, k) * scale**k / (1 + scale) ** n
+        assert table.at(paths.CARRIED, k).mean == pytest.approx(expected, rel=1e-9)
+
+
+def test_lengths_of_all_paths_through_a_network_are_counted_by_the_share(model):
+    """Each block is taken or left out: of the 2**9 choices those of k blocks."""
+    total = len(blocks_of(model))
+    counted = Counter(sum(choice) for choice in itertools.product((0, 1), repeat=total))
+    table = Table({0: list(paths.path_gradients(model, images(4), 1, torch.Generator().manual_seed(0)))})
+    assert [table.at(paths.PATHS_SHARE, k).mean for k in range(total + 1)] == [
+        counted[k] / 2**total for k in range(total + 1)
+    ]
 
 
 def shares(length):
