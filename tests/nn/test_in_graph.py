@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
@@ -204,6 +205,29 @@ def test_checkpointed():
     twins.step(2, 3, 32, 32)
     grads = zip(twins.fused.parameters(), twins.eager.parameters(), strict=True)
     assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in grads)
+
+
+@pytest.mark.slow
+def test_inductor_computes_checkpointed_blocks_again():
+    """Like the plain blocks that it compiles: statistics are moved once, and the backward graph has forward passes."""
+
+    def step(model):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x: checkpoint(model[1], checkpoint(model[0], x, use_reentrant=False), use_reentrant=False),
+            fullgraph=True,
+        )
+        x = torch.randn(3, 16, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+        z, codes = run_fw_bw_and_get_code(lambda: compiled(x))
+        return [z, x.grad, *(p.grad for p in model.parameters()), *model.buffers()], codes
+
+    plain = randomised(blocks()).double()
+    fused = fusedres.fuse(copy.deepcopy(plain))
+    theirs, _ = step(plain)
+    ours, (_, backward_code) = step(fused)
+    assert max(relative_error(one, other) for one, other in zip(ours, theirs, strict=True)) < 1e-10
+    lines = [line.strip() for line in backward_code.splitlines()]
+    assert sum("fusedres.conv_chain.default(" in line and line[0] != "#" for line in lines if line) == 2
 
 
 def block():
