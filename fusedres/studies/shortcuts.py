@@ -57,7 +57,7 @@ def _found(table: Table) -> Finding:
 
 
 def _draw(figure: Figure, table: Table) -> None:
-    figure.set_size_inches(12, 5)
+    figure.set_size_inches(14, 5)
     ending, course = figure.subplots(1, 2)
     names = labels(table)
     error_bars(ending, table, names)
@@ -66,6 +66,8 @@ def _draw(figure: Figure, table: Table) -> None:
     for i, name in enumerate(names):
         style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": "--" if i >= 10 else "-"}
         lines(course, table, {f"{name}, training": name}, scale=100, **style)
+    # Beside the curves, which fill their panel.
+    course.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     course.set(xlabel="epoch", ylabel="training error, %")
     figure.suptitle("what shortcuts do: scales and biases as in He et al. 2016, table 1")
 

@@ -3,8 +3,13 @@
 import pytest
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
 
+from fusedres.models.variants import variant_resnet
 from fusedres.studies.activations import ACTIVATIONS, ORDERS
+from fusedres.studies.compared import built
+from fusedres.studies.run import run
 from fusedres.studies.study import Setting
 from tests.studies.made_up import drawn, errors, of_the_paper, shown, table
 
@@ -42,3 +47,12 @@ def test_the_picture_has_a_bar_and_a_curve_for_each():
 def test_the_networks_of_the_paper_are_built():
     assert [spec.label for spec in ACTIVATIONS.networks(Setting())] == list(ORDERS)
     assert list(of_the_paper(ACTIVATIONS)) == [f"{label}, {depth}" for depth in (110, 164) for label in ORDERS]
+
+
+@pytest.mark.slow
+def test_56_layers_do_best_with_full_pre_activation_and_worse_with_anything_after_the_addition(
+    tmp_path, plain_where_small
+):
+    specs = [built(label, variant_resnet, 56, variant) for label, variant in ORDERS.items() if variant != "relu_only"]
+    study = ACTIVATIONS._replace(networks=lambda setting: specs)
+    assert run(study, tmp_path, Setting(epochs=4), [0], say=print).verdict == "agrees"

@@ -3,8 +3,12 @@
 import pytest
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
 
 from fusedres.studies.options import OF_PAPER, OPTIONS
+from fusedres.studies.run import run
+from fusedres.studies.study import Setting
 from tests.studies.made_up import drawn, errors, of_the_paper, shown, table
 
 A, B, C = OF_PAPER
@@ -39,3 +43,8 @@ def test_the_picture_has_a_bar_and_a_curve_for_each():
 
 def test_the_networks_of_the_paper_are_built():
     assert list(of_the_paper(OPTIONS)) == ["plain", A, B, C]
+
+
+@pytest.mark.slow
+def test_32_layers_gain_from_shortcuts_of_each_option(tmp_path, plain_where_small):
+    assert run(OPTIONS, tmp_path, Setting(epochs=7), [0], say=print).verdict == "agrees"

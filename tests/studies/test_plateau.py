@@ -6,6 +6,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+from fusedres.models.cifar import cifar_resnet
+from fusedres.studies.compared import built
 from fusedres.studies.plateau import LABELS, PLATEAU
 from fusedres.studies.run import run
 from fusedres.studies.study import Row, Setting
@@ -65,3 +67,10 @@ def test_the_rate_falls_at_the_drops(tmp_path, plain_where_small):
     rows = (tmp_path / "plateau.csv").read_text().splitlines()
     rates = [float(row.split(",")[-4]) for row in rows if row.startswith('"drops, rate"')]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
+
+
+@pytest.mark.slow
+def test_eight_layers_learn_alike_with_both(tmp_path, plain_where_small):
+    specs = [spec._replace(make=built("", cifar_resnet, 8).make) for spec in PLATEAU.networks(Setting())]
+    study = PLATEAU._replace(networks=lambda setting: specs)
+    assert run(study, tmp_path, Setting(), [0, 1], say=print).verdict == "agrees"

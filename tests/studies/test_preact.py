@@ -7,8 +7,10 @@ from torch import nn
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
+pytest.importorskip("sklearn")
 
 from fusedres.studies.preact import KINDS, PREACT
+from fusedres.studies.run import run
 from fusedres.studies.study import Lab, Setting
 from fusedres.studies.training import Trained
 from fusedres.train.logs import Epoch
@@ -64,3 +66,8 @@ def test_the_networks_of_the_paper_are_built_each_with_its_layers():
         # Bottlenecks have projections where a stage begins, which do not count as layers.
         projections = 3 if depth > 110 else 0
         assert sum(isinstance(part, nn.Conv2d) for part in model.modules()) == depth - 1 + projections
+
+
+@pytest.mark.slow
+def test_110_layers_learn_from_the_first_epoch_with_pre_activation(tmp_path, plain_where_small):
+    assert run(PREACT, tmp_path, Setting(epochs=1), [0], say=print).verdict == "agrees"
