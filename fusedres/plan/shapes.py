@@ -143,9 +143,9 @@ class InParts:
 
 
 def most_parts(conv: ConvVariant) -> int:
-    """Of a weight's gradient, fp32: together no larger than the operand u, which plain PyTorch keeps where it is formed
-    on load here, so that a step's peak of memory is not above plain's."""
-    return max(1, conv.pixels * conv.itemsize // (4 * conv.k * conv.taps))
+    """Of a weight's gradient, fp32: together no larger than the smaller of its operands, one of which plain PyTorch has
+    in memory where it is formed on load here, so that a step's peak of memory is not above plain's."""
+    return max(1, conv.pixels * conv.itemsize // (4 * max(conv.c, conv.k) * conv.taps))
 
 
 def depthwise(conv: ConvVariant) -> bool:
