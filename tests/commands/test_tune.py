@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import fusedres
-from fusedres.commands.main import main
 from fusedres.plan.gpus import GPUS
 from fusedres.runtime import plans
 from fusedres.runtime.plans import Plan
+from fusedres_cli.main import main
 
 MODEL = """
 from torch import nn
@@ -80,11 +80,10 @@ def test_predictions_join_in_the_cache(model, capsys):
         ([], "model: expected one to tune, or --show or --merge"),
         (["{none}"], "nothing to fuse in it"),
         (["nothing_of_this_name"], "model: expected a name such as"),
-        (["{two}", "--dtype", "int8"], "dtype: expected one of bf16, fp16, fp32, got 'int8'"),
         (["{two}", "--predict", "--gpu", "abacus"], "gpu: expected a name such as"),
         (["{two}", "--out", "x.json"], "out: expected --predict with it"),
         (["{two}", "--predict", "--out", "x.txt"], "out must name a .json file"),
-        (["{two}", "--picture", "x.svg"], "picture must name a .png file"),
+        (["{two}", "--picture", "x.svg"], "plot must name a .png file"),
         (["--merge", "nowhere.json"], "plan: expected a file that fusedres tune wrote"),
     ],
 )
