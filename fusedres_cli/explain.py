@@ -9,7 +9,7 @@ from fusedres_cli.values import size
 
 DESCRIPTION = "Counts a training step (or inference) on paper: nothing is computed, and no GPU is needed."
 EXAMPLES = """examples:
-  fusedres explain resnet50
+  fusedres explain resnet50 --by layer --by kernel
   fusedres explain timm.resnet50d --gpu a100 -b 64 --plot resnet50d.png
   fusedres explain resnet50 --infer --cast -b 1 --json
 """
@@ -34,5 +34,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--cast", action="store_true", help="inference of a model that has the dtype itself, in place of autocast"
     )
+    parser.add_argument(
+        "--by", choices=("layer", "kernel", "kind"), action="append", default=[],
+        help="also what the bytes are spent on; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     options.picture(parser, "--out", help="also draw a picture")

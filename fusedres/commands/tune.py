@@ -112,7 +112,6 @@ def _dtype(name: str) -> Any:
 
 def _print(title: str, blocks: Sequence[Any], step: Any, picture: Path | None, *, predicted: bool = False) -> None:
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=120)
     console.print(table(title, blocks, predicted=predicted))
     for line in notes(blocks, step):
         console.print(line, soft_wrap=True)
