@@ -42,7 +42,7 @@ def test_the_answer_comes_first_and_one_table_after_it(capsys):
     ("by", "expected"),
     [
         (["layer"], ["layer1.0", "auto: the choice of each layer"]),
-        (["kernel"], ["conv_forward_kernel", "of the roofline"]),
+        (["kernel"], ["conv_forward_kernel", "prologue: MB per image by kernel"]),
         (["kind", "kernel"], ["batch norm", "add and ReLU", "conv_forward_kernel"]),
     ],
 )
