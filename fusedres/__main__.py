@@ -2,6 +2,6 @@
 
 import sys
 
-from fusedres.commands.main import main
+from fusedres_cli.main import main
 
 sys.exit(main())

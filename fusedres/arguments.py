@@ -1,64 +1,9 @@
-"""Arguments of commands: kinds of values, files that are written at the end, packages that are needed then."""
+"""Arguments of commands: files that are written at the end, packages that are needed then."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import math
 from pathlib import Path
-
-
-def names(text: str) -> tuple[str, ...]:
-    """A list separated by commas, each name once."""
-    return tuple(dict.fromkeys(text.split(",")))
-
-
-def whole(text: str) -> int:
-    """A whole number of at least 0."""
-    return _whole(text, 0)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def _whole(text: str, least: int) -> int:
-    value = int(text) if text.lstrip("+").isdecimal() else -1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    """What PyTorch's generators take."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 2**64
-    if not -(2**63) <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 64 bits, got {text!r}")
-    return value
-
-
-def amount(text: str) -> float:
-    """A finite number of at least 0."""
-    return _number(text, math.inf, "a number of at least 0")
-
-
-def fraction(text: str) -> float:
-    """A number between 0 and 1."""
-    return _number(text, math.nextafter(1.0, 2.0), "a fraction between 0 and 1")
-
-
-def _number(text: str, below: float, expected: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < below:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
 
 
 def check_file(path: Path | None, name: str, suffix: str) -> None:

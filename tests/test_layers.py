@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fusedres"
 FLOORS = (
     ("kernels",),
     ("activation", "cache", "context"),
-    ("operands", "arguments", "compiler", "measure"),
+    ("operands", "arguments", "compiler", "measure", "tables"),
     ("plan", "vgpu"),
     ("runtime",),
     ("traffic",),

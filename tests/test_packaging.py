@@ -1,4 +1,4 @@
-"""What is installed, from a wheel and from an editable install: one top-level package, nothing forgotten."""
+"""What is installed, from a wheel and from an editable install: two top-level packages, nothing forgotten."""
 
 import importlib.metadata
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "fusedres"
+PACKAGES = (ROOT / "fusedres", ROOT / "fusedres_cli")
 
 # Triton's minor version that each of torch's is published with, on Linux.
 TRITON_OF_TORCH = {(2, 9): (3, 5), (2, 10): (3, 6), (2, 11): (3, 6)}
@@ -61,7 +61,7 @@ def test_the_readme_says_which_versions():
 
 def sources() -> set[str]:
     """Every Python file of the library, named as it is to be installed."""
-    return {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    return {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in package.rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def wheel_names(tmp_path_factory):
     # Built from a copy, so that no build folder appears in the checkout.
     copy = folder / "source"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fusedres"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "fusedres", "fusedres_cli"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],
@@ -83,8 +83,8 @@ def wheel_names(tmp_path_factory):
         return set(archive.namelist())
 
 
-def test_wheel_has_one_top_level_package(wheel_names):
-    assert {name.split("/")[0] for name in wheel_names} == {"fusedres", "fusedres-0.1.0.dist-info"}
+def test_wheel_has_the_library_and_its_command(wheel_names):
+    assert {name.split("/")[0] for name in wheel_names} == {"fusedres", "fusedres_cli", "fusedres-0.1.0.dist-info"}
 
 
 def test_wheel_holds_every_source_file(wheel_names):
@@ -103,7 +103,7 @@ def test_wheel_is_typed_and_licensed(wheel_names):
 
 
 def test_every_folder_of_the_library_is_a_package():
-    for path in PACKAGE.rglob("*.py"):
+    for path in (path for package in PACKAGES for path in package.rglob("*.py")):
         assert (path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py"
 
 

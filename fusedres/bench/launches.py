@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.arguments import check_file, check_packages, positive
+from fusedres.arguments import check_file, check_packages
 from fusedres.bench.declared import gpu_of
 from fusedres.bench.harness import description
 from fusedres.bench.machine import machine
@@ -543,12 +543,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--model", default="resnet50", help="as `fusedres explain` takes it (default: %(default)s)")
-    parser.add_argument("--batch", type=positive, default=256, help="images of a step (default: %(default)s)")
-    parser.add_argument("--px", type=positive, help="height and width of the images (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=256, help="images of a step (default: %(default)s)")
+    parser.add_argument("--px", type=int, help="height and width of the images (default: the model's own)")
     parser.add_argument("--dtype", default="bf16", help="bf16 or fp16 (by autocast), or fp32 (default: %(default)s)")
     parser.add_argument("--infer", action="store_true", help="inference in place of a training step")
     parser.add_argument("--device", default="cuda", help="such as cuda:1, or vgpu:<target>, whose times mean nothing")
-    parser.add_argument("--seconds", type=positive, help="measure nothing more after so many")
+    parser.add_argument("--seconds", type=int, help="measure nothing more after so many")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="every row, written as it is finished")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="measured over predicted")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run's CSV")
@@ -560,6 +560,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        for name in ("batch", "px", "seconds"):
+            if (value := getattr(options, name)) is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         check_file(options.csv, "csv", ".csv")
         check_file(options.plot, "plot", ".png")
         if options.plot is not None:

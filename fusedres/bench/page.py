@@ -51,7 +51,7 @@ def render(rows: Sequence[Row], timed_launches: Sequence[TimedLaunch] = ()) -> s
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
-    shown = [(name, cell) for name, cell in tables.COLUMNS if any(cell(row) != "-" for row in rows)]
+    shown = [(name, cell) for name, cell, _ in tables.COLUMNS if any(cell(row) != "-" for row in rows)]
     emulated = any(row.device.startswith("vgpu") for row in rows)
     on_gpu = any(row.driver or row.cudnn for row in rows)
     return environment.get_template("page.html.jinja").render(

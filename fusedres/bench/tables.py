@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from fusedres.bench import cases
 from fusedres.bench.contenders import CONTENDERS, YARDSTICK, contenders_named
@@ -20,6 +19,7 @@ from fusedres.bench.ops import OPS
 from fusedres.bench.rows import OK, Row, read_rows
 from fusedres.bench.setting import Device, Setting, device_named
 from fusedres.models.sources import names
+from fusedres.tables import Column, Fitted
 
 __all__ = [
     "EMULATED",
@@ -68,18 +68,19 @@ def verdict(row: Row) -> str:
     return f"{row.error:.1e}" + (f" <= {row.bound:.1e}" if row.bound is not None and row.status == OK else "")
 
 
-COLUMNS: tuple[tuple[str, Cell], ...] = (
-    ("ms (20 - 80 %)", milliseconds),
-    ("images/s", lambda row: number(row.images_per_s, 4)),
-    ("x eager", lambda row: "-" if row.speedup is None else f"{row.speedup:.2f}"),
-    ("first step s", lambda row: number(row.first_step_s, 3)),
-    ("peak GB", lambda row: number(row.peak_bytes, 3, 1e9)),
-    ("saved MB/image", lambda row: number(row.saved_bytes_per_image, 3, 1e6)),
-    ("launches", lambda row: number(row.launches, 6)),
-    ("GB/s", lambda row: number(row.gb_per_s, 3)),
-    ("TFLOP/s", lambda row: number(row.tflop_per_s, 3)),
-    ("of roofline", lambda row: "-" if row.of_roofline is None else f"{row.of_roofline:.0%}"),
-    ("error", verdict),
+# With the place at which each is left out of a narrow table, the last first.
+COLUMNS: tuple[tuple[str, Cell, int], ...] = (
+    ("ms (20 - 80 %)", milliseconds, 0),
+    ("images/s", lambda row: number(row.images_per_s, 4), 3),
+    ("x eager", lambda row: "-" if row.speedup is None else f"{row.speedup:.2f}", 0),
+    ("first step s", lambda row: number(row.first_step_s, 3), 5),
+    ("peak GB", lambda row: number(row.peak_bytes, 3, 1e9), 2),
+    ("saved MB/image", lambda row: number(row.saved_bytes_per_image, 3, 1e6), 1),
+    ("launches", lambda row: number(row.launches, 6), 6),
+    ("GB/s", lambda row: number(row.gb_per_s, 3), 7),
+    ("TFLOP/s", lambda row: number(row.tflop_per_s, 3), 8),
+    ("of roofline", lambda row: "-" if row.of_roofline is None else f"{row.of_roofline:.0%}", 4),
+    ("error", verdict, 9),
 )
 
 
@@ -87,24 +88,19 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
     """One line for each contender; columns without any figure are left out."""
     if not rows:
         return
-    table = Table(title=rows[0].group, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    shown = [(name, cell) for name, cell in COLUMNS if any(cell(row) != "-" for row in rows)]
-    for name, _ in shown:
-        table.add_column(name, justify="right")
-    for row in rows:
-        cells = [cell(row) for _, cell in shown]
-        table.add_row(row.contender, *(cells if row.status == OK else [row.status, *cells[1:]][: len(cells)]))
-    _wide(console).print(table)
+    shown = [
+        Column(name, [cell(row) for row in rows], drop)
+        for name, cell, drop in COLUMNS
+        if any(cell(row) != "-" for row in rows)
+    ]
+    if shown and any(row.status != OK for row in rows):
+        first = [cell if row.status == OK else row.status for row, cell in zip(rows, shown[0].cells, strict=True)]
+        shown[0] = Column(shown[0].title, first)
+    console.print(Fitted(rows[0].group, [Column("contender", [row.contender for row in rows], words=True), *shown]))
     for row in rows:
         if row.reason is not None:
             status = "" if row.status == OK else f"{row.status}: "
             console.print(f"  {row.contender}: {status}{row.reason}", markup=False, highlight=False)
-
-
-def _wide(console: Console) -> Console:
-    """Into a file tables go at full width: nobody reads them folded to 80 columns."""
-    return console if console.is_terminal else Console(file=console.file, width=180)
 
 
 def print_registry(console: Console) -> None:
@@ -127,9 +123,7 @@ def print_counted(console: Console) -> None:
     """Launches and bytes of a step at full size, by declaration; nothing is computed."""
     device = device_named("cpu")
     title = f"Counted, not measured: a step in bf16, batch {COUNTED_BATCH}, as {gpu_of(device).name} would run it"
-    table = Table(title=title, title_justify="left")
-    for name in ("network", "mode", "contender", "launches", "MB/image", "GFLOP/image", "launches of the library"):
-        table.add_column(name, justify="left" if name in ("network", "mode", "contender") else "right")
+    rows: list[tuple[str, ...]] = []
     for name in COUNTED:
         case = cases.network(name)
         for mode in case.modes:
@@ -137,12 +131,17 @@ def print_counted(console: Console) -> None:
             for contender in contenders_named(("fused",) if mode == "infer" else ("ladder",)):
                 counted = declared(case, setting, contender)
                 assert counted is not None
-                table.add_row(
+                rows.append((
                     name, mode, contender.name, str(counted.launches),
                     number(counted.nbytes / COUNTED_BATCH, 4, 1e6), number(counted.flops / COUNTED_BATCH, 4, 1e9),
                     str(counted.library_calls),
-                )  # fmt: skip
-    _wide(console).print(table)
+                ))  # fmt: skip
+    titles = ("network", "mode", "contender", "launches", "MB/image", "GFLOP/image", "of the library")
+    columns = [
+        Column(name, cells, int(name == "of the library"), name in titles[:3])
+        for name, cells in zip(titles, zip(*rows, strict=True), strict=True)
+    ]
+    console.print(Fitted(title, columns))
     console.print("The loss and the optimiser come on top; `fusedres explain` says more.", soft_wrap=True)
 
 

@@ -1,1 +1,1 @@
-"""The `fusedres` command, one file per subcommand."""
+"""What the subcommands of `fusedres` do, one file for each; `fusedres_cli` has their arguments."""

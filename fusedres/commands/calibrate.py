@@ -9,37 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from fusedres.arguments import check_file
-
-if TYPE_CHECKING:
-    from fusedres.bench.launches import TimedLaunch
-    from fusedres.plan.calibrate import Errors, Fit, Sample
-    from fusedres.plan.gpus import Gpu
+from fusedres.bench.launches import TimedLaunch, read_launches
+from fusedres.cache import write_json
+from fusedres.plan import calibrate, constants
+from fusedres.plan.calibrate import Errors, Fit, Sample
+from fusedres.plan.gpus import GPUS, HERE, Gpu, forget_measured, gpu_named
+from fusedres.plan.time import constants_of
 
 TABLE = "launches.csv"
 RESULTS = Path("bench/results")
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``fusedres``."""
-    parser = commands.add_parser(
-        "calibrate",
-        help="fit the model that predicts times to launches that were timed on a GPU",
-        description="Fits constants of the model of time (fusedres/plan/time.py) to launches that were timed on a GPU "
-        "(make gpu, python -m fusedres.bench.launches), and keeps those that the times determine. Predictions for that "
-        "GPU on this machine go by them from then on.",
-    )
-    parser.add_argument(
-        "file", metavar="FILE", nargs="?", type=Path,
-        help=f"a table of timed launches, or a folder of results that holds {TABLE} (default: the one in {RESULTS})",
-    )  # fmt: skip
-    parser.add_argument("--gpu", metavar="NAME", help="the GPU, or here (default: the one that the table is of)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write there, where nothing looks for it")
-    parser.add_argument("--show", action="store_true", help="print the constants that are kept, and stop")
-    parser.add_argument("--reset", action="store_true", help="let go of the constants that are kept of --gpu")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,12 +29,6 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("show, reset: expected alone, or with --gpu")
         return _show(options.gpu) if options.show else _reset(options.gpu)
     check_file(options.out, "out", ".json")
-    # Imported here, since they import PyTorch and the packages of the extra [cli].
-    from fusedres.bench.launches import read_launches
-    from fusedres.cache import write_json
-    from fusedres.plan import calibrate, constants
-    from fusedres.plan.gpus import forget_measured
-
     path = _table(options.file)
     rows = read_launches(path)
     gpu = _gpu(rows, options.gpu, path)
@@ -105,8 +79,6 @@ def _gpu(rows: Sequence[TimedLaunch], asked: str | None, path: Path) -> Gpu:
     Raises:
         ValueError: it is of none, of several, of one whose times mean nothing, or of another than was asked for.
     """
-    from fusedres.plan.gpus import GPUS, HERE, gpu_named
-
     of = dict.fromkeys((row.gpu, row.multiprocessors) for row in rows)
     if len(of) != 1:
         names = ", ".join(name for name, _ in of) or "of none"
@@ -131,8 +103,6 @@ def _gpu(rows: Sequence[TimedLaunch], asked: str | None, path: Path) -> Gpu:
 
 def _samples(rows: Sequence[TimedLaunch]) -> tuple[list[Sample], dict[str, int]]:
     """What can be fitted to, each launch once however many steps make it; and how many were left out, by reason."""
-    from fusedres.plan import calibrate
-
     samples: list[Sample] = []
     left_out: dict[str, int] = {}
     for row in {row.key: row for row in rows}.values():
@@ -147,13 +117,11 @@ def _samples(rows: Sequence[TimedLaunch]) -> tuple[list[Sample], dict[str, int]]
         if why is not None:
             left_out[why] = left_out.get(why, 0) + 1
         elif seconds is not None:
-            samples.append(calibrate.Sample(row.kind, calibrate.read(row.work), seconds))
+            samples.append(Sample(row.kind, calibrate.read(row.work), seconds))
     return samples, left_out
 
 
 def _lines(gpu: Gpu, samples: Sequence[Sample], found: Fit) -> list[str]:
-    from fusedres.plan.time import constants_of
-
     usual = constants_of(replace(gpu, measured={}))
     lines = [f"{gpu.name}: {len(samples)} launches", "", f"{'constant':26}{'usual':>12}{'measured':>12}"]
     for name, value in usual.items():
@@ -183,9 +151,6 @@ def _made_with(rows: Sequence[TimedLaunch]) -> Mapping[str, str]:
 
 def _show(asked: str | None) -> int:
     """Print what is kept, of one GPU or of all."""
-    from fusedres.plan import constants
-    from fusedres.plan.gpus import gpu_named
-
     gpu = None if asked is None else gpu_named(asked)
     paths = (
         sorted(constants.folder().glob("*.json")) if gpu is None
@@ -210,9 +175,6 @@ def _show(asked: str | None) -> int:
 
 def _reset(asked: str | None) -> int:
     """Remove what is kept of a GPU."""
-    from fusedres.plan import constants
-    from fusedres.plan.gpus import forget_measured, gpu_named
-
     if asked is None:
         raise ValueError("reset: expected with --gpu, the GPU whose constants are let go of, such as --gpu here")
     gpu = gpu_named(asked)

@@ -15,11 +15,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fusedres.arguments import check_file, check_packages, positive
+from fusedres.arguments import check_file, check_packages
 from fusedres.models.sources import PACKAGES, names, source
 from fusedres.swap import fuse, report
 
@@ -53,21 +52,6 @@ class Covered:
         return self.fused >= MOSTLY * self.norms
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``fusedres``."""
-    parser = commands.add_parser(
-        "coverage",
-        help="how many batch norms of other libraries' models are in a fused pass, and why not all",
-        description="Builds every model that has batch norms without memory for its weights, fuses it and counts. With "
-        "--out, what was cut short is taken up again.",
-    )
-    parser.add_argument("--library", choices=LIBRARIES, action="append", help="this one alone; may be repeated")
-    parser.add_argument("--model", action="append", metavar="MODEL", help="this one alone; may be repeated")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write a page, and its figures into FILE.csv")
-    parser.add_argument("--jobs", type=positive, default=2, help="processes (default: %(default)s)")
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure and print or write; ValueError for what was asked wrongly, before anything is measured."""
     out: Path | None = options.out
@@ -76,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
     for library in libraries:
         package, extra = PACKAGES[library]
         check_packages(package, extra=extra)
-    wanted = [source(name).name for name in options.model or ()] or [name for each in libraries for name in names(each)]
+    wanted = [source(name).name for name in dict.fromkeys(options.model)]
+    wanted = wanted or [name for each in libraries for name in names(each)]
     part = None if out is None else out.with_suffix(".part")
     rows = sorted(_measured(wanted, options.jobs, part), key=lambda row: row.model)
     text = page(rows)

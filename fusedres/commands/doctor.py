@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from fusedres import vgpu
-from fusedres.commands.model_names import RULE, say_whose
+from fusedres.bench import families
+from fusedres.bench.cases import ModelCase
+from fusedres.bench.contenders import CONTENDERS
+from fusedres.bench.gate import Gate
+from fusedres.bench.setting import Setting, device_named
+from fusedres.commands.model_names import say_whose
 from fusedres.compiler.targets import triton
+from fusedres.models.sources import source
 from fusedres.nn.plain import Bottleneck
 from fusedres.plan.gpus import device_gpu
 from fusedres.runtime import backends
@@ -24,7 +30,7 @@ from fusedres.swap import fuse, report
 EXTRAS = {
     "models": ("torchvision", "timm"),
     "hf": ("transformers",),
-    "cli": ("rich", "matplotlib", "jinja2", "scikit-learn"),
+    "cli": ("rich", "matplotlib", "jinja2", "scikit-learn", "shtab"),
     "train": ("tensorboard",),
     "vgpu": ("llvmlite",),
 }
@@ -33,42 +39,20 @@ NEAR = "as near to fp64 as eager PyTorch is"
 OLDEST = {"torch": (2, 10), "triton": (3, 6)}
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command ``doctor`` to the subcommands of a parser."""
-    parser = commands.add_parser(
-        "doctor",
-        help="versions and devices, what runs fused blocks on them and why, and whether it computes what it should",
-        description="Says what is installed and what runs fused blocks on each device, and holds a fused block against "
-        "fp64 there. With MODEL it also says which of its blocks are fused, and why not the others.",
-    )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=RULE)
-    parser.add_argument("--kernels", action="store_true", help="check every kernel by itself, too: a minute of a GPU")
-    parser.add_argument("--device", help="check this one alone: cpu, cuda, cuda:<index>, or vgpu:<target>")
-    parser.set_defaults(run=lambda options: run(options.model, kernels=options.kernels, device=options.device))
-
-
-def run(model: str | None = None, *, kernels: bool = False, device: str | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print what there is to say of this machine, and of a model; 1 if something computes what it should not.
-
-    Args:
-        model: to report on.
-        kernels: whether each of them is held against fp64 on each device.
-        device: that is checked; every one by default.
 
     Raises:
         ValueError: no such model or device, or kernels are to be checked where none run.
     """
+    model, kernels, device = options.model, options.kernels, options.device
     chosen = [device] if device is not None else gpus() or ["cpu"]
     if device is not None:
-        from fusedres.bench.setting import device_named
-
         device_named(device)
     if kernels and "cpu" in chosen:
         raise ValueError("kernels: expected a GPU or --device vgpu:<target>, which run them, got cpu")
     built = None
     if model is not None:
-        from fusedres.models.sources import source
-
         built = source(model).on_meta()
         say_whose([model])
     for name, found in (*_versions(), *_devices(), *_extras()):
@@ -138,27 +122,20 @@ def _installed(package: str) -> bool:
 
 def _kernels(device: str) -> bool:
     """Check every kernel on a device, and say what is wrong; whether nothing is."""
-    from fusedres.bench.families import KERNELS, checked
-    from fusedres.bench.setting import device_named
-
     right, seen = True, set[str]()
-    for one in checked(device_named(device)):
+    for one in families.checked(device_named(device)):
         if one.reason is None:
             seen |= one.kernels
         else:
             right = False
             print(f"{'kernels':12}{one.case} on {device} in bf16: {one.reason}")
-    print(f"{'kernels':12}{len(seen & set(KERNELS))} of {len(KERNELS)} kernels on {device} in bf16: {NEAR}")
+    every = set(families.KERNELS)
+    print(f"{'kernels':12}{len(seen & every)} of {len(every)} kernels on {device} in bf16: {NEAR}")
     return right
 
 
 def _wrong(device: str, dtype: str) -> str | None:
     """What is wrong with a fused block on a device, held against fp64 as benchmarks do, or None."""
-    from fusedres.bench.cases import ModelCase
-    from fusedres.bench.contenders import CONTENDERS
-    from fusedres.bench.gate import Gate
-    from fusedres.bench.setting import Setting, device_named
-
     # With a projection: every kind of kernel that training launches but the stem's.
     case = ModelCase("bottleneck", "block", lambda: Bottleneck(64, 32, stride=2), channels=64, px=12, batch=2)
     for mode in case.modes:

@@ -8,14 +8,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fusedres.arguments import check_file, names, positive
-from fusedres.commands.model_names import RULE
-
-MODEL = "torchvision.resnet50"
-GPUS = ("h100", "h200", "a100", "rtx4090", "l40s", "b200", "mi300x")
-BATCHES = (1, 16, 64, 256, 1024)
+from fusedres.arguments import check_file
+from fusedres.explain.explanation import Question, explain
+from fusedres.models.sources import source
+from fusedres.patterns.choose import AUTO
 
 
 @dataclass(frozen=True)
@@ -42,26 +39,6 @@ class Row:
         return self.eager[1] / self.auto[1]
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``fusedres``."""
-    parser = commands.add_parser(
-        "predict",
-        help="predicted time of a model's step on several GPUs and batches, eager and fused, without a GPU",
-        description="Predicts a model's step on several GPUs and batches. Nothing is computed, and nothing measured.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=MODEL, help=RULE)
-    parser.add_argument("--gpus", type=names, default=GPUS, help="names with commas between them")
-    parser.add_argument("--batches", type=_batches, default=BATCHES, help="images of a step, with commas between them")
-    parser.add_argument("--dtype", default="bf16", help="bf16 or fp16 (by autocast), or fp32")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write a page, too")
-    parser.set_defaults(run=run)
-
-
-def _batches(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in text.split(","))
-
-
 def run(options: argparse.Namespace) -> int:
     """Predict and print; ValueError for what was asked wrongly, before anything is printed."""
     out: Path | None = options.out
@@ -78,11 +55,6 @@ def run(options: argparse.Namespace) -> int:
 
 def predictions(model: str, gpus: Sequence[str], batches: Sequence[int], dtype: str) -> Iterator[Row]:
     """A row for each GPU, batch, training and inference."""
-    # Imported here, since they import PyTorch.
-    from fusedres.explain.explanation import Question, explain
-    from fusedres.models.sources import source
-    from fusedres.patterns.choose import AUTO
-
     found = source(model)
     for infer, gpu, batch in itertools.product((False, True), gpus, batches):
         told = explain(Question(model, batch, dtype, gpu, (AUTO,), infer), model=found)

@@ -14,7 +14,7 @@ def progress(*, lines: int | None = None) -> Iterator[Callable[[str, int, int], 
     """A function of words, what is done, and what is to be done in all.
 
     Args:
-        lines: where there is no terminal, at most so many of all that is told are printed; all if None.
+        lines: where there is no terminal, at most so many of all that is told are printed; all if None, none if 0.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,7 +25,7 @@ def progress(*, lines: int | None = None) -> Iterator[Callable[[str, int, int], 
 
         def line(words: str, done: int, of: int) -> None:
             place = done if lines is None else done * lines // max(of, 1)
-            if place not in said:
+            if lines != 0 and place not in said:
                 said.add(place)
                 print(f"[{done}/{of}] {words}", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""``fusedres tune``: its arguments and what it prints."""
+"""``fusedres tune``: what it prints."""
 
 from __future__ import annotations
 
@@ -9,42 +9,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from fusedres.arguments import check_file, check_packages, positive
-from fusedres.commands.model_names import RULE, say_whose
+import torch
+from rich.console import Console
+
+from fusedres.arguments import check_file, check_packages
+from fusedres.commands.model_names import say_whose
 from fusedres.commands.progress import progress
-
-DESCRIPTION = """Measures on this machine's GPU what fuse(model) is to take for each block of a model: eager PyTorch or
-a rung of the ladder, and tiles and library calls inside it. What is wrong is left out, and the whole step is never
-slower than eager PyTorch's. The plan is kept in the cache folder (FUSEDRES_CACHE), where fuse(model) finds it. A tuning
-that was interrupted goes on."""
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``fusedres``."""
-    parser = commands.add_parser(
-        "tune",
-        help="measure on this GPU what is fastest for a model, so that it is never slower than eager PyTorch",
-        description=DESCRIPTION,
-        epilog="examples: fusedres tune resnet50 | fusedres tune timm.resnet50d --batch 1 --infer | "
-        "fusedres tune resnet50 --predict --gpu a100 | fusedres tune --show",
-    )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=RULE)
-    parser.add_argument("--batch", type=positive, default=256, help="images of a step (default: 256)")
-    parser.add_argument("--px", type=positive, help="height and width of the images (default: the model's own)")
-    parser.add_argument("--dtype", default="bf16", help="bf16 or fp16 (by autocast), or fp32 (default: bf16)")
-    parser.add_argument("--infer", action="store_true", help="inference in place of a training step")
-    parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it there (default: beside the plan)")
-    paper = parser.add_argument_group("without a GPU")
-    paper.add_argument("--predict", action="store_true", help="write what is predicted, and measure nothing")
-    paper.add_argument("--gpu", default="h100", help="which GPU is predicted (default: h100)")
-    paper.add_argument("--out", type=Path, metavar="FILE.json", help="of the predicted plan (default: in the cache)")
-    plans = parser.add_argument_group("plans")
-    plans.add_argument("--show", action="store_true", help="list the plans in the cache folder, and stop")
-    plans.add_argument(
-        "--merge", type=Path, nargs="+", metavar="FILE", help="take over what plans of other machines hold, and stop"
-    )
-    parser.set_defaults(run=run)
+from fusedres.explain.step import check_images
+from fusedres.models.sources import source
+from fusedres.plan.gpus import gpu_named
+from fusedres.runtime import plans
+from fusedres.traffic.meta_autocast import meta_autocast
+from fusedres.tuning.table import draw, notes, table
+from fusedres.tuning.tune import estimate, tune
+from fusedres.tuning.tuner import Unusable
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,26 +33,18 @@ def run(options: argparse.Namespace) -> int:
         return _merge(options.merge)
     if options.model is None:
         raise ValueError("model: expected one to tune, or --show or --merge")
-    check_file(options.picture, "picture", ".png")
+    check_file(options.plot, "plot", ".png")
     check_file(options.out, "out", ".json")
-    if options.picture is not None:
+    if options.plot is not None:
         check_packages("matplotlib")
     if options.out is not None and not options.predict:
         raise ValueError("out: expected --predict with it; what is measured is kept in the cache folder")
-    import torch
-
     if options.predict or not torch.cuda.is_available():
         return _on_paper(options)
     return _on_this_gpu(options)
 
 
 def _on_this_gpu(options: argparse.Namespace) -> int:
-    import torch
-
-    from fusedres.models.sources import source
-    from fusedres.tuning.tune import tune
-    from fusedres.tuning.tuner import Unusable
-
     dtype, found = _dtype(options.dtype), source(options.model).of_images()
     say_whose([options.model])
     channels, height, width = found.size if options.px is None else (found.size[0], options.px, options.px)
@@ -88,7 +58,7 @@ def _on_this_gpu(options: argparse.Namespace) -> int:
     except Unusable as error:
         print(f"fusedres tune: error: the GPU failed ({error}); run it again, and it goes on", file=sys.stderr)
         return 1
-    picture = options.picture
+    picture = options.plot
     if picture is None and told.path is not None:
         picture = told.path.with_suffix(".png")
     _print(told.title, told.blocks, told.step, picture)
@@ -97,15 +67,6 @@ def _on_this_gpu(options: argparse.Namespace) -> int:
 
 
 def _on_paper(options: argparse.Namespace) -> int:
-    import torch
-
-    from fusedres.explain.step import check_images
-    from fusedres.models.sources import source
-    from fusedres.plan.gpus import gpu_named
-    from fusedres.runtime import plans
-    from fusedres.traffic.meta_autocast import meta_autocast
-    from fusedres.tuning.tune import estimate
-
     dtype, gpu, found = _dtype(options.dtype), gpu_named(options.gpu), source(options.model).of_images()
     say_whose([options.model])
     channels, height, width = found.size if options.px is None else (found.size[0], options.px, options.px)
@@ -128,7 +89,7 @@ def _on_paper(options: argparse.Namespace) -> int:
         print(f"fusedres tune: PyTorch sees no GPU here; with one this would measure {cost}", file=sys.stderr)
         print("fusedres tune --predict writes the plan that is predicted", file=sys.stderr)
         return 2
-    _print(title, told.blocks, told.step, options.picture, predicted=True)
+    _print(title, told.blocks, told.step, options.plot, predicted=True)
     print(f"measuring would take: {cost}")
     path = options.out or plans.folder() / f"predicted-{gpu.name}.json"
     known = plans.read_or_set_aside(path) if options.out is None else None
@@ -143,8 +104,6 @@ def _on_paper(options: argparse.Namespace) -> int:
 
 
 def _dtype(name: str) -> Any:
-    import torch
-
     known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if name not in known:
         raise ValueError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
@@ -152,13 +111,7 @@ def _dtype(name: str) -> Any:
 
 
 def _print(title: str, blocks: Sequence[Any], step: Any, picture: Path | None, *, predicted: bool = False) -> None:
-    # Imported here, since they need the packages of the extra [cli].
-    from rich.console import Console
-
-    from fusedres.tuning.table import draw, notes, table
-
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=120)
     console.print(table(title, blocks, predicted=predicted))
     for line in notes(blocks, step):
         console.print(line, soft_wrap=True)
@@ -188,8 +141,6 @@ def _gain(told: Any) -> str:
 
 
 def _show() -> int:
-    from fusedres.runtime import plans
-
     found = plans.plans_here()
     print(f"{plans.folder()}: {_count(len(found), 'plan')}")
     for path, plan in found.items():
@@ -208,8 +159,6 @@ def _show() -> int:
 
 
 def _merge(files: Sequence[Path]) -> int:
-    from fusedres.runtime import plans
-
     for path in plans.merge(files):
         print(f"written: {path}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,12 +195,15 @@ class Explanation:
         }
 
 
-def explain(question: Question, *, model: Source | None = None) -> Explanation:
+def explain(
+    question: Question, *, model: Source | None = None, tell: Callable[[str, int, int], None] | None = None
+) -> Explanation:
     """Count a step of a model, eager and on each rung, on the meta device: nothing is computed.
 
     Args:
         question: what to explain.
         model: in place of the one that ``question.model`` names.
+        tell: is called with words, how many steps are counted, and of how many, before each.
 
     Raises:
         ValueError: an unknown model, GPU, dtype or rung, a batch that is not positive, images that the model does not
@@ -228,12 +231,15 @@ def explain(question: Question, *, model: Source | None = None) -> Explanation:
     images = images.contiguous(memory_format=torch.channels_last)
     check_images(twins.plain, images, infer=question.infer)
 
-    def step(rung: str | None) -> Step:
-        return run_step(
-            twins, images, rung, gpu=gpu, dtype=DTYPES[question.dtype], infer=question.infer,
+    wanted = (None, *(question.rungs or (*SCHEDULES, AUTO)))
+    steps: dict[str | None, Step] = {}
+    for name in wanted:
+        if tell is not None:
+            tell(f"counting {name or EAGER}", len(steps), len(wanted))
+        steps[name] = run_step(
+            twins, images, name, gpu=gpu, dtype=DTYPES[question.dtype], infer=question.infer,
             images_grad=question.images_grad, cast=question.cast,
         )  # fmt: skip
-
-    rungs = {name: step(name) for name in question.rungs or (*SCHEDULES, AUTO)}
+    rungs = {rung: step for rung, step in steps.items() if rung is not None}
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Explanation(Question(**{**vars(question), "size": tuple(size)}), gpu, step(None), rungs, parameters)
+    return Explanation(Question(**{**vars(question), "size": tuple(size)}), gpu, steps[None], rungs, parameters)

@@ -6,29 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from fusedres.patterns.choose import EAGER
 from fusedres.plan.schedule import SCHEDULES
+from fusedres.tables import Column, Fitted
 
 RUNGS = (EAGER.name, *SCHEDULES)
 
 
-def table(title: str, blocks: Sequence[Mapping[str, Any]], *, predicted: bool = False) -> Table:
+def table(title: str, blocks: Sequence[Mapping[str, Any]], *, predicted: bool = False) -> Fitted:
     """Milliseconds of a call of each kind of block by rung, what was chosen, and what a step gains by it."""
-    caption = "Predicted, not measured." if predicted else None
-    found = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    found.add_column("block")
-    for rung in RUNGS:
-        found.add_column(rung, justify="right")
-    found.add_column("chosen")
-    found.add_column("gains ms", justify="right")
-    for block in blocks:
-        ms = block["ms"]
-        cells = [f"{ms[rung]:.3f}" if rung in ms else "out" if rung in block["left_out"] else "" for rung in RUNGS]
-        gain = f"{gained(block):.2f}" if EAGER.name in ms else ""
-        found.add_row(block["title"], *cells, block["rung"], gain)
-    return found
+
+    def cell(block: Mapping[str, Any], rung: str) -> str:
+        return f"{block['ms'][rung]:.3f}" if rung in block["ms"] else "out" if rung in block["left_out"] else ""
+
+    # The rungs in the middle are the first to go.
+    each = [
+        Column(rung, [cell(block, rung) for block in blocks], 0 if rung in (RUNGS[0], RUNGS[-1]) else 9 - place)
+        for place, rung in enumerate(RUNGS)
+    ]
+    gains = [f"{gained(block):.2f}" if EAGER.name in block["ms"] else "" for block in blocks]
+    columns = [
+        Column("block", [block["title"] for block in blocks], words=True), *each,
+        Column("chosen", [block["rung"] for block in blocks], words=True), Column("gains ms", gains),
+    ]  # fmt: skip
+    return Fitted(f"{title}; {'predicted, not measured' if predicted else 'measured'}", columns)
 
 
 def gained(block: Mapping[str, Any]) -> float:

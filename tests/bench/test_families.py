@@ -11,8 +11,8 @@ import fusedres
 from fusedres.bench import families
 from fusedres.bench.families import KERNELS, checked
 from fusedres.bench.setting import device_named
-from fusedres.commands.main import main
 from fusedres.ops.bn_prelu import bn_prelu
+from fusedres_cli.main import main
 from tests.vgpu_support import needs_vgpu
 
 SOURCES = (Path(fusedres.__file__).parent / "kernels").glob("*.py")

@@ -18,7 +18,7 @@ from fusedres.bench.parts import ESSENTIAL_SECONDS, Outcome, Part, dry_parts, re
 from fusedres.bench.rows import new_table, read_rows
 from fusedres.bench.setting import device_named
 from fusedres.bench.summary import compose, rows_of_parts, write
-from fusedres.commands.main import _parser
+from fusedres_cli.main import parser
 from tests.bench.tiny import CPU, row
 from tests.timed_launches import timed
 from tests.vgpu_support import needs_vgpu
@@ -155,7 +155,7 @@ def test_commands_name_only_what_there_is(machine):
                 assert launches._parser().parse_args(resumed).csv.name == "launches.csv"
             if command[1:3] != ("-m", "fusedres") or (command[3] == "tune" and TUNE is None):
                 continue
-            options = _parser().parse_args([*command[3:], *(["--resume"] if one.resumes else [])])
+            options = parser().parse_args([*command[3:], *(["--resume"] if one.resumes else [])])
             if options.command == "bench":
                 given = {name: getattr(options, name) for name in session.BenchOptions.__dataclass_fields__}
                 assert session.comparisons(session.BenchOptions(**given), CPU)

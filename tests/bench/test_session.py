@@ -8,7 +8,7 @@ import torch
 from fusedres.bench import session
 from fusedres.bench.harness import DeviceLost
 from fusedres.bench.rows import OK, REFUSED, read_rows
-from fusedres.commands.main import main
+from fusedres_cli.main import main
 from tests.bench.tiny import row
 
 TINY = [

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fusedres.bench.launches import Writer, read_launches
-from fusedres.commands.main import main
 from fusedres.plan import constants, gpus
 from fusedres.plan.gpus import GPUS, gpu_named
+from fusedres_cli.main import main
 from tests.timed_launches import OTHER, rows, timed
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fusedres.commands import coverage
 from fusedres.commands.coverage import Covered, as_csv, from_csv, measure, page
-from fusedres.commands.main import main
+from fusedres_cli.main import main
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")

@@ -8,10 +8,10 @@ import torch
 
 from fusedres.bench.gate import Gate, Verdict
 from fusedres.commands import doctor
-from fusedres.commands.main import main
 from fusedres.plan.gpus import device_gpu
 from fusedres.runtime import launch
 from fusedres.runtime.devices import gpus
+from fusedres_cli.main import main
 
 
 def lines(text: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""fusedres.commands.main: exit status, messages, and the picture of the demonstration."""
+"""fusedres_cli.main: exit status, messages, and the picture of the demonstration."""
 
 import struct
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedres.commands.main import main
 from fusedres.explain.compile_report import CompileOptions
+from fusedres_cli.main import main
 
 
 def test_version(capsys):
@@ -26,7 +26,7 @@ def test_no_command_prints_help_and_fails(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "invalid choice"),
+        (["nonsense"], "'nonsense' is no command"),
         (["demo", "--epochs", "0"], "expected a whole number of at least 1, got '0'"),
         (["demo", "--batch", "-5"], "expected a whole number of at least 1, got '-5'"),
         (["demo", "--threads", "two"], "expected a whole number of at least 1, got 'two'"),
@@ -37,6 +37,13 @@ def test_no_command_prints_help_and_fails(capsys):
         (["demo", "--min-accuracy", "97"], "expected a fraction between 0 and 1, got '97'"),
         (["demo", "--min-accuracy", "nan"], "expected a fraction between 0 and 1, got 'nan'"),
         (["compile", "--jobs", "0"], "expected a whole number of at least 1, got '0'"),
+        (["demo", "--schedule", "fastest"], "argument --schedule: invalid choice: 'fastest' (choose from"),
+        (
+            ["explain", "resnet18", "--dtype", "int8"],
+            "--amp-dtype: invalid choice: 'int8' (choose from",
+        ),
+        (["explain", "resnet18", "--batch", "0"], "expected a whole number of at least 1, got '0'"),
+        (["explain", "resnet18", "--size", "224"], "expected CxHxW, such as 3x224x224, got '224'"),
     ],
 )
 def test_malformed_arguments_exit_with_2(arguments, message, capsys):
@@ -51,7 +58,6 @@ def test_malformed_arguments_exit_with_2(arguments, message, capsys):
     [
         (["--batch", "1438"], "batch must be between 1 and 1437, got 1438"),
         (["--px", "7"], "px must be at least 8, the size of the original images, got 7"),
-        (["--schedule", "fastest"], "schedule: expected one of"),
         (["--out", "picture.jpg"], "out must name a .png file"),
         (["--out", "/nonexistent/picture.png"], "out must name a file that can be written"),
     ],
@@ -97,14 +103,15 @@ def test_compile_without_triton_returns_1_and_says_what_to_install(monkeypatch, 
 
 def test_the_library_and_help_need_no_extra():
     extras = ("rich", "matplotlib", "sklearn", "torchvision", "timm", "llvmlite")
-    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); from fusedres.commands.main import main; main([])"
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); from fusedres_cli.main import main; main([])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "compile" in done.stdout
 
 
 def test_missing_package_returns_1_and_names_the_extra(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "fusedres.train.demo", raising=False)
-    monkeypatch.delattr("fusedres.train.demo", raising=False)
+    for name in ("fusedres.train.demo", "fusedres.commands.demo"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(name, raising=False)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["demo"]) == 1
     assert "pip install fusedres[cli,models]" in capsys.readouterr().err

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from fusedres.bench.gate import Gate, Verdict
-from fusedres.commands.main import main
-from fusedres.commands.model_names import RULE
 from fusedres.explain import binaries, compile_report
 from fusedres.explain.binaries import Outcome
+from fusedres_cli.main import main
+from fusedres_cli.options import RULE
 
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
@@ -190,7 +190,7 @@ def test_it_is_said_whose_a_model_is(capsys):
 
 def test_help_imports_no_library_of_models():
     code = (
-        "import sys\nfrom fusedres.commands.main import _parser\n_parser().format_help()\n"
+        "import sys\nfrom fusedres_cli.main import parser\nparser().format_help()\n"
         "print([name for name in ('torchvision', 'timm', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

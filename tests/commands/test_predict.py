@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fusedres.commands.main import main
 from fusedres.commands.predict import Row, page, predictions
+from fusedres_cli.main import main
 
 
 def test_a_row_for_each_gpu_batch_and_kind_of_step():

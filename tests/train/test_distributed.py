@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from fusedres.commands.main import main
 from fusedres.train import distributed
 from fusedres.train.distributed import world
+from fusedres_cli.main import main
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ pytest.importorskip("torchvision")
 
 from torchvision import transforms
 
-from fusedres.commands.main import main
 from fusedres.models import create
 from fusedres.train import checkpoint
 from fusedres.train.digits import load_digits
+from fusedres_cli.main import main
 from tests.train.image_folder import CLASSES, write_image_folder
 
 pytestmark = pytest.mark.usefixtures("plain_where_small")
