@@ -261,7 +261,7 @@ def _measured(measured: dict[str, Any]) -> dict[str, str]:
     said["digits"] = f"{', '.join(digits[:-1])} and {digits[-1]}"
     said["digits.median"] = f"{statistics.median(measured['digits']['rows'].values()):.1f} %"
     for name, text in measured["by_hand"]["rows"].items():
-        said[f"by_hand.{name}"] = text
+        said[f"by_hand.{name}"] = f"\n{text}\n" if "\n" in text else text
     return said
 
 
