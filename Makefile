@@ -21,7 +21,8 @@ COMPAT_STAMPS := $(COMPAT:%=.compat/%/.set-up)
 CHOICE = PYTHON
 $(COMPAT_STAMPS): CHOICE = PYTHON312
 
-.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage predictions bench gpu check format clean
+.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage predictions figures docs dist bench gpu check \
+	format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -54,6 +55,19 @@ coverage: $(STAMP)
 predictions: $(STAMP)
 	$(BIN)/fusedres predict --out docs/predictions.md
 
+# Every figure of README.md and docs/ from docs/figures.json; COUNT=1 counts anew, MEASURE=cpu (host, digits) times anew.
+figures: $(STAMP)
+	$(BIN)/python docs/figures.py $(if $(COUNT),--count) $(MEASURE:%=--measure %)
+
+# The site, from docs/*.md and the docstrings, in docs/_build/html.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+# sdist and wheel, in dist/. URL=https://host/owner/fusedres is the repository's address, for links and for PyPI.
+dist: $(STAMP)
+	FUSEDRES_URL=$(URL) $(BIN)/python -m build --outdir dist
+
 # A first impression on whatever is here; make bench ARGS="--model resnet50 --train" asks for more.
 ARGS ?= --quick
 bench: $(STAMP)
@@ -78,7 +92,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .compat build dist fusedres.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .compat build dist docs/_build fusedres.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP) $(COMPAT_STAMPS): pyproject.toml

@@ -66,12 +66,13 @@ def _called(cls: type) -> list[str]:
 def _shipped(owner: Any, name: str) -> Any:
     """The function that is there now, if the package in which it was defined has its code; else None."""
     function = getattr(owner, name)
-    home = owner
+    home: str = owner.__name__
     if isinstance(owner, type):
-        home = sys.modules[next(base for base in owner.__mro__ if name in base.__dict__).__module__]
+        home = next(base for base in owner.__mro__ if name in base.__dict__).__module__
     if isinstance(function, BuiltinFunctionType):
         return function
-    package = sys.modules[home.__name__.partition(".")[0]]
+    # A class that was made by `exec` may be of a module that there is not.
+    package = sys.modules.get(home.partition(".")[0])
     folder = os.path.dirname(getattr(package, "__file__", None) or "")
     code = getattr(function, "__code__", None)
     return function if code is not None and (not folder or code.co_filename.startswith(folder)) else None

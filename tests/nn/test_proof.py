@@ -159,3 +159,19 @@ def test_fusing_a_resnet_takes_little_time():
         times.append(time.perf_counter() - start)
         fusedres.unfuse(model)
     assert min(times) < 0.3
+
+
+def test_a_class_of_a_module_that_was_never_imported_is_fused():
+    made = {"__name__": "nowhere", "nn": nn}
+    source = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu()
+"""
+    exec(source, made)
+    model = fusedres.fuse(nn.Sequential(made["Block"]()))
+    assert fusedres.report(model).to_dict()["norms_fused"] == 1
