@@ -48,9 +48,8 @@ class Fitted:
         table = Table(title=Text(self.title), title_justify="left")
         for column in shown:
             width = _least(column)
-            if column.words:
-                more = min(max(map(cell_len, (column.title, *column.cells))) - width, max(spare, 0))
-                width, spare = width + more, spare - more
+            more = min(max(map(cell_len, (column.title, *column.cells))) - width, max(spare, 0))
+            width, spare = width + more, spare - more
             justify: JustifyMethod = "left" if column.words else "right"
             table.add_column(Text(column.title), justify=justify, width=width, overflow="fold")
         for cells in zip(*(column.cells for column in shown), strict=True):

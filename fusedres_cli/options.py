@@ -48,10 +48,10 @@ def one_dtype(parser: Options, default: str | None = "bf16", help: str = "bf16 a
     parser.add_argument("--dtype", "--amp-dtype", type=dtype, choices=tuple(DTYPES), default=default, help=help)
 
 
-def schedule(parser: Options) -> None:
+def schedule(parser: Options, default: str = "auto") -> None:
     parser.add_argument(
-        "--schedule", choices=SCHEDULES, metavar="NAME", default="auto",
-        help=f"of the fused blocks: {', '.join(SCHEDULES)} (default: auto)",
+        "--schedule", choices=SCHEDULES, metavar="NAME", default=default,
+        help=f"of the fused blocks: {', '.join(SCHEDULES)}",
     )  # fmt: skip
 
 

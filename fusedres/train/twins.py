@@ -30,6 +30,8 @@ from fusedres.train.digits import Digits, batches
 PEAK_LEARNING_RATE = 0.1
 # Correct implementations differ in rounding alone: each is about as far from fp64 as the other.
 ERROR_FACTOR = 1.5
+# Below the rounding of a loss in fp32: a difference of 0 is drawn there.
+LEAST_DIFFERENCE = 1e-8
 
 
 @dataclass
@@ -102,15 +104,13 @@ def channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-# With the passes themselves at any size: "auto" would leave these small ones to the plain modules on a CPU.
-@fusedres.backend("native")
 def train_twins(
     digits: Digits,
     *,
     epochs: int,
     batch: int,
     seed: int,
-    schedule: str = "auto",
+    schedule: str = "memory",
     on_step: Callable[[], None],
     on_epoch: Callable[[int, Twins], None],
 ) -> Twins:
@@ -142,27 +142,21 @@ def train_twins(
     return twins
 
 
-def saved_by_schedule(
-    plain: nn.Module, fused: nn.Module, images: torch.Tensor, labels: torch.Tensor
-) -> dict[str, float]:
-    """Bytes saved for backward by a training step: plain, fused as it is, fused to save most."""
+def saved_by(plain: nn.Module, fused: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Bytes saved for backward by a training step, plain and fused."""
 
     def loss(model: nn.Module) -> torch.Tensor:
         return F.cross_entropy(model(channels_last(images)), labels)
 
     # Copies, since a forward in training mode moves the running statistics.
     plain, fused = copy.deepcopy(plain).train(), copy.deepcopy(fused).train()
-    saved = {"plain": saved_bytes(plain, loss).total, "fused": saved_bytes(fused, loss).total}
-    saved["fused, moments"] = saved_bytes(fusedres.fuse(fused, schedule="moments"), loss).total
-    return saved
+    return {"plain": saved_bytes(plain, loss).total, "fused": saved_bytes(fused, loss).total}
 
 
-# With the passes themselves at any size: "auto" would leave these small ones to the plain modules on a CPU.
-@fusedres.backend("native")
 def check_resnet50(
     seed: int,
     *,
-    schedule: str = "auto",
+    schedule: str = "memory",
     px: int = 96,
     batch: int = 8,
     repeats: int = 3,
@@ -194,7 +188,7 @@ def check_resnet50(
             gradient_squares[name].append(_relative_error(gradient, exact_gradient) ** 2)
         on_repeat()
 
-    saved = saved_by_schedule(eager, fused, images, labels)
+    saved = saved_by(eager, fused, images, labels)
     return ForeignCheck(
         report=str(fusedres.report(fused)),
         output_error={name: statistics.fmean(squares) ** 0.5 for name, squares in output_squares.items()},
@@ -216,27 +210,44 @@ def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-def draw(path: Path, twins: Twins, saved: dict[str, float], check: ForeignCheck | None, *, batch: int) -> None:
-    """One PNG: the losses of the twins and their differences, and bars for the bytes saved for backward."""
-    panels = 3 if check is not None else 2
-    figure = Figure(figsize=(4.6 * panels, 4.2), layout="constrained")
-    axes = figure.subplots(1, panels, width_ratios=[2, *[1] * (panels - 1)])
+@dataclass(frozen=True)
+class Predicted:
+    """What is predicted of ResNet-50 on a GPU: a sentence, and milliseconds of a step by name."""
 
-    plain, fused, control = (twin.losses for twin in twins)
-    steps = range(1, len(plain) + 1)
-    axes[0].semilogy(steps, plain, color="tab:blue", linewidth=2.6, alpha=0.5, label="plain")
-    axes[0].semilogy(steps, fused, color="tab:orange", linewidth=1.0, label="fused")
-    for losses, color, label in (
-        (fused, "tab:red", "|fused − plain|"),
-        (control, "tab:gray", "|plain NCHW − plain|"),
-    ):
-        axes[0].semilogy(steps, differences(losses, plain), color=color, linewidth=0.6, label=label)
-    axes[0].set(title="ResNet-20 on handwritten digits", xlabel="step", ylabel="cross entropy (nats)")
-    axes[0].legend(fontsize="small")
+    sentence: str
+    gpu: str
+    ms: dict[str, float]
 
-    _bars(axes[1], saved, f"ResNet-20, batch of {batch}", "MB (fp32)")
+
+def draw(
+    path: Path, twins: Twins, saved: dict[str, float], check: ForeignCheck | None, predicted: Predicted | None, *,
+    batch: int,
+) -> None:  # fmt: skip
+    """One PNG: the losses of the twins, their differences, and bars for what was measured and what is predicted."""
+    bars = [(saved, f"ResNet-20, batch of {batch}\nsaved for backward, measured", "MB", 1e6)]
     if check is not None:
-        _bars(axes[2], check.saved_per_image, "torchvision resnet50", "MB per image (fp32)")
+        bars.append((check.saved_per_image, "torchvision resnet50\nsaved for backward, measured", "MB per image", 1e6))
+    if predicted is not None:
+        bars.append((predicted.ms, f"ResNet-50 on {predicted.gpu}\npredicted, not measured", "ms a step", 1.0))
+    figure = Figure(figsize=(8.4 + 2.6 * len(bars), 4.2), layout="constrained")
+    losses, apart, *axes = figure.subplots(1, 2 + len(bars), width_ratios=[1.5, 1.5, *[1] * len(bars)])
+
+    steps = range(1, len(twins.plain.losses) + 1)
+    losses.semilogy(steps, twins.plain.losses, color="tab:blue", linewidth=4, alpha=0.4, label="plain")
+    losses.semilogy(steps, twins.fused.losses, color="tab:orange", linewidth=1.2, label="fused")
+    losses.set(title="ResNet-20 on handwritten digits", xlabel="step", ylabel="cross entropy (nats)")
+    losses.legend(fontsize="small")
+    for twin, color, width, label in (
+        (twins.control, "tab:gray", 3.0, "plain in NCHW"), (twins.fused, "tab:red", 1.0, "fused"),
+    ):  # fmt: skip
+        shown = [max(one, LEAST_DIFFERENCE) for one in differences(twin.losses, twins.plain.losses)]
+        apart.semilogy(steps, shown, color=color, linewidth=width, alpha=0.5 if width > 1 else 1, label=label)
+    apart.set(
+        title="how far a loss is from plain's", xlabel="step", ylabel=f"nats, at least {LEAST_DIFFERENCE:g}",
+    )  # fmt: skip
+    apart.legend(fontsize="small")
+    for place, (values, title, unit, scale) in zip(axes, bars, strict=True):
+        _bars(place, {name: value / scale for name, value in values.items()}, title, unit)
     figure.savefig(path, dpi=120)
 
 
@@ -245,8 +256,8 @@ def differences(losses: list[float], others: list[float]) -> list[float]:
 
 
 def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
-    names = [name.replace(", ", ",\n") for name in values]
-    bars = axes.bar(names, [value / 1e6 for value in values.values()], color=["tab:blue", "tab:orange", "tab:green"])
+    bars = axes.bar(list(values), list(values.values()), color=["tab:blue", "tab:orange"])
     axes.bar_label(bars, fmt="%.1f")
-    axes.set(title=f"saved for backward\n{title}", ylabel=unit)
+    axes.set_title(title, fontsize="medium")
+    axes.set_ylabel(unit)
     axes.margins(y=0.12)
