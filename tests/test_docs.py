@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusedres
-from fusedres.commands.main import _parser
+from fusedres_cli.main import parser
 from tests.pages import DOCS, PAGES, ROOT, blocks, dead, links
 from tests.test_layers import FLOORS
 from tests.vgpu_support import REASON
@@ -127,7 +127,7 @@ def refused(words):
         words = words[2:]
     if words[0] == "fusedres":
         try:
-            _parser().parse_args(words[1:])
+            parser().parse_args(words[1:])
         except SystemExit as end:
             return None if not end.code else f"fusedres refuses {words[1:]}"
         return None

@@ -70,7 +70,7 @@ def wheel_names(tmp_path_factory):
     # Built from a copy, so that no build folder appears in the checkout.
     copy = folder / "source"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fusedres", "fusedres_cli"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fusedres", "fusedres_cli"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],

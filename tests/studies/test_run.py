@@ -14,8 +14,7 @@ from torch import nn
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from fusedres.commands.main import main
-from fusedres.studies import catalogue
+from fusedres.commands import study as study_command
 from fusedres.studies.catalogue import STUDIES, listed
 from fusedres.studies.run import Record, run
 from fusedres.studies.study import Finding, Row, Setting, Study
@@ -23,6 +22,7 @@ from fusedres.studies.training import Spec
 from fusedres.train.checkpoint import load
 from fusedres.train.stopping import Stopped, Stopping
 from fusedres.train.trainer import CHECKPOINT
+from fusedres_cli.main import main
 
 SETTING = Setting(epochs=2, plain=True)
 STEPS = 2 * 23
@@ -249,7 +249,7 @@ def command(tmp_path, *more):
 @pytest.fixture
 def counted(monkeypatch):
     """`count` in place of a study that takes minutes."""
-    monkeypatch.setattr(catalogue, "found", lambda name: made_up(measure=count)._replace(name=name))
+    monkeypatch.setattr(study_command, "found", lambda name: made_up(measure=count)._replace(name=name))
 
 
 def test_the_command_writes_table_picture_and_page_and_goes_on_from_them(tmp_path, capsys, counted):
