@@ -21,7 +21,8 @@ COMPAT_STAMPS := $(COMPAT:%=.compat/%/.set-up)
 CHOICE = PYTHON
 $(COMPAT_STAMPS): CHOICE = PYTHON312
 
-.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage predictions bench gpu check format clean
+.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage predictions training-evidence \
+	bench gpu check format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -53,6 +54,11 @@ coverage: $(STAMP)
 # What a ResNet-50 takes on several GPUs, as the model of time has it: docs/predictions.md.
 predictions: $(STAMP)
 	$(BIN)/fusedres predict --out docs/predictions.md
+
+# Networks trained fused and plain from the same weights: docs/training-evidence.md. An hour of one core; trainings that
+# have ended are kept in runs/evidence.
+training-evidence: $(STAMP)
+	$(TESTED) $(BIN)/python -m fusedres.bench.training_evidence --out docs/training-evidence.md
 
 # A first impression on whatever is here; make bench ARGS="--model resnet50 --train" asks for more.
 ARGS ?= --quick
