@@ -21,8 +21,8 @@ COMPAT_STAMPS := $(COMPAT:%=.compat/%/.set-up)
 CHOICE = PYTHON
 $(COMPAT_STAMPS): CHOICE = PYTHON312
 
-.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage predictions figures docs dist bench gpu check \
-	format clean
+.PHONY: demo test test-all compat $(COMPAT:%=compat-%) compile-report coverage predictions figures training-evidence docs \
+	dist bench gpu check format clean
 .DELETE_ON_ERROR:
 
 # OpenMP threads spin while they wait, which on a machine with other work makes the demo up to nine times slower.
@@ -67,6 +67,11 @@ docs: $(STAMP)
 # sdist and wheel, in dist/. URL=https://host/owner/fusedres is the repository's address, for links and for PyPI.
 dist: $(STAMP)
 	FUSEDRES_URL=$(URL) $(BIN)/python -m build --outdir dist
+
+# Networks trained fused and plain from the same weights: docs/training-evidence.md. An hour of one core; trainings that
+# have ended are kept in runs/evidence.
+training-evidence: $(STAMP)
+	$(TESTED) $(BIN)/python -m fusedres.bench.training_evidence --out docs/training-evidence.md
 
 # A first impression on whatever is here; make bench ARGS="--model resnet50 --train" asks for more.
 ARGS ?= --quick

