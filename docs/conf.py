@@ -16,6 +16,7 @@ exclude_patterns = ["_build"]
 suppress_warnings = ["toc.not_readable"]
 html_theme = "furo"
 html_title = "fusedres"
+html_show_copyright = False
 html_extra_path = ["coverage.csv", "figures.json"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"

@@ -6,9 +6,12 @@ from fusedres import functional, models, nn
 from fusedres.runtime.backends import backend
 from fusedres.runtime.graphed import graphed
 from fusedres.runtime.launch import record
+from fusedres.runtime.logs import set_up as _set_up_logs
 from fusedres.runtime.ranges import profile
 from fusedres.swap import freeze, fuse, register, report, unfuse
 from fusedres.tuning import tune
+
+_set_up_logs()
 
 try:
     __version__ = version("fusedres")

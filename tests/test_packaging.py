@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import re
+import runpy
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -130,4 +132,140 @@ def test_no_top_level_kernels_or_bench_is_installed():
 def test_command_is_installed():
     command = Path(sys.executable).parent / "fusedres"
     done = subprocess.run([command, "--version"], cwd="/", capture_output=True, text=True, check=True)
+    assert done.stdout == "fusedres 0.1.0\n"
+
+
+HIDDEN = """
+import importlib.abc, sys
+
+class Hider(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hider())
+import torch, fusedres
+from torch import nn
+
+model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), fusedres.nn.BasicBlock(8, 8))
+report = fusedres.report(fusedres.fuse(model, schedule="moments")).to_dict()
+model(torch.randn(2, 3, 16, 16)).sum().backward()
+assert all(p.grad is not None for p in model.parameters())
+fusedres.freeze(model.eval())(torch.randn(1, 3, 16, 16))
+fusedres.unfuse(model)
+print(report["norms_fused"], report["norms_counted"], sorted({hidden!r} & sys.modules.keys()))
+"""
+OPTIONAL = {
+    "torchvision", "timm", "transformers", "matplotlib", "rich", "jinja2", "sklearn", "llvmlite", "tensorboard",
+}  # fmt: skip
+
+
+EXTRAS_ALONE, TRITON_ALONE = (
+    pytest.param(hidden, marks=pytest.mark.slow, id=name)
+    for name, hidden in (("extras", OPTIONAL), ("triton", {"triton"}))
+)
+
+
+@pytest.mark.parametrize("hidden", [pytest.param({"triton", *OPTIONAL}, id="all"), EXTRAS_ALONE, TRITON_ALONE])
+def test_the_library_works_without_what_is_optional(hidden):
+    """On a machine that has nothing but torch, as those are for which Triton publishes no wheels."""
+    assert run_elsewhere(HIDDEN.format(hidden=hidden)) == "3 3 []"
+
+
+def test_the_extra_all_is_every_extra_of_users():
+    text = (ROOT / "pyproject.toml").read_text()
+    part = text[text.index("[project.optional-dependencies]") :].split("\n[")[0]
+    extras = dict(re.findall(r"^(\w+) = \[(.*?)\]$", part, re.MULTILINE | re.DOTALL))
+
+    def brought(extra):
+        own = re.findall(r"fusedres\[([\w,]+)\]", extras.get(extra, ""))
+        return {extra}.union(*(brought(one) for names in own for one in names.split(",")))
+
+    assert brought("all") == {"all", "models", "hf", "cli", "train", "vgpu"} == set(extras) - {"docs", "dev"}
+
+
+def described(url):
+    make = runpy.run_path(str(ROOT / "setup.py"))["long_description"]
+    return make((ROOT / "README.md").read_text(), url)
+
+
+def test_the_long_description_has_addresses_where_the_repository_has_one():
+    text = described("https://example.org/owner/fusedres")
+    assert "](https://example.org/owner/fusedres/raw/HEAD/docs/passes.svg)" in text
+    assert "](https://example.org/owner/fusedres/blob/HEAD/docs/tutorial.md)" in text
+    assert re.findall(r"\]\((?!https:)[^)]*\)", text) == [] and "<!--" not in text
+    assert "](docs/tutorial.md)" in described("")
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/owner/fusedres"])
+def test_the_long_description_renders_as_on_pypi(url):
+    markdown = pytest.importorskip("readme_renderer.markdown")
+    html = markdown.render(described(url))
+    assert html is not None
+    assert html.count("<h2") == 6 and html.count("<table>") == 1 and html.count("<pre") == 3
+    assert ('<img src="https://example.org' in html) == bool(url)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, and the wheel that is built from it, of a repository with an address."""
+    folder = tmp_path_factory.mktemp("dist")
+    copy = folder / "source"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    if not any(files):
+        pytest.skip("not a checkout")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(copy)]
+    environment = {"PATH": "/usr/bin:/bin", "FUSEDRES_URL": "https://example.org/owner/fusedres"}
+    subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment)
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_what_is_built_says_where_it_is_from(built):
+    sdist, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read("fusedres-0.1.0.dist-info/METADATA").decode()
+    assert "Project-URL: Repository, https://example.org/owner/fusedres\n" in metadata
+    assert "Classifier: Environment :: GPU :: NVIDIA CUDA\n" in metadata
+    assert "Description-Content-Type: text/markdown\n" in metadata and "blob/HEAD/docs/tutorial.md" in metadata
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "README.md", "CHANGELOG.md", "CITATION.cff", "docs/tutorial.md", "docs/passes.svg"} <= names
+    assert {"tests/test_packaging.py", "examples/tour.ipynb", "Makefile"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1], ids=["sdist", "wheel"])
+def test_what_is_built_is_installed_and_runs(built, which, tmp_path):
+    """In an environment of its own, with its dependencies lent from that of the tests; nothing is downloaded."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    target = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+    ]
+    lent = [path for path in sys.path if path.endswith("site-packages")]
+    # An editable installation of the tests' own environment is hidden: .pth files of lent folders are not read.
+    (target / "lent.pth").write_text("\n".join(lent) + "\n")
+    subprocess.run([*command, "--no-build-isolation", str(built[which])], check=True, capture_output=True, timeout=600)
+    code = HIDDEN.format(hidden=set()) + "print(fusedres.__file__, fusedres.__version__)"
+    done = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True, check=True)
+    assert done.stdout == f"3 3 []\n{target / 'fusedres' / '__init__.py'} 0.1.0\n"
+    done = subprocess.run(
+        [tmp_path / "venv" / "bin" / "fusedres", "--version"], cwd="/", capture_output=True, text=True, check=True
+    )
     assert done.stdout == "fusedres 0.1.0\n"

@@ -1,4 +1,4 @@
-"""The site that `make docs` builds: without a warning, whole, without a network, and shown by a browser."""
+"""The site that `make docs` builds: no warning, nothing missing, no network, and no error in a browser."""
 
 import re
 import shutil

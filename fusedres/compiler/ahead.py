@@ -6,6 +6,7 @@ These are started as programs, so that they share nothing with this one: neither
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import selectors
@@ -34,6 +35,9 @@ class Made(NamedTuple):
 
     error: str | None
     seconds: float
+
+
+_log = logging.getLogger(__name__)
 
 
 def compile_ahead(
@@ -87,6 +91,8 @@ def compile_ahead(
                 missing.append((binary, _packed((limit_s, tuple(told)))))
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 done(binary, str(error), 0.0)
+        if missing:
+            _log.info("%d binaries of %d for %s are compiled", len(missing), len(every), target)
         _compile_in_processes(missing, min(jobs or cores(), len(missing)), limit_s, done)
     return {binary: made[binary] for binary in every}
 

@@ -7,6 +7,7 @@ says of its launches (`plan.time`).
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from fusedres.runtime.launch import Launch, target_name
 from fusedres.traffic.predict import Prediction, on_paper, predicted
 from fusedres.traffic.saved import saved_by
 from fusedres.traffic.weigh import on_meta
+
+_log = logging.getLogger(__name__)
 
 AUTO, MEMORY = "auto", "memory"
 CHOSEN = {AUTO: "the fastest by prediction", MEMORY: "what keeps fewest bytes for the backward pass"}
@@ -183,6 +186,8 @@ def choose(pattern: Pattern, call: Call, gpu: Gpu, *, training: bool) -> Choice:
         if len(_choices) >= MOST_CHOICES:
             _choices.clear()
         found = _choices[key] = _decided(pattern, call, gpu, training) or _weighed(pattern, call, gpu, training)
+        kind = type(pattern).__name__.lstrip("_").lower()
+        _log.info("%s of %s: %s, %s", kind, tuple(pattern.x.shape), found.schedule.name, found.reason)
         if found.schedule is not EAGER and is_wanted(pattern.x.device):
             _prepare(pattern, found.schedule, call, gpu)
     return found

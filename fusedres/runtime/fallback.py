@@ -6,6 +6,7 @@ copied before launches that have not been seen to work, and put back if one of t
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -102,6 +103,7 @@ def attempt(owner: Owner, written: Callable[[], list[Tensor]], run: Callable[[],
         _current.contact = outer
 
 
+_log = logging.getLogger(__name__)
 _warned: set[tuple[str, str]] = set()
 
 
@@ -114,6 +116,7 @@ def give_up(owner: Owner | None, failure: LaunchFailed) -> None:
     if owner is None or switches.STRICT or backends.current() == "triton":
         raise failure
     owner.fused_failure = str(failure)
+    _log.warning("%s runs its plain modules: %s", owner.fused_name or type(owner).__name__, failure)
     if (failure.kernel, failure.device) not in _warned:
         _warned.add((failure.kernel, failure.device))
         warnings.warn(f"fusedres: {failure}; blocks that need it run their plain modules", stacklevel=2)

@@ -1,5 +1,6 @@
 """fuse, unfuse: fused forward passes in and out of a live model by changing the class of its modules."""
 
+import logging
 import os
 import warnings
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from fusedres.swap.registry import families, fused_again, fused_class
 from fusedres.swap.structure import structured_modules
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_log = logging.getLogger(__name__)
 
 
 ONLINE = "online"
@@ -76,6 +79,10 @@ def fuse(
     for module in model.modules():
         if isinstance(module, Fused):
             module.__dict__.update({name: value for name, value in own.items() if value is not None})
+    fused = sum(isinstance(module, Fused) for module in model.modules())
+    _log.info(
+        "%s: %d modules are fused, schedule %s", (plain_base(type(model)) or type(model)).__name__, fused, schedule
+    )
     _warn_of_nothing(model)
     return model
 
