@@ -78,9 +78,7 @@ def table(found: Mapping[str, Sequence[Mapping[Key, float]]]) -> Fitted:
     return Fitted(
         f"ms a step, {here} and {there}: medians of {len(ours)} turns (least - most)",
         [
-            Column(
-                "case", [f"{key.case}, {key.mode}, {key.dtype}, {key.batch} x {key.px} px" for key in keys], 0, True
-            ),
+            Column("case", cases, words=True),
             Column("contender", [key.contender for key in keys], words=True),
             Column(here, [shown(here, key) for key in keys]),
             Column(there, [shown(there, key) for key in keys]),
