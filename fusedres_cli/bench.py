@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   fusedres bench --quick                   a first impression in two minutes
   fusedres bench resnet50 --train -b 256 --contenders eager,compile,fused
   fusedres bench --block all --infer --html bench.html
+  fusedres bench resnet50 --contenders eager,fused --compare HEAD~1
 """
 
 
@@ -47,6 +48,7 @@ def add_parser(commands: Any) -> None:
         "--seconds", type=positive, metavar="N", help="begin no round after as many seconds of measuring a comparison"
     )
     options.threads(how)
+    how.add_argument("--compare", metavar="COMMIT", help="this source tree beside another commit of it, in turns")
     how.add_argument("--gate-only", action="store_true", help="check the numbers and time nothing")
     out = parser.add_argument_group("where to write")
     out.add_argument("--csv", type=Path, metavar="FILE.csv", help="every row, written as it is finished")

@@ -230,6 +230,7 @@ def compare(
     *,
     clock: Clock | None = None,
     done: Collection[str] = (),
+    tell: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Row]:
     """One row for each contender, in their order; those named ``done`` have theirs and are left out.
 
@@ -239,6 +240,7 @@ def compare(
         measurement: how.
         clock: what measures; the device's own by default.
         done: names to leave out.
+        tell: is called with words, how much is done, and of how much, before each contender and before they are timed.
 
     Raises:
         DeviceLost: a contender broke the GPU's context.
@@ -251,7 +253,8 @@ def compare(
     with setting.device.made_current(), setting.arithmetic():
         operands = None
         # The yardstick first: others are held against what it computes.
-        for contender in sorted(running, key=lambda one: one.name != YARDSTICK):
+        for place, contender in enumerate(sorted(running, key=lambda one: one.name != YARDSTICK)):
+            tell(f"{case.name}, {setting.mode}: {contender.name}", place, len(running) + 1)
             why = setting.why_not() or contender.why_not(case, setting)
             if why is not None:
                 comparison.rows[contender.name] = comparison.row(contender.name, statuses.NOT_AVAILABLE, why)
@@ -262,6 +265,7 @@ def compare(
                 comparison.prepare(contender, operands)
             except Exception as error:
                 comparison.fail(contender.name, error)
+        tell(f"{case.name}, {setting.mode}: times, in turns", len(running), len(running) + 1)
         comparison.eager = None
         clock = clock or clock_for(setting.device.torch, clear_cache=case.kind == "op")
         comparison.time(running, clock)

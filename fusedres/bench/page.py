@@ -72,7 +72,8 @@ def render(rows: Sequence[Row], timed_launches: Sequence[TimedLaunch] = ()) -> s
         if timed_launches
         else None,
         pictures=[
-            (name, ALT[name], base64.b64encode(pictures.png(name, rows)).decode("ascii")) for name in pictures.PICTURES
+            (name, ALT[name], base64.b64encode(pictures.png(name, rows)).decode("ascii"))
+            for name in pictures.worth(rows)
         ],
         contenders=[one for name, one in CONTENDERS.items() if any(row.contender == name for row in rows)],
         published=beside(rows),

@@ -65,22 +65,36 @@ def _bars(axes: Axes, groups: dict[str, list[tuple[Row, float]]], form: str) -> 
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, frameon=False)
 
 
+def _speeds(rows: Sequence[Row]) -> dict[str, list[tuple[Row, float]]]:
+    return _grouped([row for row in rows if row.contender != YARDSTICK], lambda row: row.speedup)
+
+
+def _points(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.status == OK and row.gb_per_s and row.tflop_per_s]
+
+
+def _peaks(rows: Sequence[Row]) -> dict[str, list[tuple[Row, float]]]:
+    return _grouped(rows, lambda row: None if row.peak_bytes is None else row.peak_bytes / row.batch / 1e6)
+
+
+def _kept(rows: Sequence[Row]) -> dict[str, list[tuple[Row, float]]]:
+    return _grouped(
+        [row for row in rows if row.mode == "train"],
+        lambda row: None if row.saved_bytes_per_image is None else row.saved_bytes_per_image / 1e6,
+    )
+
+
 def speedups(axes: Axes, rows: Sequence[Row]) -> None:
     """Bars: how many times eager's speed."""
-    groups = _grouped([row for row in rows if row.contender != YARDSTICK], lambda row: row.speedup)
     axes.set_title("Speed, times eager channels_last")
-    if not groups:
-        return _empty(axes, "no contender beside eager was timed")
-    _bars(axes, groups, "{:.2f}")
+    _bars(axes, _speeds(rows), "{:.2f}")
     axes.axvline(1.0, color="black", linewidth=0.8)
 
 
 def roofline(axes: Axes, rows: Sequence[Row]) -> None:
     """Points: achieved FLOP/s over FLOP per byte, under what this machine copies and multiplies at best."""
     axes.set_title("Roofline: declared bytes and FLOPs over measured time")
-    points = [row for row in rows if row.status == OK and row.gb_per_s and row.tflop_per_s]
-    if not points:
-        return _empty(axes, "no row declares all the bytes of its step")
+    points = _points(rows)
     intensities = [1e3 * (row.tflop_per_s or 0) / (row.gb_per_s or 1) for row in points]
     seen = set()
     for row, intensity in zip(points, intensities, strict=True):
@@ -108,15 +122,9 @@ def roofline(axes: Axes, rows: Sequence[Row]) -> None:
 
 def memory(axes: Axes, rows: Sequence[Row]) -> None:
     """Bars: the peak on a GPU, else what autograd saves for backward."""
-    peaks = _grouped(rows, lambda row: None if row.peak_bytes is None else row.peak_bytes / row.batch / 1e6)
-    saved = _grouped(
-        [row for row in rows if row.mode == "train"],
-        lambda row: None if row.saved_bytes_per_image is None else row.saved_bytes_per_image / 1e6,
-    )
+    peaks = _peaks(rows)
     axes.set_title("Peak memory of a step, MB per image" if peaks else "Saved for backward, MB per image")
-    if not (peaks or saved):
-        return _empty(axes, "no memory was measured")
-    _bars(axes, peaks or saved, "{:.3g}")
+    _bars(axes, peaks or _kept(rows), "{:.3g}")
 
 
 PICTURES: dict[str, Callable[[Axes, Sequence[Row]], None]] = {
@@ -124,6 +132,13 @@ PICTURES: dict[str, Callable[[Axes, Sequence[Row]], None]] = {
     "roofline": roofline,
     "memory": memory,
 }
+
+
+def worth(rows: Sequence[Row]) -> list[str]:
+    """Those of `PICTURES` that have something to show of these rows; of the others there are none."""
+    shown = _pictured(rows)
+    found = {"speed-ups": _speeds(shown), "roofline": _points(shown), "memory": _peaks(shown) or _kept(shown)}
+    return [name for name in PICTURES if found[name]]
 
 
 def predicted_against_measured(points: Sequence[tuple[float, float, int, str]]) -> bytes:
@@ -180,7 +195,7 @@ def _saved(figure: Figure) -> bytes:
 
 
 def png(picture: str, rows: Sequence[Row]) -> bytes:
-    """One of `PICTURES`."""
+    """One of `PICTURES` that is `worth` it."""
     shown = _pictured(rows)
     figure = Figure(figsize=(8.0, 6.0 if picture == "roofline" else _height(shown)), layout="constrained")
     axes = figure.subplots()
@@ -189,11 +204,14 @@ def png(picture: str, rows: Sequence[Row]) -> bytes:
     return _saved(figure)
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """All of them side by side in one PNG."""
-    shown = _pictured(rows)
-    figure = Figure(figsize=(21.0, _height(shown)), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(PICTURES)), PICTURES.values(), strict=True):
-        draw(axes, shown)
+def write(path: Path, rows: Sequence[Row]) -> bool:
+    """All that are `worth` it side by side in one PNG; whether there is any."""
+    shown, names = _pictured(rows), worth(rows)
+    if not names:
+        return False
+    figure = Figure(figsize=(7.0 * len(names), _height(shown)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        PICTURES[name](axes, shown)
         _titled(axes, shown, rows)
     path.write_bytes(_saved(figure))
+    return True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from fusedres.bench.machine import machine
 from fusedres.bench.ops import OPS, op
 from fusedres.bench.rows import Row, Writer, new_table, read_rows
 from fusedres.bench.setting import DTYPES, Device, Setting, device_named
+from fusedres.swap import fuse
+from fusedres.swap.report import why_not_fused
 
 __all__ = ["BenchOptions", "comparisons", "run"]
 
@@ -60,6 +63,7 @@ class BenchOptions:
 
 
 Comparisons = list[tuple[Case, Setting]]
+Progress = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
 
 
 def comparisons(options: BenchOptions, device: Device) -> Comparisons:
@@ -87,6 +91,22 @@ def comparisons(options: BenchOptions, device: Device) -> Comparisons:
     return found
 
 
+def _check_fusable(wanted: Comparisons) -> None:
+    """Refuse networks of which nothing is fused, on the meta device, before anything is run.
+
+    Raises:
+        ValueError: naming the first, and why.
+    """
+    for case in dict.fromkeys(case for case, _ in wanted):
+        if isinstance(case, cases.ModelCase) and case.kind == "network":
+            with warnings.catch_warnings():
+                # What it would warn of is said in the error.
+                warnings.simplefilter("ignore")
+                why = why_not_fused(fuse(case.on_meta()))
+            if why is not None:
+                raise ValueError(f"model: {case.name}: {why}; --contenders eager,compile measures it as it is")
+
+
 def _cases(options: BenchOptions) -> Iterator[Case]:
     yield from map(cases.network, options.model)
     yield from map(cases.block, cases.BLOCKS if tuple(options.block) == ("all",) else options.block)
@@ -101,8 +121,13 @@ def _batch(options: BenchOptions, case: Case, device: Device) -> int:
     return case.batch if device.is_gpu else CPU_BATCH[case.kind]
 
 
-def run(options: BenchOptions) -> int:
-    """Run `fusedres bench` and return its exit status: 1 if a contender was refused or failed, 3 if the GPU is lost."""
+def run(options: BenchOptions, progress: Progress = lambda: nullcontext(lambda *_: None)) -> int:
+    """Run `fusedres bench` and return its exit status: 1 if a contender was refused or failed, 3 if the GPU is lost.
+
+    Args:
+        options: what was asked for.
+        progress: around each comparison, a function of words, what is done of it, and what is to be done.
+    """
     console = Console()
     if options.list:
         tables.print_registry(console)
@@ -112,6 +137,8 @@ def run(options: BenchOptions) -> int:
     device = device_named(options.device)
     contenders = contenders_named(options.contenders or (("eager", "fused") if options.quick else DEFAULT_CONTENDERS))
     wanted = comparisons(options, device)
+    if any(contender.schedule is not None for contender in contenders):
+        _check_fusable(wanted)
     for path, name, suffix in (
         (options.csv, "csv", ".csv"), (options.plot, "plot", ".png"), (options.html, "html", ".html"),
     ):  # fmt: skip
@@ -130,7 +157,7 @@ def run(options: BenchOptions) -> int:
         torch.set_num_threads(options.threads)
     rows = list(kept)
     try:
-        status = _measure(options, device, contenders, wanted, rows, console)
+        status = _measure(options, device, contenders, wanted, rows, console, progress)
     finally:
         torch.set_num_threads(threads)
         _write_pictures(options, rows, console)
@@ -140,7 +167,7 @@ def run(options: BenchOptions) -> int:
 
 def _measure(
     options: BenchOptions, device: Device, contenders: Sequence[Contender], wanted: Comparisons, rows: list[Row],
-    console: Console,
+    console: Console, progress: Progress,
 ) -> int:  # fmt: skip
     """Add to ``rows``, and to the CSV as each comparison is finished."""
     measurement = Measurement(
@@ -156,7 +183,8 @@ def _measure(
             if len(done) == len(contenders):
                 continue
             try:
-                finished = compare(case, setting, contenders, measurement, done=done)
+                with progress() as tell:
+                    finished = compare(case, setting, contenders, measurement, done=done, tell=tell)
             except DeviceLost as lost:
                 _note(lost.rows, rows, writer)
                 console.print(f"the GPU takes no more work from this process: {lost}", style="bold red", markup=False)
@@ -190,8 +218,8 @@ def _write_pictures(options: BenchOptions, rows: list[Row], console: Console) ->
         # Imported here: a run without pictures needs no matplotlib.
         from fusedres.bench import pictures
 
-        pictures.write(options.plot, rows)
-        console.print(f"written: {options.plot}", soft_wrap=True)
+        drawn = pictures.write(options.plot, rows)
+        console.print(f"written: {options.plot}" if drawn else "no picture: nothing was timed", soft_wrap=True)
     if options.html is not None:
         from fusedres.bench import page
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusedres.arguments import check_file
+from fusedres.commands.progress import progress
 from fusedres.explain.explanation import Question, explain
 from fusedres.models.sources import source
 from fusedres.patterns.choose import AUTO
@@ -43,7 +43,12 @@ def run(options: argparse.Namespace) -> int:
     """Predict and print; ValueError for what was asked wrongly, before anything is printed."""
     out: Path | None = options.out
     check_file(out, "out", ".md")
-    rows = list(_progress(predictions(options.model, options.gpus, options.batches, options.dtype)))
+    rows: list[Row] = []
+    steps = 2 * len(options.gpus) * len(options.batches)
+    with progress(lines=10) as tell:
+        for row in predictions(options.model, options.gpus, options.batches, options.dtype):
+            rows.append(row)
+            tell(f"{row.gpu}, batch {row.batch}", len(rows), steps)
     text = page(options.model, options.dtype, rows)
     if out is None:
         print(text)
@@ -67,13 +72,6 @@ def predictions(model: str, gpus: Sequence[str], batches: Sequence[int], dtype: 
             auto.launches, told.alike(step), auto.saved_bytes_per_image / 1e6,
             tuple((name, choice.schedule.name) for name, choice in step.choices.items()), bool(told.gpu.measured),
         )  # fmt: skip
-
-
-def _progress(rows: Iterable[Row]) -> Iterator[Row]:
-    for row in rows:
-        if sys.stderr.isatty():
-            print(f"\r{row.gpu}, batch {row.batch}   ", end="", file=sys.stderr, flush=True)
-        yield row
 
 
 def page(model: str, dtype: str, rows: Sequence[Row]) -> str:

@@ -49,13 +49,24 @@ def test_the_page_says_that_no_gpu_was_used(device, words):
     assert "7,162" not in source
 
 
-@pytest.mark.parametrize("picture", pictures.PICTURES)
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [replace(ROWS[0], gb_per_s=None, peak_bytes=None)]])
-def test_pictures_are_drawn_of_whatever_there_is(picture, rows):
-    data = pictures.png(picture, rows)
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
-    assert width > 600 and height > 150
+NOTHING = [replace(ROWS[0], gb_per_s=None, peak_bytes=None, saved_bytes_per_image=None)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(ROWS, ["speed-ups", "roofline", "memory"]), (ROWS[:1], ["roofline", "memory"]), (NOTHING, [])],
+)
+def test_pictures_are_drawn_of_what_there_is_and_none_is_empty(rows, expected, tmp_path):
+    assert pictures.worth(rows) == expected
+    for picture in expected:
+        data = pictures.png(picture, rows)
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", data[16:24])
+        assert width > 600 and height > 150
+    path = tmp_path / "all.png"
+    assert pictures.write(path, rows) is path.exists() is bool(expected)
+    source = page.render(rows)
+    assert [name for name in pictures.PICTURES if f'<img id="{name}"' in source] == expected
 
 
 def bars(rows):

@@ -28,6 +28,7 @@ def same_threads():
     ("arguments", "message"),
     [
         (["--model", "resnet49"], "model: expected a name such as resnet"),
+        (["torchvision.alexnet"], "model: torchvision.alexnet: nothing to fuse in it ("),
         (["--block", "basic9"], "block: expected one such as basic"),
         (["--op", "block_ends.stage1"], "op: expected one such as block_end.stage1"),
         ([*TINY, "--contenders", "fusd"], "contenders: expected one such as fused"),
@@ -72,7 +73,9 @@ def test_everything_is_written(tmp_path, capsys):
     files = [tmp_path / "rows.csv", tmp_path / "picture.png", tmp_path / "page.html"]
     outputs = ["--csv", str(files[0]), "--plot", str(files[1]), "--html", str(files[2])]
     assert main(["bench", *TINY, "--threads", "1", *outputs]) == 0
-    printed = capsys.readouterr().out
+    told = capsys.readouterr()
+    printed = told.out
+    assert "[0/3] basic1, train: eager\n[1/3] basic1, train: fused\n[2/3] basic1, train: times, in turns\n" in told.err
     assert "basic1, train, fp32, batch 1, 8 px" in printed
     assert "No GPU was used." in printed
     rows = read_rows(files[0])
@@ -89,7 +92,7 @@ class Interrupted:
     def __init__(self, at: int, error: BaseException) -> None:
         self.left, self.error, self.done = at, error, []
 
-    def __call__(self, case, setting, contenders, _measurement, *, done):
+    def __call__(self, case, setting, contenders, _measurement, *, done, tell):
         self.left -= 1
         self.done.append(list(done))
         if self.left == 0:
