@@ -229,7 +229,7 @@ def page(rows: Sequence[Run], losses: Sequence[Loss], name: str) -> str:
         "",
         "With `--seed` 0, 1 and 2 and `--tensorboard`, in a checkout with `pip install -e '.[dev]'`:",
         "",
-        "```",
+        "```bash",
         *(" ".join(("fusedres", *command(network, way, SEEDS[0]))) for network in NETWORKS for way in WAYS),
         "```",
         "",

@@ -28,9 +28,9 @@ from fusedres.bench.training_evidence import (
     runs,
     write,
 )  # fmt: skip
-from fusedres.commands import train
 from fusedres.train.digits import load_digits
 from fusedres.train.network import build
+from fusedres_cli import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "training-evidence.md"
 
