@@ -11,7 +11,7 @@ import torch
 
 import fusedres
 from fusedres_cli.main import parser
-from tests.pages import DOCS, PAGES, ROOT, blocks, dead, links
+from tests.pages import DOCS, PAGES, ROOT, blocks, dead, links, prose
 from tests.test_layers import FLOORS
 from tests.vgpu_support import REASON
 
@@ -150,6 +150,14 @@ def refused(words):
 def test_commands_parse(page, capsys):
     lines = [words for block in blocks(page.read_text()) if block.language == "bash" for words in commands(block.text)]
     assert lines
+    assert [why for words in lines if (why := refused(words))] == [], capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [*PAGES], ids=named)
+def test_commands_within_text_parse(page, capsys):
+    """Those in tables and sentences, where a word stands for a value, too: `fusedres explain MODEL`; or a bare name."""
+    inline = [shlex.split(line) for line in re.findall(r"`(fusedres [a-z][^`]*)`", prose(page.read_text()))]
+    lines = [words if len(words) > 2 else [*words, "--help"] for words in inline]
     assert [why for words in lines if (why := refused(words))] == [], capsys.readouterr().err
 
 

@@ -107,3 +107,19 @@ def test_counting_gives_the_same_again(monkeypatch):
     monkeypatch.setattr(figures, "stamp", dict)
     counted = json.loads(json.dumps(figures.count()))
     assert counted == {"steps": {key: FOUND["counted"]["steps"][key]}, "saved": FOUND["counted"]["saved"]}
+
+
+@pytest.mark.slow
+def test_measuring_reads_what_the_commands_write(monkeypatch):
+    """On networks that are small, since what matters is the form."""
+    monkeypatch.setattr(figures, "HOST_TIMED", {"small": ["--model", "cifar_resnet20", "--steps", "1"]})
+    monkeypatch.setattr(figures, "TIMED", {"cifar_resnet20": 2})
+    monkeypatch.setattr(figures, "SEEDS", 1)
+    monkeypatch.setattr(figures, "TRAINED", ["--epochs", "1", "--threads", "1"])
+    host = figures.measure_host()["small"]
+    assert host["launches"] > 50 and host["gone through"] > host["replayed"] > 0
+    cpu = figures.measure_cpu()
+    assert set(cpu) == {"cifar_resnet20.train", "cifar_resnet20.infer"}
+    assert set(cpu["cifar_resnet20.infer"]) == {"eager", "fused", "frozen"}
+    (accuracy,) = figures.measure_digits().values()
+    assert 10 < accuracy <= 100
