@@ -24,7 +24,7 @@ from fusedres.plan.gpus import device_gpu
 from fusedres.runtime import backends
 from fusedres.runtime.devices import gpus
 from fusedres.runtime.launch import tf32_allowed, why_not_on
-from fusedres.swap import fuse, report
+from fusedres.swap import Report, fuse, report
 
 # By extra, as pyproject.toml has them.
 EXTRAS = {
@@ -66,8 +66,18 @@ def run(options: argparse.Namespace) -> int:
         if kernels:
             right &= _kernels(name)
     if built is not None:
-        print(report(fuse(built)))
+        _say(report(fuse(built)))
     return 0 if right else 1
+
+
+def _say(told: Report) -> None:
+    """As a table that fits the terminal, where the package for it is installed."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(told)
+    else:
+        Console(highlight=False).print(told)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -6,6 +6,8 @@ from html import escape
 from typing import Any, overload
 
 COLUMNS = ("name", "kind", "fused", "schedule", "norms", "reason", "note")
+DROPPED = {"schedule": 1, "kind": 2}
+"""What a narrow terminal has no room for, the largest first."""
 MOST_NAMES = 3
 """Of batch norms that are printed with one reason."""
 
@@ -140,6 +142,20 @@ class Report(Sequence[Row]):
         rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines[1:])
         below = "<br>".join(map(escape, (*self._left(), *self._sums())))
         return f"<table><tr>{head}</tr>{rows}</table><p>{below}</p>"
+
+    def __rich_console__(self, *_: object) -> Iterator[object]:
+        """For `rich`: as wide as the terminal at most, long reasons folded in their column."""
+        from rich.text import Text
+
+        from fusedres.tables import Column, Fitted
+
+        columns = [
+            Column(title, cells, DROPPED.get(title, 0), words=True)
+            for title, *cells in zip(*self._table(), strict=True)
+        ]
+        if columns:
+            yield Fitted("", columns)
+        yield Text("\n".join([*self._left(), *self._sums()]))
 
     def __str__(self) -> str:
         table = self._table()

@@ -1,8 +1,10 @@
 """fusedres.swap.table: what is printed, as data and as HTML."""
 
+import io
 import json
 
 import torch
+from rich.console import Console
 from torch import nn
 
 import fusedres
@@ -76,3 +78,15 @@ def test_what_is_not_counted_is_named():
     assert report.norms_fused == (1, 1)
     assert report.norms[1] == Norm("3", None, "it is a BatchNorm1d, and no pass is made for those", counted=False)
     assert torch.is_tensor(model[1].weight)
+
+
+def test_printed_by_rich_as_wide_as_the_terminal(resnet):
+    file = io.StringIO()
+    report = fusedres.report(fusedres.fuse(hooked(resnet), schedule="moments"))
+    Console(file=file, width=80).print(report)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    folded = [" ".join(row[-1] for row in rows if row[-1])]
+    assert folded == [HOOKS]
+    assert " ".join(file.getvalue().split()).endswith("2 of 3 candidates fused 5 of 9 batch norms fused")
