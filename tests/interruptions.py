@@ -26,7 +26,7 @@ class Injection:
             return
         self.count += 1
         if self.count == self.at:
-            self.where = f"{event} {frame.f_code.co_filename}:{frame.f_lineno} {getattr(function, '__name__', '')}"
+            self.where = f"{event} {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
             sys.setprofile(None)
             raise self.kind("injected")
 
