@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Context", "Snapshot", "accounts", "context", "entered", "here", "on_all_threads", "resume", "snapshot"]
+__all__ = [
+    "Context",
+    "Entered",
+    "Snapshot",
+    "accounts",
+    "context",
+    "entered",
+    "here",
+    "on_all_threads",
+    "resume",
+    "snapshot",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +97,31 @@ def here() -> Context:
     return _thread.context
 
 
-@contextmanager
-def context(**changes: Any) -> Iterator[None]:
+class Entered(ContextDecorator):
+    """Another context of this thread inside the ``with`` block.
+
+    No generator: an interrupt as its block is entered would leave it to be closed some time later, when it put back
+    what had been left since. Nothing is called after the one context and before the other.
+    """
+
+    def __init__(self, whole: Context | None = None, **changes: Any) -> None:
+        self._whole, self._changes = whole, changes
+
+    def _recreate_cm(self) -> Entered:
+        return Entered(self._whole, **self._changes)
+
+    def __enter__(self) -> None:
+        self._before = _thread.context
+        now = replace(self._before if self._whole is None else self._whole, **self._changes)
+        _thread.context = now
+
+    def __exit__(self, *_: object) -> None:
+        _thread.context = self._before
+
+
+def context(**changes: Any) -> Entered:
     """This thread's context with other values of some fields, inside the ``with`` block."""
-    before = _thread.context
-    _thread.context = replace(before, **changes)
-    try:
-        yield
-    finally:
-        _thread.context = before
+    return Entered(**changes)
 
 
 class Snapshot(NamedTuple):
@@ -121,15 +148,9 @@ def resume(forward: Snapshot) -> AbstractContextManager[None]:
     return context(backend=then.backend, decisions=then.decisions)
 
 
-@contextmanager
-def entered(whole: Context) -> Iterator[None]:
+def entered(whole: Context) -> Entered:
     """All that ``whole`` holds, on this thread, inside the ``with`` block."""
-    before = _thread.context
-    _thread.context = whole
-    try:
-        yield
-    finally:
-        _thread.context = before
+    return Entered(whole)
 
 
 # Replaced, never changed: another thread may be going through it.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fusedres
+from fusedres import context as context_module
 from fusedres.autograd.function import fused_or_composed
 from fusedres.autograd.saved import keep, pack
 from fusedres.compiler.targets import TARGETS
@@ -18,6 +19,7 @@ from fusedres.plan.gpus import GPUS, assume_gpu, assumed_gpu
 from fusedres.runtime import autocast, backends, graphs, launch, ranges, replay
 from fusedres.runtime.launch import record, target_of
 from fusedres.runtime.ranges import profile
+from tests.interruptions import Injection, moments
 from tests.small_kernels import copy_kernel
 
 META = torch.empty(2, 4, device="meta")
@@ -219,3 +221,30 @@ def test_a_functions_backward_goes_by_its_forwards_context_on_a_thread_of_its_ow
     on_thread(lambda: z.sum().backward())
     (seen,) = Seen.backwards
     assert (seen.backend, seen.conv_tile) == ("reference", WIDE)
+
+
+def nested():
+    with backends.backend("native"), context(profiled="outer"), context(replays=False), context(absent=True):
+        return here()
+
+
+def test_an_interrupt_at_any_moment_leaves_no_choice_behind():
+    with backends.backend("reference"):
+        outside = here()
+        for at in range(1, 1 + moments(KeyboardInterrupt, nested)):
+            with pytest.raises(KeyboardInterrupt), Injection(KeyboardInterrupt, at) as injection:
+                nested()
+            # As with torch.no_grad, a block that is interrupted as its exit begins is left to the one around it.
+            if "context.py" not in injection.where or "__exit__" not in injection.where:
+                assert here() is outside, injection.where
+            context_module._thread.context = outside
+    assert here() is NOTHING_CHOSEN
+
+
+def test_a_choice_made_by_a_decorator_is_made_at_each_call():
+    @backends.backend("native")
+    def named(depth):
+        return [backends.current(), *(named(depth - 1) if depth else ())]
+
+    assert named(2) == ["native"] * 3
+    assert here() is NOTHING_CHOSEN

@@ -394,10 +394,10 @@ LIBRARY.define("move_statistics(Tensor(a!)[] running, Tensor(b!)[] counters, Ten
 
 
 def _move(running: list[Tensor], counters: list[Tensor], moved: Tensor) -> None:
-    if running:
-        copy_all(running, list(moved.split([one.shape[0] for one in running])))
     for counter in counters:
         counter.add_(1)
+    if running:
+        copy_all(running, list(moved.split([one.shape[0] for one in running])))
 
 
 LIBRARY.impl("move_statistics", _move, "CompositeExplicitAutograd")

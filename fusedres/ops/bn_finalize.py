@@ -14,6 +14,7 @@ from fusedres.ops.rows import empty_partials, storable
 from fusedres.plan.tiles import PartialTile, partial_tile
 from fusedres.runtime.collectives import gathered
 from fusedres.runtime.launch import launch
+from fusedres.runtime.torch_private import lerp_all
 
 
 def _combine(partials: Partials) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +38,8 @@ def _bn_finalize(partials: Partials, norm: Norm) -> Normaliser:
 
     Updates, in place and if given, running_mean += momentum * (mean + bias - running_mean) and running_var likewise
     towards m2 / (count - 1). A convolution's bias does not change what batch norm puts out, so it is no part of y
-    here; it only moves the running mean. ``counted``, if given, is one more afterwards.
+    here; it only moves the running mean. ``counted``, if given, is one more afterwards. What ends the pass at any
+    moment leaves all of a batch norm's statistics as they were or all moved, and no more batches than were counted.
 
     Args:
         partials: statistics of the raw output, (T,) and (T, K).
@@ -50,13 +52,16 @@ def _bn_finalize(partials: Partials, norm: Norm) -> Normaliser:
     partials, shared = _of_group(partials, norm)
     gamma, beta, running_mean, running_var, bias, counted, (eps, momentum, *_) = norm
     count, mean, m2 = _combine(partials)
+    result = normaliser(mean, torch.rsqrt(m2 / count + eps), gamma, beta)._replace(shared=shared)
     if running_mean is not None and running_var is not None:
         measured = mean if bias is None else mean + bias
-        running_mean.lerp_(measured.to(running_mean.dtype), momentum)
-        running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
+        towards = [measured.to(running_mean.dtype), (m2 / (count - 1)).to(running_var.dtype)]
+    # Written when nothing is left to allocate, and in PyTorch's order: counted first, both statistics by one call.
     if counted is not None:
         counted.add_(1)
-    return normaliser(mean, torch.rsqrt(m2 / count + eps), gamma, beta)._replace(shared=shared)
+    if running_mean is not None and running_var is not None:
+        lerp_all([running_mean, running_var], towards, momentum)
+    return result
 
 
 def _of_group(partials: Partials, norm: Norm) -> tuple[Partials, Shared | None]:

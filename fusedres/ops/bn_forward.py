@@ -71,9 +71,10 @@ def _bn_forward_native(
         return NotImplemented
     if residual is not None and residual.dtype != y.dtype:
         return NotImplemented
-    out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
+    # First, as in PyTorch: what ends the pass between the two leaves no statistics of a batch that was not counted.
     if counted is not None:
         counted.add_(1)
+    out, mean, invstd = torch.ops.aten.native_batch_norm(y, gamma, beta, running_mean, running_var, True, momentum, eps)
     if residual is not None:
         add_shortcut(out, residual)
     z, mask = activated(out, act, out.dtype, bit_mask=bit_mask, scratch=True)

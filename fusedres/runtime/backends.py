@@ -1,9 +1,6 @@
 """Which face of an op runs: its Triton kernel, the formula, or one call into the vendor's library."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from fusedres.context import Context, context, here
+from fusedres.context import Context, Entered, context, here
 
 BACKENDS = {
     "auto": "kernels on CUDA and HIP tensors, if the GPU has the matrix units that they use; native elsewhere",
@@ -37,8 +34,7 @@ def vgpu_target() -> str | None:
     return name.removeprefix(VGPU) if name.startswith(VGPU) else None
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str) -> Entered:
     """Run every fused operation called inside the ``with`` block on the named backend.
 
     A backward pass uses the backend that its forward pass ran on, wherever it is called.
@@ -53,8 +49,7 @@ def backend(name: str) -> Iterator[None]:
         fusedres.vgpu.Unavailable: kernels can not be executed on this machine; the message says what to install.
     """
     _check(name)
-    with context(backend=name):
-        yield
+    return context(backend=name)
 
 
 def _check(name: str) -> None:

@@ -63,8 +63,8 @@ def replayed_at_last(function: Callable[..., T], operands: list[Any], let_go: Ca
     key = (function, backends.current(), launch.tf32_allowed(), thread_dispatch(), here().decisions, parts)
     notes = _notes.get(key, MISSING)
     if isinstance(notes, Notes):
-        if key in _unchecked and not _is_captured(tensors[0]):
-            del _unchecked[key]
+        # Of threads that come here together one checks.
+        if key in _unchecked and not _is_captured(tensors[0]) and _unchecked.pop(key, MISSING) is not MISSING:
             return cast(T, _held_against(function, operands, notes, tensors))
         del kind
         operands.clear()
@@ -151,7 +151,8 @@ def _bits(tensor: Tensor) -> Tensor:
 def _remember(store: dict[tuple[Any, ...], T], key: tuple[Any, ...], value: T) -> None:
     store[key] = value
     if len(store) > MOST_NOTES:
-        store.pop(next(iter(store)), None)
+        # Copied by one call: while an iterator stood, another thread could change it.
+        store.pop(next(iter(tuple(store))), None)
 
 
 def off() -> AbstractContextManager[None]:

@@ -40,6 +40,7 @@ __all__ = [
     "in_backward",
     "is_batch_of_gradients",
     "is_transformed",
+    "lerp_all",
     "saves_by_hooks",
     "storage_id",
     "thread_dispatch",
@@ -167,6 +168,11 @@ def arguments_of(operator: Any) -> Iterator[tuple[str, bool, bool]]:
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source into its target: in one launch, where all pairs agree in their strides."""
     torch._foreach_copy_(targets, sources)
+
+
+def lerp_all(moved: list[Tensor], towards: list[Tensor], weight: float) -> None:
+    """Move each tensor by ``weight`` of the way towards another, in one call, which no signal comes into."""
+    torch._foreach_lerp_(moved, towards, weight)
 
 
 # oneDNN's convolutions on the CPU, with what joins them. ``arguments``: weight, shift or None, padding, stride,

@@ -287,6 +287,12 @@ def test_DispatchMode():
     assert noting.names[-1] == "mm" and "_to_copy" in noting.names
 
 
+def test_lerp_all():
+    moved, ends = [torch.zeros(2), torch.ones(2)], [torch.ones(2), torch.zeros(2)]
+    private.lerp_all(moved, ends, 0.25)
+    assert torch.equal(moved[0], torch.full((2,), 0.25)) and torch.equal(moved[1], torch.full((2,), 0.75))
+
+
 def test_copy_all():
     sources = [torch.rand(3, 4), torch.rand(5)]
     targets = [torch.empty_like(source, dtype=torch.float64) for source in sources]
