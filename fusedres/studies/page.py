@@ -24,8 +24,8 @@ scikit-learn's digits (8x8 pixels, 1,437 training images, 360 for testing), some
 small a setting can fail to show what a paper saw, and a verdict is about the setting that was run. "Not decided" says
 that the seeds differ by more than the networks, or the networks by less than a margin. The networks and the rule for
 the verdict are `networks` and `found` of a study, in its module in `fusedres/studies/`.
-The settings of `responses` and `reuse` (a weight decay of 0.01) and of `ensemble` (depths, epochs, the rule) were chosen
-after first ones had not shown the effect: their verdicts say that some setting shows it, no more.
+The settings of `responses` and `reuse` (a weight decay of 0.01) and of `ensemble` (depths, epochs, the rule) were
+chosen after first ones had not shown the effect: their verdicts say that some setting shows it, no more.
 
 ± is one deviation over seeds, and so are bands and error bars; seconds are those that a CPU computed for the slowest
 seed, on all threads together, without networks that another study had left in the folder.
