@@ -12,7 +12,7 @@ from fusedres_cli.values import fraction, positive
 DESCRIPTION = "Trains on real digits, plain and fused side by side, and checks torchvision's resnet50."
 EXAMPLES = """examples:
   fusedres demo
-  fusedres demo --epochs 2 --no-resnet50         twenty seconds
+  fusedres demo --epochs 2 --no-resnet50   a quick look
 """
 
 

@@ -27,7 +27,7 @@ from fusedres.train.twins import (
     train_twins,
 )
 
-# Reached by every seed that was tried in so many epochs.
+# What a training of so many epochs is held to.
 ACCURACY, ENOUGH_EPOCHS = 0.97, 16
 
 
