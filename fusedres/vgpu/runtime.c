@@ -13,6 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 enum { STACK_BYTES = 256 << 10 };
 
@@ -634,6 +637,10 @@ static void flush_log(int w) {
 static void prepare_lane(lane *l) {
   if (!l->stack)
     l->stack = mmap(0, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+#ifdef __SANITIZE_ADDRESS__
+  // A lane that a fault ended never returned from its functions, whose frames are still marked.
+  __asan_unpoison_memory_region(l->stack, STACK_BYTES);
+#endif
   void **top = (void **)(l->stack + STACK_BYTES);
   *--top = 0;
   *--top = (void *)lane_main;
