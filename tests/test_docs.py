@@ -1,6 +1,7 @@
 """README.md and docs/: code runs, commands parse, links lead somewhere, names exist; the house is as it stands."""
 
 import importlib
+import logging
 import re
 import shlex
 import shutil
@@ -90,13 +91,22 @@ def named(page):
     return page.relative_to(ROOT).as_posix()
 
 
+@pytest.fixture
+def level_kept():
+    """Of the log, which a page sets."""
+    logger = logging.getLogger("fusedres")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
 def marked(page):
     """A ResNet-50 at 224 px takes its time on a CPU."""
     return pytest.param(page, marks=pytest.mark.slow) if page.name == "README.md" else page
 
 
 @pytest.mark.parametrize("page", [*map(marked, with_code("python"))], ids=named)
-def test_code_runs(page, tmp_path, monkeypatch):
+def test_code_runs(page, tmp_path, monkeypatch, level_kept):
     """The blocks of a page, one after the other, as they build on each other."""
     if page.name in EMULATED and REASON is not None:
         pytest.skip(REASON)

@@ -60,5 +60,6 @@ def test_a_kernel_that_can_not_start_is_logged_each_time(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, "fusedres"), pytest.warns(UserWarning, match="some_kernel"):
         for _ in range(2):
             fallback.give_up(module, failure)
-    assert [record.getMessage() for record in caplog.records] == [f"0 runs its plain modules: {failure}"] * 2
+    said = [record.getMessage() for record in caplog.records if record.name == fallback.__name__]
+    assert said == [f"0 runs its plain modules: {failure}"] * 2
     assert torch.isfinite(module(torch.randn(1, 8, 8, 8))).all()
