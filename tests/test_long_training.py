@@ -73,7 +73,8 @@ def check(steps: int) -> None:
     few = steps // 10
     ends = [sum(one[-few:]) / few for one in losses]
     assert all(end < sum(one[:few]) / few for end, one in zip(ends, losses, strict=True))
-    assert late.tensors == early.tensors and late.notes == early.notes
+    # Fewer where what earlier tests of the process left was let go meanwhile.
+    assert late.tensors <= early.tensors and late.notes <= early.notes
     # No more than a thousandth of what the steps between them made and let go.
     assert late.bytes - early.bytes < 2**23, late.bytes - early.bytes
     print(f"{steps} steps: nudged {nudged:.1e}, fused {fused:.1e}, losses {ends}, grown {late.bytes - early.bytes}")
