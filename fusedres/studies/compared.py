@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 import fusedres
 from fusedres.studies.pictures import bars
-from fusedres.studies.study import Lab, Point, Row, Table
+from fusedres.studies.study import Lab, Point, Row, Table, Verdict, decided
 from fusedres.studies.training import Spec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "CHANCE", "MARGIN", "Verdict", "alike", "built", "compare", "ends", "error_bars", "in_words", "labels", "together",
+    "CHANCE", "MARGIN", "alike", "built", "compare", "ends", "error_bars", "in_words", "labels", "together",
 ]  # fmt: skip
-
-Verdict = Literal["agrees", "disagrees", "not decided"]
 
 CHANCE = 0.9
 """The error of a guess: CIFAR-10 and digits have ten classes."""
@@ -63,7 +61,7 @@ def compare(gap: float, points: Sequence[Point], margin: float = MARGIN) -> Verd
         margin: nor does one within it, which is all there is to hold one seed to.
     """
     spread = max(margin, sum(point.std for point in points))
-    return "agrees" if gap > spread else "disagrees" if gap < -spread else "not decided"
+    return decided(gap > spread, gap < -spread)
 
 
 def alike(gap: float, points: Sequence[Point], bound: float = 2 * MARGIN) -> Verdict:
@@ -75,7 +73,7 @@ def alike(gap: float, points: Sequence[Point], bound: float = 2 * MARGIN) -> Ver
         bound: within which the means are alike.
     """
     spread = max(sum(point.std for point in points), 0 if all(point.samples > 1 for point in points) else 2 * MARGIN)
-    return "agrees" if abs(gap) + spread < bound else "disagrees" if abs(gap) - spread > bound else "not decided"
+    return decided(abs(gap) + spread < bound, abs(gap) - spread > bound)
 
 
 def together(verdicts: Iterable[Verdict]) -> Verdict:

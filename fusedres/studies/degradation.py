@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fusedres.studies.compared import MARGIN, Verdict, compare, in_words, together
+from fusedres.studies.compared import MARGIN, compare, in_words, together
 from fusedres.studies.pictures import lines
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, Verdict
 from fusedres.studies.training import Spec, named
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fusedres.models import cifar_resnet
 from fusedres.studies.pictures import bars
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Spec, logits_of
 
 if TYPE_CHECKING:
@@ -64,18 +64,16 @@ def _found(table: Table) -> Finding:
     members = [table.at(series, 0) for series in table.series if series not in (TOGETHER, GAIN, OVER_BEST)]
     together, gain, over_best = (table.at(series, 0) for series in (TOGETHER, GAIN, OVER_BEST))
     # The best was chosen by the same images, which is to its advantage: being better than it is enough.
-    if gain.mean > 2 * gain.std and over_best.mean > 0:
-        verdict = "agrees"
-    elif gain.mean < -2 * gain.std or over_best.mean < -2 * over_best.std:
-        verdict = "disagrees"
-    else:
-        verdict = "not decided"
+    verdict = decided(
+        gain.mean > 2 * gain.std and over_best.mean > 0,
+        gain.mean < -2 * gain.std or over_best.mean < -2 * over_best.std,
+    )
     return Finding(
         f"test error {together.mean:.2%} of {len(members)} networks together,"
         f" {', '.join(f'{member.series} {member.mean:.2%}' for member in members)} alone; {100 * gain.mean:.2f} ±"
         f" {100 * gain.std:.2f} points less than theirs on average, {100 * over_best.mean:.2f} ±"
         f" {100 * over_best.std:.2f} less than the best",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fusedres.models import variant_resnet
 from fusedres.studies.pictures import lines
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Images, Spec
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ def _found(table: Table) -> Finding:
     spread = max(point.std / point.mean for point in table.points if point.series.endswith(KINDS[0]))
     forward, back = (table.last(_series(what, smallest, KINDS[0])) for what in ("signal", "gradient"))
     whole = [rate(table, "gradient", s, "whole") for s in SCALES]
-    verdict = "agrees" if max(errors) < 0.01 else "disagrees" if max(errors) > max(spread, 0.01) else "not decided"
+    verdict = decided(max(errors) < 0.01, max(errors) > max(spread, 0.01))
     return Finding(
         f"through {int(forward.x)} shortcuts of λ = {smallest:g} come {forward.mean:.1e} of a signal and"
         f" {back.mean:.1e} of a gradient (λ^{int(forward.x)} = {smallest**forward.x:.1e}), a factor within"
         f" {max(errors):.1e} of λ a block for {', '.join(f'{s:g}' for s in SCALES)}; with residuals, a block multiplies"
         f" the gradient by {', '.join(f'{one:.2f}' for one in whole)}",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusedres.studies.dissect import Part, blocks_of, dissected, residual_network
 from fusedres.studies.pictures import lines
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Images, Spec, error_of, named
 
 if TYPE_CHECKING:
@@ -73,13 +73,8 @@ def _found(table: Table) -> Finding:
         rises.append((low - error, high - error))
         words.append(f"{whole} {error:.1%}, {series} {median:.1%} (median), {max(errors):.1%} (worst)")
     residual, plain = rises
-    if residual[1] < plain[0]:
-        verdict = "agrees"
-    elif plain[1] < residual[0]:
-        verdict = "disagrees"
-    else:
-        verdict = "not decided"
-    return Finding(f"test error: {'; '.join(words)}", verdict)  # type: ignore[arg-type]
+    verdict = decided(residual[1] < plain[0], plain[1] < residual[0])
+    return Finding(f"test error: {'; '.join(words)}", verdict)
 
 
 def _draw(figure: Figure, table: Table) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedres.studies.dissect import blocks_of, dissected, residual_network
 from fusedres.studies.pictures import lines
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Images, Spec
 
 if TYPE_CHECKING:
@@ -71,17 +71,12 @@ def _found(table: Table) -> Finding:
     typical, carrying = (
         middle({point.x: point.mean for point in table.of(series)}) for series in (PATHS_SHARE, CARRIED)
     )
-    if carrying[1] < typical[0]:
-        verdict = "agrees"
-    elif carrying[0] > typical[0]:
-        verdict = "disagrees"
-    else:
-        verdict = "not decided"
+    verdict = decided(carrying[1] < typical[0], carrying[0] > typical[0])
     effective = sum(point.mean for point in table.of(PATHS_SHARE) if carrying[0] <= point.x <= carrying[1])
     return Finding(
         f"of {int(table.last(PATHS_SHARE).x)} blocks, 90 % of all paths run through {typical[0]} to {typical[1]},"
         f" 90 % of the gradient through {carrying[0]} to {carrying[1]}, where {effective:.2%} of the paths are",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fusedres.studies.dissect import blocks_of, dissected, residual_network, stages_of
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Images, Spec, error_of
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ def _found(table: Table) -> Finding:
     whole, worst = table.at(ERROR, 1.0).mean, table.of(ERROR)[0]
     # Twice the deviation of the rank correlation of as many unrelated pairs.
     chance = 2 / math.sqrt(len(rows))
-    verdict = "agrees" if correlation > chance else "disagrees" if correlation < -chance else "not decided"
+    verdict = decided(correlation > chance, correlation < -chance)
     return Finding(
         f"test error {whole:.1%} in order, {worst.mean:.1%} at the largest disorder, τ = {worst.x:.2f};"
         f" rank correlation of error and disorder {correlation:.2f}",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 

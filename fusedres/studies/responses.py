@@ -17,7 +17,7 @@ from torch import nn
 
 from fusedres.studies.dissect import plain_copy
 from fusedres.studies.pictures import lines
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Images, Spec, logits_of, named
 from fusedres.train.recipe import Recipe
 
@@ -80,11 +80,11 @@ def _found(table: Table) -> Finding:
     errors = {label: stdev(of) / len(of) ** 0.5 for label, of in values.items()}
     pairs = [("plain-20", "ResNet-20"), ("plain-56", "ResNet-56"), ("ResNet-20", "ResNet-56")]
     effects = [(means[large] - means[small]) / (errors[large] + errors[small]) for large, small in pairs]
-    verdict = "agrees" if min(effects) > 1 else "disagrees" if min(effects) < -1 else "not decided"
+    verdict = decided(min(effects) > 1, min(effects) < -1)
     words = [f"{label} {mean:.2f} ± {errors[label]:.2f}{_trained(table, label)}" for label, mean in means.items()]
     return Finding(
         f"mean standard deviation of the layers' responses: {', '.join(words)}",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusedres.models.densenet import densenet
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Spec
 from fusedres.train.recipe import Recipe
 
@@ -111,17 +111,15 @@ def _found(table: Table) -> Finding:
     (old, given, final) = (fmean(of) for of in seeds)
     margins = [max(chance, stdev(of) if len(of) > 1 else 0.0) for chance, of in zip(CHANCE, seeds, strict=True)]
     effects = (old - 0.5, 1 - given, final - 1)
-    if all(effect > margin for effect, margin in zip(effects, margins, strict=True)):
-        verdict = "agrees"
-    elif any(effect < -margin for effect, margin in zip(effects, margins, strict=True)):
-        verdict = "disagrees"
-    else:
-        verdict = "not decided"
+    verdict = decided(
+        all(effect > margin for effect, margin in zip(effects, margins, strict=True)),
+        any(effect < -margin for effect, margin in zip(effects, margins, strict=True)),
+    )
     return Finding(
         f"mean weight on the older half of a layer's sources {old:.2f} times that on the younger; on what a transition"
         f" hands to blocks 2 and 3 {given:.2f} times that on their layers; in the classifier, on the last third of its"
         f" sources {final:.2f} times that on the others (1 each at initial values)",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 

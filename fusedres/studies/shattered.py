@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusedres.studies.pictures import lines
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Spec
 from fusedres.train.network import build
 
@@ -165,17 +165,15 @@ def _found(table: Table) -> Finding:
     rate, power = fits(table)
     depths = [int(point.x) for point in (plain, residual)]
     at_lag = ", ".join(f"{name} {table.at(name, 10).mean:.2f}" for name in (*CONNECTED, *NOISE))
-    if residual.mean - plain.mean > residual.std + plain.std:
-        # The power need not be -1/2: theorem 3 has every block add a variance of 1. Centred by batch norm, it is
-        # 1 - 1/π, with which the power becomes -0.73 as L grows. "Sublinearly" is what the paper concludes.
-        verdict = "agrees" if abs(rate - 0.5) < 0.1 and power > -1 else "not decided"
-    else:
-        verdict = "disagrees" if plain.mean - residual.mean > residual.std + plain.std else "not decided"
+    gap, spread = residual.mean - plain.mean, residual.std + plain.std
+    # The power need not be -1/2: theorem 3 has every block add a variance of 1. Centred by batch norm, it is
+    # 1 - 1/π, with which the power becomes -0.73 as L grows. "Sublinearly" is what the paper concludes.
+    verdict = decided(gap > spread and abs(rate - 0.5) < 0.1 and power > -1, -gap > spread)
     return Finding(
         f"gradients of two inputs correlate as {rate:.2f}^L in plain networks ({plain.mean:.4f} at L = {depths[0]}),"
         f" as L^{power:.2f} in residual ones ({residual.mean:.2f} at L = {depths[1]}); autocorrelation at lag 10:"
         f" {at_lag}",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 

@@ -19,7 +19,7 @@ from fusedres.train.recipe import Recipe, recipe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Finding", "Lab", "Point", "Row", "Setting", "Study", "Table"]
+__all__ = ["Finding", "Lab", "Point", "Row", "Setting", "Study", "Table", "Verdict", "decided"]
 
 
 class Row(NamedTuple):
@@ -154,11 +154,19 @@ class Lab:
                 yield Row(f"{label}, test", row.epoch, row.held_out_error)
 
 
+Verdict = Literal["agrees", "disagrees", "not decided"]
+
+
+def decided(agrees: bool, disagrees: bool) -> Verdict:
+    """The verdict where a run shows what the paper says, or the opposite, or neither."""
+    return "agrees" if agrees else "disagrees" if disagrees else "not decided"
+
+
 class Finding(NamedTuple):
     """What a run found, and whether the paper says so too; "not decided" where the spread is larger than the effect."""
 
     words: str
-    verdict: Literal["agrees", "disagrees", "not decided"]
+    verdict: Verdict
 
 
 class Study(NamedTuple):

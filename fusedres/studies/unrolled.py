@@ -10,7 +10,7 @@ from torch import nn
 
 from fusedres.studies.dissect import DissectedBlock, dissected, residual_network, stages_of
 from fusedres.studies.pictures import lines
-from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table
+from fusedres.studies.study import Finding, Lab, Row, Setting, Study, Table, decided
 from fusedres.studies.training import Images, Spec, error_of
 
 if TYPE_CHECKING:
@@ -79,18 +79,13 @@ def _found(table: Table) -> Finding:
     gaps = [
         (first.mean - last.mean) / max(first.std + last.std, 0.01) for first, last in zip(firsts, lasts, strict=True)
     ]
-    if max(gaps) > 1 and min(gaps) > -1 and shrink:
-        verdict = "agrees"
-    elif max(gaps) < -1 and not shrink:
-        verdict = "disagrees"
-    else:
-        verdict = "not decided"
+    verdict = decided(max(gaps) > 1 and min(gaps) > -1 and shrink, max(gaps) < -1 and not shrink)
     costs = [", ".join(f"{100 * (point.mean - whole):+.1f}" for point in points) for points in (lasts, firsts)]
     return Finding(
         f"test error {whole:.1%}; without the last {dropped} blocks of a stage {costs[0]} points, without {dropped}"
         f" near its beginning {costs[1]} (stages 1, 2, 3); residual over input from the second block of a stage to its"
         f" last {', '.join(f'{points[1].mean:.2f} to {points[-1].mean:.2f}' for points in residuals)}",
-        verdict,  # type: ignore[arg-type]
+        verdict,
     )
 
 
